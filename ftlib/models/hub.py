@@ -1,0 +1,83 @@
+"""A model's name -> a local folder: shipped with the package, on disk, or on the Hugging Face Hub."""
+
+import json
+import re
+from pathlib import Path
+
+from ftlib.errors import UserError
+
+SHIPPED = Path(__file__).parents[1] / "assets"
+FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.tiktoken", "merges.txt", "vocab*")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def resolve(path: str | Path) -> Path:
+    """The local file or folder `path` names: `ftlib:…` (shipped), a path on disk, or a Hub id `org/name[@revision]`.
+
+    A Hub id is downloaded once into Hugging Face's cache (weights, config and tokenizer files, no code).
+    """
+    text = str(path)
+    if text.startswith("ftlib:"):
+        shipped = (SHIPPED / text.removeprefix("ftlib:")).resolve()
+        if not shipped.is_relative_to(SHIPPED) or not shipped.exists():
+            raise UserError(f"{text}: the package ships no such file", fix=f"shipped: {', '.join(_shipped())}")
+        return shipped
+    local = Path(text).expanduser()
+    if local.exists():
+        return local
+    if HUB_ID.fullmatch(text) and not text.startswith((".", "/")):
+        return _download(text)
+    parent = next(p for p in [*local.absolute().parents] if p.exists())
+    raise UserError(
+        f"{text}: no such file or folder (looked in {Path.cwd()})",
+        fix=f"the nearest folder that exists is {parent}; a Hub id has the form org/name",
+    )
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"{folder} has no config.json", fix="give a model folder in Hugging Face layout")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"config.json is not valid JSON: {error}", where=str(file)) from None
+
+
+def _shipped() -> list[str]:
+    return sorted(f"ftlib:{p.relative_to(SHIPPED)}" for p in SHIPPED.glob("*/*") if p.name != "__pycache__")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(FILES)))
+    except GatedRepoError:
+        raise UserError(
+            f"{repo} is gated on the Hub",
+            fix="accept its terms on its page, then set HF_TOKEN (or run `hf auth login`)",
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{repo} has no revision {revision!r} on the Hub") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{name}: neither a folder here ({Path.cwd()}) nor a repository on the Hub",
+            fix="check the spelling; for a private repository set HF_TOKEN",
+        ) from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{repo} is not in the local cache and the Hub cannot be reached",
+            fix="connect, unset HF_HUB_OFFLINE, or give a local folder",
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"downloading {repo} failed: {str(error).splitlines()[0]}") from None

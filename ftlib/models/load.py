@@ -1,0 +1,74 @@
+"""Checkpoint -> parameters, one at a time: each process reads only the slice it keeps."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ftlib.errors import UserError
+from ftlib.models import families, hub
+from ftlib.models.keys import Piece, check_keys, plan
+from ftlib.models.language_model import LanguageModel
+from ftlib.models.weights import Weights, open_folder
+
+
+def build(folder: Path, dtype: torch.dtype, decoder: type[nn.Module] | None = None) -> LanguageModel:
+    """The model of a folder's config.json, on the meta device: shapes, no memory."""
+    config = hub.read_config(folder)
+    arch, table = families.read(config, where=str(folder / "config.json"))
+    with torch.device("meta"):
+        model = LanguageModel(arch, table, config, **({"decoder": decoder} if decoder else {}))
+    return model.to(dtype)
+
+
+def check_weights(model: LanguageModel, folder: Path) -> Weights:
+    """Headers of every weight file against the model: names and shapes. Raises UserError listing what differs."""
+    weights = open_folder(folder)
+    state = base_state(model)
+    pieces = plan(state, model.table)
+    model.kept = {key: weights.files[key] for key in check_keys(pieces, weights.files, model.table, model.arch.tied)}
+    wrong = []
+    for name, piece in pieces.items():
+        if piece.hf not in weights.shapes:
+            continue  # the tied head
+        found = weights.shapes[piece.hf]
+        rows = found[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
+        if (rows, *found[1:]) != tuple(state[name].shape):
+            wrong.append(f"{piece.hf}: config.json gives {list(state[name].shape)}, the file has {list(found)}")
+    if wrong:
+        listed = "\n  ".join(wrong[:5]) + (f"\n  … and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise UserError(f"weights do not fit config.json:\n  {listed}", where=str(folder))
+    return weights
+
+
+def base_state(model: LanguageModel) -> dict[str, Tensor]:
+    """Parameters and buffers that a checkpoint holds, by our names: everything but adapters."""
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if ".adapters." not in name}
+
+
+@torch.no_grad()
+def load_weights(model: LanguageModel, weights: Weights) -> None:
+    """Fill the model's (already materialised) parameters from a checkpoint, casting to their dtype."""
+    pieces = plan(base_state(model), model.table)
+    for name, tensor in base_state(model).items():
+        if model.arch.tied and name == "lm_head.weight":
+            continue
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local.copy_(_read(weights, pieces[name], _local_index(tensor)))
+
+
+def _local_index(tensor: Tensor) -> tuple[slice, ...]:
+    """The part of the whole tensor that this process holds."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, n) for n in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def _read(weights: Weights, piece: Piece, index: tuple[slice, ...]) -> Tensor:
+    if piece.rows is not None:
+        first = index[0]
+        index = (slice(first.start + piece.rows[0], first.stop + piece.rows[0]), *index[1:])
+    return weights.read(piece.hf, index)

@@ -1,0 +1,93 @@
+"""Parameters -> a folder in Hugging Face layout that transformers, vLLM and we load."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ftlib.models.keys import hf_layout, join
+from ftlib.models.language_model import LanguageModel
+from ftlib.models.load import base_state
+
+SHARD_BYTES = 5 * 1024**3
+
+
+def save_pretrained(
+    model: LanguageModel, folder: str | Path, *, shard_bytes: int = SHARD_BYTES, write: bool = True
+) -> None:
+    """Write config.json and safetensors shards of at most `shard_bytes`, plus the source's generation_config.json.
+
+    Every process of a sharded model must call this; only the one with `write` touches the disk. Peak memory is one shard.
+    """
+    folder = Path(folder)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+    shards: list[tuple[Path, list[str]]] = []
+    total = 0
+    for tensors in _shards(hf_tensors(model), shard_bytes):
+        if write:
+            path = folder / f"part-{len(shards)}.safetensors"
+            save_file(tensors, path, metadata={"format": "pt"})
+            shards.append((path, list(tensors)))
+            total += sum(t.numel() * t.element_size() for t in tensors.values())
+    if not write:
+        return
+    _name_shards(folder, shards, total)
+    config = dict(model.config)
+    config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)
+    dtype = next(iter(base_state(model).values())).dtype
+    config |= {"tie_word_embeddings": model.arch.tied, "dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    source = getattr(model, "source", None)
+    if source is not None and (source / "generation_config.json").exists():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+
+
+def hf_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint key and whole tensor on the CPU, one at a time, tied head left out, kept tensors carried along."""
+    state = base_state(model)
+    if model.arch.tied:
+        state.pop("lm_head.weight")
+    for key, names in hf_layout(state, model.table).items():
+        yield key, join([_whole(state[name]) for name in names])
+    for key, file in getattr(model, "kept", {}).items():
+        with safe_open(file, framework="pt") as opened:
+            yield key, opened.get_tensor(key)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def _shards(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for key, tensor in tensors:
+        add = tensor.numel() * tensor.element_size()
+        if shard and size + add > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[key] = tensor
+        size += add
+    if shard:
+        yield shard
+
+
+def _name_shards(folder: Path, shards: list[tuple[Path, list[str]]], total: int) -> None:
+    if len(shards) == 1:
+        shards[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (path, keys) in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / name)
+        weight_map |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""Safetensors files of a model folder: every header checked before a byte of weights is read."""
+
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ftlib.errors import UserError
+
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+@dataclass
+class Weights:
+    """Checkpoint tensors by key: `files[key]` holds it, `shapes[key]` is its shape. Nothing is read until asked for."""
+
+    files: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
+    _open: dict[Path, safe_open] = field(default_factory=dict)
+
+    def read(self, key: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """`tensor[index]` of one key, reading only those bytes where the format allows it."""
+        file = self.files[key]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        if not index:
+            return self._open[file].get_tensor(key)
+        return self._open[file].get_slice(key)[index]
+
+
+def open_folder(folder: Path) -> Weights:
+    """All safetensors files of a model folder: those of its index, or every *.safetensors in it."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        paths = _indexed(folder, index)
+    else:
+        paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not paths:
+        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        fix = f"convert {pickles[0]} to safetensors; pickles can run code" if pickles else "download the weights"
+        raise UserError(f"{folder} has no .safetensors file", fix=fix)
+    weights = Weights({}, {})
+    for path in paths:
+        for key, shape in _header(path).items():
+            weights.files[key], weights.shapes[key] = path, shape
+    return weights
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise UserError("the weight index is damaged", where=str(index), fix="download it again") from None
+    paths = []
+    for name in names:
+        path = folder / name
+        # Hub caches link files into a shared store, so the name is checked, not where a link leads.
+        if Path(name).name != name:
+            raise UserError(f"the weight index names a file outside its folder: {name!r}", where=str(index))
+        if not path.exists():
+            raise UserError(f"the weight index names {name}, which is missing", where=str(index), fix="download it")
+        paths.append(path)
+    return paths
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of one file, after checking that the file is whole."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+        if start.startswith(b"version https://git-lfs"):
+            raise UserError("this is a Git LFS pointer, not the file itself", where=str(path), fix="run `git lfs pull`")
+        if start.lstrip()[:1] == b"<":
+            raise UserError("this is an HTML page, not weights", where=str(path), fix="download the file again")
+        length = struct.unpack("<Q", start[:8])[0] if size >= 8 else MAX_HEADER + 1
+        if length > MAX_HEADER or 8 + length > size:
+            raise UserError("no safetensors file, or cut off", where=str(path), fix="download it again")
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise UserError("the safetensors header is damaged", where=str(path), fix="download it again") from None
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise UserError(f"expected {end:,} bytes, found {size:,}", where=str(path), fix="download the file again")
+    return {key: tuple(entry["shape"]) for key, entry in header.items()}
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating tensors in `dtype`, others as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,169 @@
+"""Every family against transformers: logits, loss, gradients, round trip, packed documents."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity.shrink import reference, shrunk
+from safetensors.torch import load_file, save_file
+
+from ftlib import models
+from ftlib.layers.batch import from_documents
+from ftlib.losses.language_modelling import next_token_loss
+from ftlib.models import keys
+from ftlib.models.load import base_state
+
+CASES = {
+    "llama-2-7b": {}, "llama-3.1-8b": {}, "llama-3.2-1b": {}, "mistral-7b-v0.1": {}, "mistral-7b-v0.3": {},
+    "qwen2.5-0.5b": {}, "qwen2.5-7b": {}, "qwen3-0.6b": {}, "qwen3-8b": {},
+    "qwen2.5-7b sliding": {"use_sliding_window": True, "sliding_window": 8},
+    "qwen3-8b sliding": {"use_sliding_window": True, "sliding_window": 8},
+    "llama-3.1-8b biases": {"attention_bias": True, "mlp_bias": True},
+    "llama-2-7b linear rope": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+}
+LENGTH = 40
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """(our model, transformers' model, folder) of one published config."""
+    folder = tmp_path_factory.mktemp("model")
+    config = shrunk(request.param.split()[0], **CASES[request.param])
+    theirs = reference(config)
+    theirs.save_pretrained(folder)
+    # Read the published dialect of config.json, not the one transformers writes.
+    (folder / "config.json").write_text(json.dumps(config))
+    return models.from_pretrained(folder), theirs, folder
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def ids(rows: int = 2) -> torch.Tensor:
+    return torch.randint(3, 160, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def test_logits(pair):
+    ours, theirs, _ = pair
+    with torch.no_grad():
+        assert relative(ours.logits(ids()), theirs(ids()).logits) <= 1e-5
+
+
+def test_transformers_own_dialect_reads_the_same(pair, tmp_path):
+    ours, theirs, _ = pair
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(models.from_pretrained(tmp_path).logits(ids()), ours.logits(ids()))
+
+
+def test_loss_and_gradients(pair):
+    ours, theirs, _ = pair
+    x = ids()
+    labels = F.pad(x[:, 1:], (0, 1), value=-100)
+    loss = F.cross_entropy(theirs(x).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    loss.backward()
+    arange = torch.arange(LENGTH)
+    rows = [[(row.numpy(), target.numpy())] for row, target in zip(x, labels, strict=True)]
+    batch = from_documents(rows, LENGTH, pad_id=0, max_documents=1)
+    assert torch.equal(batch.position_ids[0], arange)
+    mine = next_token_loss(ours(batch), ours.lm_head.weight, batch.labels) / batch.target_tokens
+    mine.backward()
+    assert relative(mine, loss) <= 1e-5
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    as_hf = keys.to_hf(gradients, ours.table)
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    assert as_hf.keys() == expected.keys()
+    worst = max((relative(as_hf[name], expected[name]), name) for name in expected)
+    ours.zero_grad(), theirs.zero_grad()
+    assert worst[0] <= 1e-5, worst
+
+
+def test_round_trip_is_bit_equal(pair, tmp_path):
+    ours, _, folder = pair
+    stored = load_file(folder / "model.safetensors")
+    state = keys.from_hf(stored, [n for n in base_state(ours) if n != "lm_head.weight" or not ours.arch.tied], ours.table)
+    back = keys.to_hf(state, ours.table)
+    assert back.keys() == stored.keys()
+    assert all(torch.equal(back[key], stored[key]) for key in stored)
+    models.save_pretrained(ours, tmp_path)
+    again = load_file(tmp_path / "model.safetensors")
+    assert again.keys() == stored.keys() and all(torch.equal(again[key], stored[key]) for key in stored)
+
+
+def test_sharded_export_loads_in_transformers(pair, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ours, theirs, _ = pair
+    models.save_pretrained(ours, tmp_path, shard_bytes=60_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, theirs(ids()).logits)
+        assert torch.equal(models.from_pretrained(tmp_path).logits(ids()), ours.logits(ids()))
+
+
+def test_packed_documents_equal_documents_alone(pair):
+    ours, _, _ = pair
+    x = ids(4).numpy()
+    lengths = (40, 9, 17, 25)
+    documents = []
+    for row, n in zip(x, lengths, strict=True):
+        targets = F.pad(torch.from_numpy(row[:n])[1:], (0, 1), value=-100).numpy()
+        documents.append((row[:n], targets))
+
+    def run(rows, seq_len):
+        ours.zero_grad()
+        batch = from_documents(rows, seq_len, pad_id=0, max_documents=4)
+        hidden = ours(batch)
+        next_token_loss(hidden, ours.lm_head.weight, batch.labels).backward()
+        return hidden.detach(), {n: p.grad.clone() for n, p in ours.named_parameters()}
+
+    packed, packed_gradients = run([documents[:2], documents[2:]], 64)
+    at = [(0, 0), (0, 40), (1, 0), (1, 17)]
+    total: dict[str, torch.Tensor] = {}
+    for (row, start), document in zip(at, documents, strict=True):
+        n = len(document[0])
+        alone, gradients = run([[document]], n)
+        assert relative(packed[row, start : start + n], alone[0]) <= 1e-5
+        total = {name: g + total.get(name, 0) for name, g in gradients.items()}
+    assert max(relative(packed_gradients[name], g) for name, g in total.items()) <= 1e-5
+
+
+def test_reference_and_sdpa_attention_agree(pair):
+    ours, _, _ = pair
+    documents = [[(row[:n].numpy(), row[:n].numpy()) for row, n in zip(ids(2), (30, 20), strict=True)]]
+    out = {}
+    for backend in ("sdpa", "reference"):
+        ours.model.use_attention(backend)
+        with torch.no_grad():
+            out[backend] = ours(from_documents(documents, 64, pad_id=0, max_documents=2))[:, :50]
+    ours.model.use_attention("sdpa")
+    assert relative(out["sdpa"], out["reference"]) <= 1e-5
+
+
+def test_generation_equals_transformers_greedy(pair):
+    from ftlib.generation.engine import SamplingParams
+    from ftlib.generation.reference import ReferenceEngine
+
+    ours, theirs, _ = pair
+    prompts = [ids(3)[i, : 5 + 7 * i].tolist() for i in range(3)]
+    mine = ReferenceEngine(ours).generate(prompts, SamplingParams(max_new_tokens=30, temperature=0))
+    for prompt, (completion,) in zip(prompts, mine, strict=True):
+        with torch.no_grad():
+            expected = theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0, len(prompt) :]
+        assert completion.tokens == expected.tolist()
+
+
+def test_unknown_tensors_are_refused(pair, tmp_path):
+    from ftlib.errors import UserError
+
+    _, _, folder = pair
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, "model.layers.0.mystery.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(UserError, match="mystery"):
+        models.from_pretrained(tmp_path)
