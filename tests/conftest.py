@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # `from parity.shrink import …`
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)

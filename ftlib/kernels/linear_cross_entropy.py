@@ -1,60 +1,124 @@
 """Head projection and cross-entropy in one op: the logits of all tokens never exist at once."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-TILE_ELEMENTS = 256 * 1024 * 1024  # logits alive at a time; large tiles keep the matrix products efficient
+TILE_BYTES = 1 << 30  # logits alive at a time; large tiles keep the matrix products efficient
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum over targets of -log softmax(hidden @ weight^T)[label], a float32 scalar (float64 for float64 input).
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    targets: int | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Sum over targets of -log softmax(z)[label], a float32 scalar (float64 for float64 input).
 
-    hidden [N, D]; weight [V, D]; labels [N] int64, -100 = no target. Rows without a target are left out before
-    the product. Gradients are made in the forward pass, tile by tile, so each logit is computed once.
+    hidden [N, D]; weight [V, D]; labels [N] int64, -100 = no target; z = scale * hidden weight^T, then
+    softcap * tanh(z / softcap) if given. Rows without a target are left out before the product; `targets`, their
+    number, saves a wait for the device when it is known. Gradients are made in the forward pass, tile by tile, so
+    each logit is computed once.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, targets, scale, softcap)
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
     """The same sum through all logits at once: the oracle."""
     logits = hidden @ weight.T
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = (logits if logits.dtype == torch.float64 else logits.float()) * scale
+    if softcap is not None:
+        wide = softcap * torch.tanh(wide / softcap)
     return F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum")
+
+
+def target_rows(labels: Tensor, targets: int | None) -> Tensor | None:
+    """Indices of rows with a target, ascending; None: all of them. Waits for the device only if `targets` is None."""
+    if targets is None:
+        return (labels != IGNORE).nonzero(as_tuple=True)[0]
+    if targets == labels.numel():
+        return None
+    return torch.argsort((labels == IGNORE).to(torch.int8), stable=True)[:targets]
+
+
+def tiles(rows: Tensor | None, count: int, size: int) -> Iterator[Tensor | slice]:
+    """Indices of `count` rows, or slices when all rows are meant, at most `size` at a time."""
+    if rows is not None:
+        yield from rows.split(size)
+        return
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def tile_reference(logits: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Per-row -log softmax(z)[label], float32 [n] (float64 for float64 logits); `logits` is overwritten by d/d logits.
+
+    logits [n, V] raw; labels int64 [n], every one a target. z = scale * logits, then softcap * tanh(z / softcap).
+    """
+    wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) * scale
+    slope = scale
+    if softcap is not None:
+        bent = torch.tanh(wide / softcap)
+        wide, slope = softcap * bent, scale * (1 - bent * bent)
+    lse = wide.logsumexp(-1, keepdim=True)
+    nll = (lse - wide.gather(1, labels[:, None]))[:, 0]
+    grad = (wide - lse).exp_()
+    grad.scatter_add_(1, labels[:, None], grad.new_full((1, 1), -1.0).expand(len(labels), 1))
+    logits.copy_(grad.mul_(slope))
+    return nll
+
+
+def _tile(device: torch.device) -> Callable[[Tensor, Tensor, float, float | None], Tensor]:
+    if device.type != "cuda":
+        return tile_reference
+    from ftlib.kernels.cross_entropy_triton import tile_triton  # Triton is there where there is a GPU
+
+    return tile_triton
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(
+        ctx,  # noqa: ANN001
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        targets: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        rows = (labels != IGNORE).nonzero(as_tuple=True)[0]
+        tile = _tile(hidden.device)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        for tile in rows.split(max(1, TILE_ELEMENTS // weight.shape[0])):
-            x, target = hidden[tile], labels[tile, None]
-            logits = (x @ weight.T).to(wide)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += (lse - logits.gather(1, target)).sum()
-            if need_hidden or need_weight:
-                grad = logits.sub_(lse).exp_()  # the logits are not needed again
-                grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-                grad = grad.to(hidden.dtype)
-                if need_hidden:
-                    grad_hidden[tile] = grad @ weight
-                if need_weight:
-                    grad_weight += (grad.T @ x).to(wide)
+        size = max(1, TILE_BYTES // (weight.shape[0] * hidden.element_size()))
+        for rows in tiles(target_rows(labels, targets), labels.numel(), size):
+            x = hidden[rows]
+            grad = x @ weight.T  # logits, until the next line makes them their gradient
+            total += tile(grad, labels[rows], scale, softcap).sum()
+            if need_hidden:
+                grad_hidden[rows] = grad @ weight
+            if need_weight:
+                grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
+    def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None, None, None

@@ -93,12 +93,14 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(spec.head_dim, norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, layout: AttentionLayout) -> Tensor:
+        q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x)
         # -1 heads: under tensor parallelism a rank holds only its own.
-        q, k, v = (t.unflatten(-1, (-1, self.spec.head_dim)) for t in project((self.q_proj, self.k_proj, self.v_proj), x))
+        q, k, v = (t.unflatten(-1, (-1, self.spec.head_dim)) for t in (q, k, v))
         if self.spec.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         k, v = layout.extend(self.layer, k, v)
         y = attend(q, k, v, layout, backend=self.backend, window=self.spec.window)
-        return self.o_proj(y.flatten(2))
+        (y,) = project((self.o_proj,), y.flatten(2))
+        return y

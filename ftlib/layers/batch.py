@@ -1,4 +1,4 @@
-"""What a model reads: token ids, labels and positions of packed documents, and the layout that keeps documents apart."""
+"""What a model reads: token ids, labels and positions of packed documents, and the layout that keeps them apart."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,9 +76,9 @@ class Layout:
 
 @dataclass(eq=False)
 class Batch:
-    """One forward pass. All int64 [B, T]: `input_ids`; `labels`, already shifted: labels[t] is the target of position t,
-    -100 where there is none; `position_ids`, from 0 in each document. The padding tail of a row is a document of its own
-    with labels -100.
+    """One forward pass. All int64 [B, T]: `input_ids`; `labels`, already shifted: labels[t] is the target of position
+    t, -100 where there is none; `position_ids`, from 0 in each document. The padding tail of a row is a document of its
+    own with labels -100.
 
     `target_tokens` (labels that are not -100) and `tokens` (all but padding) are Python ints that the loader knows in
     advance. Left out, they are counted here, which waits for the device when the tensors live on a GPU.

@@ -1,6 +1,6 @@
 """The linear layer every projection is made of, and the one place where sibling projections meet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,10 +10,12 @@ class Linear(nn.Linear):
     """y = x W^T + b, plus the active adapter's part when one is attached (ftlib.adapters).
 
     `active` is a plain attribute so that torch.compile guards on it: switching an adapter off recompiles
-    once instead of silently keeping it on.
+    once instead of silently keeping it on. `fused`, on the first of some siblings, computes all of them at once
+    (ftlib.adapters.fuse), or declines with None.
     """
 
     active: str | None = None
+    fused: Callable[[Tensor], tuple[Tensor, ...] | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -21,5 +23,8 @@ class Linear(nn.Linear):
 
 
 def project(linears: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
-    """Each projection of the same input. Layers call this, never siblings one by one: fusion happens here."""
+    """Each projection of the same input. Layers call this, never a Linear itself: fusion happens here."""
+    fused = linears[0].fused
+    if fused is not None and (outputs := fused(x)) is not None:
+        return outputs
     return tuple(linear(x) for linear in linears)

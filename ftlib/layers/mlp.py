@@ -31,4 +31,5 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project((self.gate_proj, self.up_proj), x)
-        return self.down_proj(self.act(gate) * up)
+        (y,) = project((self.down_proj,), self.act(gate) * up)
+        return y

@@ -52,7 +52,7 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first 2 * cos.shape[-1] channels of x [B, T, H, D], paired as halves (i, i + dim / 2), as Hugging Face does."""
+    """Turn the first 2 * cos.shape[-1] channels of x [B, T, H, D], paired as halves (i, i + dim / 2)."""
     half = cos.shape[-1]
     cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

@@ -5,11 +5,12 @@ from torch import Tensor
 from ftlib.kernels.linear_cross_entropy import linear_cross_entropy
 
 
-def next_token_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def next_token_loss(hidden: Tensor, head: Tensor, labels: Tensor, targets: int | None = None) -> Tensor:
     """Sum of -log p(label) over targets, float32 scalar.
 
-    hidden [B, T, D]; head [V, D], the output embedding; labels [B, T], already shifted, -100 = no target.
+    hidden [B, T, D]; head [V, D], the output embedding; labels [B, T], already shifted, -100 = no target; `targets`,
+    the number of others, saves a wait for the device when it is known (`Batch.target_tokens`).
     Divide by the target tokens of the whole optimizer step (all micro-batches, all ranks): the gradient is then the
     same for every split of the batch.
     """
-    return linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
+    return linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), targets=targets)

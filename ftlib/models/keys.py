@@ -1,7 +1,8 @@
 """Checkpoint keys <-> parameter names, as a table read in both directions.
 
 A parameter that no row names keeps its Hugging Face name. A row may name a whole tensor, or a part of one that
-the checkpoint stores fused. Every checkpoint key is used, `keep` (carried to an export) or `drop`; anything else is an error.
+the checkpoint stores fused. Every checkpoint key is used, `keep` (carried to an export) or `drop`; anything else is
+an error.
 """
 
 import re

@@ -22,7 +22,7 @@ def save_pretrained(
 ) -> None:
     """Write config.json and safetensors shards of at most `shard_bytes`, plus the source's generation_config.json.
 
-    Every process of a sharded model must call this; only the one with `write` touches the disk. Peak memory is one shard.
+    Every process of a sharded model must call this; only the one with `write` touches the disk. Peak memory: one shard.
     """
     folder = Path(folder)
     if write:

@@ -56,3 +56,9 @@ def reference(config: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -
             parameter.copy_(center + torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.08))
     theirs.tie_weights()
     return theirs.eval()
+
+
+@torch.no_grad()
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())

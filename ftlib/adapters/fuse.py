@@ -1,0 +1,85 @@
+"""Let sibling projections share one matrix product with their adapters, on an unsharded GPU."""
+
+import torch
+from torch import Tensor, nn
+
+from ftlib.adapters.lora import LoraFactors
+from ftlib.kernels.lora_linear import lora_project
+from ftlib.layers.attention import Attention
+from ftlib.layers.linear import Linear
+from ftlib.layers.mlp import GatedMlp
+
+
+class FusedLora:
+    """Siblings over one input, their weights and adapters in one buffer (ftlib.kernels.lora_linear).
+
+    The layers' `weight` parameters become views of the buffer, so nothing is held twice. The factors stay parameters of
+    their own; `views` are the buffer's copies of them, brought up to date before each forward.
+    """
+
+    def __init__(self, linears: list[Linear], name: str) -> None:
+        self.linears, self.name = linears, name
+        self.factors: list[LoraFactors] = [linear.adapters[name] for linear in linears]
+        self.scale = self.factors[0].scale
+        self.outs = [linear.out_features for linear in linears]
+        weight = linears[0].weight
+        dim, rank = linears[0].in_features, sum(f.rank for f in self.factors)
+        self.stacked = weight.new_zeros(sum(self.outs) + rank, dim + rank, requires_grad=False)
+        self.views: list[Tensor] = []
+        row, column = 0, 0
+        for linear, factors in zip(linears, self.factors, strict=True):
+            view = self.stacked[row : row + linear.out_features, :dim]
+            view.copy_(linear.weight.detach())
+            linear.weight = nn.Parameter(view, requires_grad=False)
+            below = sum(self.outs) + column
+            self.views.append(self.stacked[below : below + factors.rank, :dim])
+            self.views.append(
+                self.stacked[row : row + linear.out_features, dim + column : dim + column + factors.rank]
+            )
+            row, column = row + linear.out_features, column + factors.rank
+        linears[0].fused = self
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Outputs of the layers; None when another adapter, or none, is switched on."""
+        if any(linear.active != self.name for linear in self.linears):
+            return None
+        y = lora_project(
+            x.flatten(0, -2),
+            self.stacked,
+            [f.lora_A for f in self.factors],
+            [f.lora_B for f in self.factors],
+            self.scale,
+        )
+        return y.view(*x.shape[:-1], -1).split(self.outs, -1)
+
+
+def fuse(model: nn.Module, name: str = "policy") -> int:
+    """Fuse every group of siblings whose layers all carry adapter `name` without dropout and bias; returns how many.
+
+    For weights in memory on one device, unsharded: call it after loading. The copies of the factors are refreshed by
+    a hook before each forward of `model`, one multi-tensor copy.
+    """
+    groups = []
+    for module in model.modules():
+        if isinstance(module, Attention):
+            groups += [[module.q_proj, module.k_proj, module.v_proj], [module.o_proj]]
+        elif isinstance(module, GatedMlp):
+            groups += [[module.gate_proj, module.up_proj], [module.down_proj]]
+    fused = [FusedLora(linears, name) for linears in groups if _fits(linears, name)]
+    copies = [view for group in fused for view in group.views]
+    factors = [p for group in fused for f in group.factors for p in (f.lora_A, f.lora_B)]
+
+    def refresh(*_: object) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, factors)
+
+    if fused:
+        model.register_forward_pre_hook(refresh)
+    return len(fused)
+
+
+def _fits(linears: list[Linear], name: str) -> bool:
+    if any(linear.bias is not None or name not in getattr(linear, "adapters", {}) for linear in linears):
+        return False
+    factors = [linear.adapters[name] for linear in linears]
+    return all(f.dropout == 0 and f.scale == factors[0].scale for f in factors)

@@ -1,0 +1,21 @@
+"""From files to packed batches: sources, formats, masks, packing, and the loader whose position is two integers."""
+
+from ftlib.data.documents import Document, Documents
+from ftlib.data.examples import Example
+from ftlib.data.loader import Loader, Step, eval_batches
+from ftlib.data.loading import Datasets, load
+from ftlib.data.packing import pack
+from ftlib.data.report import LoadReport
+
+__all__ = [
+    "Datasets",
+    "Document",
+    "Documents",
+    "Example",
+    "LoadReport",
+    "Loader",
+    "Step",
+    "eval_batches",
+    "load",
+    "pack",
+]

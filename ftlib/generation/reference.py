@@ -1,0 +1,84 @@
+"""The plain engine: a dense cache, one forward a token, any model, any device. The oracle of faster ones."""
+
+import torch
+from torch import Tensor
+
+from ftlib.errors import UserError
+from ftlib.generation.engine import Completion, SamplingParams
+from ftlib.layers.batch import Batch
+from ftlib.layers.cache import CachedLayout, DenseCache
+from ftlib.models import LanguageModel
+
+
+class ReferenceEngine:
+    """Generates with the given model's own weights, adapters as they are switched."""
+
+    def __init__(self, model: LanguageModel, batch_size: int = 64) -> None:
+        self.model, self.batch_size = model, batch_size
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, *, n: int = 1, seed: int = 0
+    ) -> list[list[Completion]]:
+        """`n` completions of each prompt; a completion's draws depend on (seed, prompt index, copy) alone."""
+        if any(not prompt for prompt in prompts):
+            raise UserError("an empty prompt has no last token to continue from", fix="start it with the BOS token")
+        training = self.model.training
+        self.model.eval()
+        jobs = [(i * n + copy, prompt) for i, prompt in enumerate(prompts) for copy in range(n)]
+        jobs.sort(key=lambda job: len(job[1]))  # neighbours of like length waste little padding
+        done: dict[int, Completion] = {}
+        for start in range(0, len(jobs), self.batch_size):
+            done |= self._batch(jobs[start : start + self.batch_size], params, seed)
+        self.model.train(training)
+        return [[done[i * n + copy] for copy in range(n)] for i in range(len(prompts))]
+
+    def _batch(self, jobs: list[tuple[int, list[int]]], params: SamplingParams, seed: int) -> dict[int, Completion]:
+        device = self.model.lm_head.weight.device
+        lengths = torch.tensor([len(prompt) for _, prompt in jobs], device=device)
+        longest = int(lengths.max())
+        ids = torch.zeros(len(jobs), longest, dtype=torch.int64, device=device)
+        for row, (_, prompt) in enumerate(jobs):
+            ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        positions = torch.arange(longest, device=device).expand(len(jobs), longest)
+        cache = DenseCache(longest + params.max_new_tokens)
+        hidden = self._forward(cache, ids, positions)[torch.arange(len(jobs), device=device), lengths - 1]
+        generators = {key: torch.Generator().manual_seed(seed * 1_000_003 + key) for key, _ in jobs}
+        tokens: dict[int, list[int]] = {key: [] for key, _ in jobs}
+        logprobs: dict[int, list[float]] = {key: [] for key, _ in jobs}
+        live, done = [key for key, _ in jobs], {}
+        for count in range(1, params.max_new_tokens + 1):
+            drawn, drawn_logprobs = self._draw(hidden, params.temperature, [generators[key] for key in live])
+            keep = []
+            for row, key in enumerate(live):
+                tokens[key].append(int(drawn[row]))
+                logprobs[key].append(float(drawn_logprobs[row]))
+                stop = tokens[key][-1] in params.stop_ids
+                if stop or count == params.max_new_tokens:
+                    done[key] = Completion(tokens[key], logprobs[key], "stop" if stop else "length")
+                else:
+                    keep.append(row)
+            if not keep:
+                break
+            rows = torch.tensor(keep, device=device)
+            live, lengths = [live[row] for row in keep], lengths[rows]
+            cache.keep_rows(rows)
+            hidden = self._forward(cache, drawn.to(device)[rows, None], lengths[:, None])[:, 0]
+            lengths = lengths + 1
+        return done
+
+    def _forward(self, cache: DenseCache, ids: Tensor, positions: Tensor) -> Tensor:
+        labels = torch.full_like(ids, -100)
+        layout = CachedLayout(cache, positions)
+        return self.model(Batch(ids, labels, positions, layout, target_tokens=0))
+
+    def _draw(self, hidden: Tensor, temperature: float, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Next token of each row (int64 on the CPU) and its log-probability at the temperature (1 when greedy)."""
+        logits = self.model.head(hidden).float().cpu()
+        scores = (logits / (temperature or 1.0)).log_softmax(-1)
+        if temperature == 0:
+            token = scores.argmax(-1)
+        else:
+            rows = [torch.multinomial(s.exp(), 1, generator=g) for s, g in zip(scores, generators, strict=True)]
+            token = torch.cat(rows)
+        return token, scores.gather(1, token[:, None])[:, 0]

@@ -1,0 +1,114 @@
+"""Sibling frozen projections with low-rank adapters, fused so that the adapters cost almost no memory traffic.
+
+`stacked` [O + R, D + R] holds the frozen weights W, the lora_B behind them and the lora_A below them:
+
+    [ W  B ]      forward   [x | s x A^T]  times the upper rows, transposed
+    [ A  0 ]      backward  [dy | s dy B]  times the left columns
+
+Either product adds the adapter inside one large matrix product. Where the operand to be widened is larger than the
+result, the adapter is added to the result in place instead: the smaller of the two is the one that is copied.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("ftlib::lora_project", mutates_args=())
+def _project(
+    x: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    rank = sum(a.shape[0] for a in lora_a)
+    out, dim = stacked.shape[0] - rank, stacked.shape[1] - rank
+    weight, low = stacked[:out], (x @ stacked[out:, :dim].T).mul_(scale)
+    if dim <= out:
+        wide = x.new_empty(x.shape[0], dim + rank)
+        wide[:, :dim].copy_(x)
+        wide[:, dim:].copy_(low)
+        return wide @ weight.T, low
+    y = x @ weight[:, :dim].T
+    return y.addmm_(low, weight[:, dim:].T), low
+
+
+@_project.register_fake
+def _(
+    x: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    rank = sum(a.shape[0] for a in lora_a)
+    return x.new_empty(x.shape[0], stacked.shape[0] - rank), x.new_empty(x.shape[0], rank)
+
+
+@torch.library.custom_op("ftlib::lora_project_backward", mutates_args=())
+def _project_backward(
+    grad: Tensor, x: Tensor, low: Tensor, stacked: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rank = low.shape[1]
+    out, dim = stacked.shape[0] - rank, stacked.shape[1] - rank
+    if out < dim:
+        grad_low = (grad @ stacked[:out, dim:]).mul_(scale)
+        wide = grad.new_empty(grad.shape[0], out + rank)
+        wide[:, :out].copy_(grad)
+        wide[:, out:].copy_(grad_low)
+        grad_x = wide @ stacked[:, :dim]
+    else:
+        both = grad @ stacked[:out]
+        grad_low = both[:, dim:] * scale
+        grad_x = both[:, :dim].addmm_(grad_low, stacked[out:, :dim])
+    return grad_x, grad_low.T @ x, grad.T @ low
+
+
+@_project_backward.register_fake
+def _(grad: Tensor, x: Tensor, low: Tensor, stacked: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    rank = low.shape[1]
+    out, dim = stacked.shape[0] - rank, stacked.shape[1] - rank
+    stored = dim if out < dim else dim + rank
+    return (
+        grad.new_empty(grad.shape[0], stored)[:, :dim],
+        grad.new_empty(rank, dim),
+        grad.new_empty(out, rank),
+    )
+
+
+def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN001
+    x, stacked, lora_a, lora_b, ctx.scale = inputs
+    ctx.save_for_backward(x, output[1], stacked)
+    ctx.lora_a = [(a.shape[0], a.dtype) for a in lora_a]
+    ctx.lora_b = [(b.shape[0], b.dtype) for b in lora_b]
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
+    x, low, stacked = ctx.saved_tensors
+    grad_x, grad_a, grad_b = torch.ops.ftlib.lora_project_backward(grad.contiguous(), x, low, stacked, ctx.scale)
+    grads_a, grads_b, row, column = [], [], 0, 0
+    for (rank, a_dtype), (out, b_dtype) in zip(ctx.lora_a, ctx.lora_b, strict=True):
+        grads_a.append(grad_a[column : column + rank].to(a_dtype))
+        grads_b.append(grad_b[row : row + out, column : column + rank].to(b_dtype))
+        row, column = row + out, column + rank
+    return grad_x, None, grads_a, grads_b, None
+
+
+_project.register_autograd(_backward, setup_context=_setup)
+
+
+def lora_project(
+    x: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
+) -> Tensor:
+    """y [N, O] of sibling layers over x [N, D], their outputs side by side.
+
+    stacked [O + R, D + R] as above, in x's dtype, its copies of the factors current. lora_a [r_i, D] and lora_b
+    [out_i, r_i]: the parameters, which receive the gradients. Kept for backward: x, s x A^T and the weights.
+    """
+    return torch.ops.ftlib.lora_project(x, stacked, list(lora_a), list(lora_b), scale)[0]
+
+
+def lora_project_reference(
+    x: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
+) -> Tensor:
+    """The same with every product on its own, from W and the parameters: the oracle."""
+    outs, row = [], 0
+    for a, b in zip(lora_a, lora_b, strict=True):
+        weight = stacked[row : row + b.shape[0], : x.shape[1]]
+        outs.append(x @ weight.T + scale * (x @ a.to(x.dtype).T @ b.to(x.dtype).T))
+        row += b.shape[0]
+    return torch.cat(outs, -1)

@@ -1,0 +1,68 @@
+"""Useful floating-point work of one training token, and what devices can do: the two halves of MFU."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+TERA = 1e12
+
+
+class Peak(NamedTuple):
+    """Dense bf16 FLOP/s of one device: the vendor's number, and a large matmul measured by us where we have one."""
+
+    datasheet: float
+    measured: float | None = None
+
+
+# By a part of torch's device name, the more particular first.
+PEAKS: tuple[tuple[str, Peak], ...] = (
+    ("H100 PCIe", Peak(756 * TERA)),
+    ("H100 NVL", Peak(835 * TERA)),
+    ("H100", Peak(989 * TERA, 744 * TERA)),
+    ("H200", Peak(989 * TERA)),
+    ("B200", Peak(2250 * TERA)),
+    ("A100", Peak(312 * TERA)),
+    ("L40S", Peak(362 * TERA)),
+    ("RTX A6000", Peak(155 * TERA)),
+    ("RTX 4090", Peak(165 * TERA)),
+    ("RTX 3090", Peak(71 * TERA)),
+    ("MI300X", Peak(1307 * TERA)),
+)
+
+
+def device_peak(name: str) -> Peak | None:
+    """Peak of a device by the name torch gives it (`torch.cuda.get_device_name()`), None if it is not in the table."""
+    return next((peak for part, peak in PEAKS if part in name), None)
+
+
+def count_weights(model: nn.Module) -> tuple[int, int]:
+    """(frozen, trainable) weights that a token is multiplied with: matrices, but no embedding that is only looked up.
+
+    Sharded and meta parameters count whole; call it before a base is quantized, whose storage has another size.
+    A mixture of experts counts every expert: scale by the active share.
+    """
+    lookups = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    others = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    used = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    skipped = {id(module.weight) for module in lookups} - used  # a tied one is also the head
+    counts = [0, 0]
+    for parameter in model.parameters():
+        if parameter.ndim >= 2 and id(parameter) not in skipped:
+            counts[parameter.requires_grad] += parameter.numel()
+    return counts[0], counts[1]
+
+
+def flops_per_token(frozen: int, trainable: int, attention: Iterable[tuple[int, int | None]], seq_len: int) -> float:
+    """FLOP of forward and backward for one token: 4 a frozen weight, 6 a trainable one, plus causal attention.
+
+    `attention` has (query heads x head size, window or None) of each layer; a query sees seq_len / 2 keys on average,
+    fewer through a window. Work repeated by activation recomputation is not useful work and does not count.
+    """
+    scores = sum(12.0 * width * _keys_seen(seq_len, window) for width, window in attention)
+    return 4.0 * frozen + 6.0 * trainable + scores
+
+
+def _keys_seen(seq_len: int, window: int | None) -> float:
+    span = seq_len if window is None else min(window, seq_len)
+    return span - span * span / (2.0 * seq_len)

@@ -1,0 +1,43 @@
+"""AdamW over the trainable parameters, and one optimizer step."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ftlib.sections import Optim
+
+
+def build(model: nn.Module, cfg: Optim) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); vectors (norms, biases) are not decayed."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = all(p.device.type == "cuda" for p in trainable)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+
+
+def step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float | None) -> Tensor:
+    """Clip, step, clear gradients; returns the global gradient norm before clipping, float32 scalar."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = clip(parameters, max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def clip(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale gradients in place so that their global 2-norm is at most `max_norm` (None: only measure)."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,114 @@
+"""Where a run runs: process group, device, meshes. One process is just the mesh of size one."""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ftlib.errors import UserError
+from ftlib.sections import Parallel
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a recipe knows about its processes.
+
+    `dense` (dp_replicate, fsdp, tp) places parameters; `data` (dp_replicate, dp_shard, cp, tp) places rows.
+    """
+
+    device: torch.device
+    rank: int
+    world: int
+    dense: DeviceMesh
+    data: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def data_ranks(self) -> int:
+        """Processes that read different rows."""
+        return self.data["dp_replicate"].size() * self.data["dp_shard"].size()
+
+    @property
+    def data_rank(self) -> int:
+        return self.data["dp_replicate"].get_local_rank() * self.data["dp_shard"].size() + self.data[
+            "dp_shard"
+        ].get_local_rank()
+
+    def total(self, x: Tensor) -> Tensor:
+        """`x` summed over the processes that hold different tokens."""
+        x = x.detach().clone()
+        for axis in ("dp_replicate", "dp_shard", "cp"):
+            if self.data[axis].size() > 1:
+                dist.all_reduce(x, group=self.data[axis].get_group())
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """True on every process when it is true on one."""
+        if self.world == 1:
+            return flag
+        x = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return bool(x)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def world_size() -> int:
+    """Processes of this job, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sizes(cfg: Parallel, world: int) -> tuple[int, int, int, int]:
+    """(dp_replicate, dp_shard, cp, tp) for `world` processes; UserError naming the keys when they do not fit."""
+    fixed = cfg.dp_replicate * cfg.cp * cfg.tp
+    shard = cfg.dp_shard if cfg.dp_shard != -1 else max(1, world // fixed)
+    if fixed * shard != world:
+        product = f"dp_replicate {cfg.dp_replicate} x dp_shard {shard} x cp {cfg.cp} x tp {cfg.tp} = {fixed * shard}"
+        raise UserError(
+            f"{product}, but there are {world} processes",
+            where="parallel",
+            fix=f"start {fixed * shard} processes (tune run --nproc-per-node {fixed * shard} …) or change parallel.*",
+        )
+    return cfg.dp_replicate, shard, cfg.cp, cfg.tp
+
+
+def start(cfg: Parallel, seed: int, deterministic: bool = False) -> Run:
+    """Join the process group, pick the device, seed the generators (alike on every process), build the meshes."""
+    world, rank = world_size(), int(os.environ.get("RANK", "0"))
+    shape = sizes(cfg, world)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        # One process needs no rendezvous, so it opens no port.
+        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **store)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if deterministic:
+        make_deterministic()
+    dense = init_device_mesh(
+        device.type, (shape[0], shape[1] * shape[2], shape[3]), mesh_dim_names=("dp_replicate", "fsdp", "tp")
+    )
+    data = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "cp", "tp"))
+    return Run(device=device, rank=rank, world=world, dense=dense, data=data)
+
+
+def make_deterministic() -> None:
+    """Equal runs give equal bits on one machine; slower on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False

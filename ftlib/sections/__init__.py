@@ -1,0 +1,12 @@
+"""Every shared section of a recipe's config: the one reference for what a key means (`tune help config`)."""
+
+from ftlib.sections.data import Batch, Data, Source
+from ftlib.sections.lora import Lora
+from ftlib.sections.model import Model, Tokenizer
+from ftlib.sections.optim import Optim, Schedule
+from ftlib.sections.run import Checkpoint, Eval, Log, Memory, Parallel
+
+__all__ = [
+    "Batch", "Checkpoint", "Data", "Eval", "Log", "Lora", "Memory", "Model", "Optim", "Parallel", "Schedule", "Source",
+    "Tokenizer",
+]

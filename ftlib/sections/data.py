@@ -1,0 +1,58 @@
+"""What is trained on, and how rows become packed batches."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ftlib.config import LocalOrHub, MaybeFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One place rows come from."""
+
+    path: LocalOrHub  # file (.json, .jsonl, …), or `ftlib:demo/data/…` for data shipped with the package
+    format: str = "auto"  # `messages`, `alpaca`, `text`, or `auto`: detected from the columns
+    weight: float = 1.0  # share of this source in the mix: 2 shows its rows twice as often as 1
+    split: str | None = None  # part of the source: `train`, `[:90%]`, `[1000:]`
+    columns: dict[str, str] = None  # the format's column name -> the file's, when they differ
+    roles: dict[str, str] = None  # the file's role name -> system, user, assistant or tool
+    name: str | None = None  # name in logs; by default the file's name
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError("weight: must be above 0; leave a source out to switch it off")
+        for key in ("columns", "roles"):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Training rows, held-out rows, and how they are laid out."""
+
+    sources: tuple[Source, ...]
+    eval: tuple[Source, ...] | float | None = None  # held out: sources, a fraction (0.05) or a number of rows (200)
+    seq_len: int = 2048  # tokens of one packed row
+    pack: bool = True  # several documents share a row and never see each other; false: one document a row
+    template: MaybeFile | None = None  # chat template: a built-in name, a .jinja file; null: the tokenizer's own
+    overlong: Literal["drop", "truncate", "error"] = "drop"  # documents longer than seq_len
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources: at least one is needed")
+        if self.seq_len < 2:
+            raise ValueError("seq_len: must be at least 2")
+        if isinstance(self.eval, (int, float)) and self.eval < 0:
+            raise ValueError("eval: a fraction below 1 or a number of rows, not negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Size of an optimizer step in packed rows; accumulation follows: rows / (micro_rows x data-parallel ranks)."""
+
+    rows: int = 8  # packed rows of one optimizer step, over all devices
+    micro_rows: int = 1  # rows per device in one forward and backward
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.micro_rows < 1:
+            raise ValueError("rows and micro_rows: must be at least 1")

@@ -1,0 +1,70 @@
+"""How a run uses the machine, what it saves and what it says."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Speed against memory."""
+
+    recompute: Literal["none", "full"] = "full"  # activations kept, or recomputed in backward block by block
+    compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on with CUDA, off on CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the processes are used. dp_replicate * dp_shard * cp * tp must be their number."""
+
+    dp_replicate: int = 1  # copies of the sharded model (HSDP); with dp_shard=1 this is plain data parallelism
+    dp_shard: int = -1  # processes that share one copy of the model (FSDP2); -1: all that are left
+    cp: int = 1  # processes that share one sequence
+    tp: int = 1  # processes that share each matrix
+
+    def __post_init__(self) -> None:
+        for key in ("dp_replicate", "cp", "tp"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: must be at least 1")
+        if self.dp_shard < 1 and self.dp_shard != -1:
+            raise ValueError("dp_shard: must be at least 1, or -1 for all processes that are left")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Resumable training state in <output_dir>/checkpoints/step_NNNNNN."""
+
+    every: int = 100  # steps between two saves; 0: only on a signal
+    keep: int = 2  # newest checkpoints kept
+    resume: Literal["auto", "required", "never"] = "auto"  # auto: continue if there is a good checkpoint
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError("every: must not be negative")
+        if self.keep < 1:
+            raise ValueError("keep: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Held-out evaluation: before the first step, every `every` steps, after the last."""
+
+    every: int = 0  # steps between evaluations; 0: only before the first step and after the last
+    exact_match: int = 0  # held-out conversations answered greedily and compared with their reference answer
+    max_new_tokens: int = 64  # length limit of such an answer
+    samples: int = 3  # of those, how many are printed before and after
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.exact_match, self.samples) < 0 or self.max_new_tokens < 1:
+            raise ValueError("every, exact_match, samples: not negative; max_new_tokens: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is reported while training. metrics.jsonl always has one row a step."""
+
+    every: int = 1  # steps between two printed lines
+    to: tuple[str, ...] = ("console",)  # where rows also go: `console`
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError("every: must be at least 1")

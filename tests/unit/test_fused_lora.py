@@ -1,0 +1,84 @@
+"""The fused projection with adapters: against every product on its own, and inside a model."""
+
+import json
+
+import pytest
+import torch
+from parity.shrink import reference, relative, shrunk
+
+from ftlib import models
+from ftlib.adapters import lora, merge
+from ftlib.adapters.fuse import fuse
+from ftlib.kernels.lora_linear import lora_project, lora_project_reference
+
+
+def operands(dim, outs, rank, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=dtype)
+
+    out, ranks = sum(outs), rank * len(outs)
+    x = normal(7, dim).requires_grad_()
+    a = [normal(rank, dim).requires_grad_() for _ in outs]
+    b = [normal(o, rank).requires_grad_() for o in outs]
+    stacked = torch.zeros(out + ranks, dim + ranks, dtype=dtype)
+    stacked[:out, :dim] = normal(out, dim)
+    row = 0
+    for i, (low, high) in enumerate(zip(a, b, strict=True)):
+        at = slice(i * rank, (i + 1) * rank)
+        stacked[out:, :dim][at] = low.detach()
+        stacked[row : row + len(high), dim:][:, at] = high.detach()
+        row += len(high)
+    return x, stacked, a, b
+
+
+@pytest.mark.parametrize(("dim", "outs"), [(6, (5, 3)), (12, (5, 3)), (8, (8,)), (3, (7,)), (16, (4, 2, 2))])
+def test_value_and_gradients_equal_separate_products(dim, outs):
+    results = []
+    for project in (lora_project, lora_project_reference):
+        x, stacked, a, b = operands(dim, outs, rank=2)
+        y = project(x, stacked, a, b, 1.5)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+        results.append((y, *torch.autograd.grad((y * weights).sum(), (x, *a, *b))))
+    assert all(torch.allclose(ours, theirs, rtol=0, atol=1e-12) for ours, theirs in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("dim", "outs"), [(6, (5, 3)), (12, (5, 3))])
+def test_operator_is_sound_under_autograd_and_fake_tensors(dim, outs):
+    x, stacked, a, b = operands(dim, outs, rank=2)
+    torch.library.opcheck(torch.ops.ftlib.lora_project.default, (x, stacked, a, b, 1.5))
+
+
+def test_a_fused_model_equals_the_plain_one(tmp_path):
+    config = shrunk("qwen3-0.6b")
+    reference(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.randint(3, 160, (2, 20), generator=torch.Generator().manual_seed(0))
+    found = []
+    for fused in (False, True):
+        model = models.from_pretrained(tmp_path).train()
+        lora.attach(model, "all-linear", rank=4, alpha=8)
+        lora.reset(model, 0)
+        if fused:
+            assert fuse(model) == 4 * 3
+        g = torch.Generator().manual_seed(3)
+        with torch.no_grad():  # after fusing: the copies must follow the parameters
+            for _, _, f in lora.adapted(model):
+                f.lora_B.normal_(0, 0.1, generator=g)
+        logits = model.logits(x)
+        logits.square().mean().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        with lora.use(model, None), torch.no_grad():
+            off = model.logits(x)
+        state = {n: t.clone() for n, t in model.state_dict().items()}
+        merge.merge_into(model)
+        with torch.no_grad():
+            merged = model.logits(x)
+        found.append((logits, gradients, off, state, merged))
+    plain, fused = found
+    assert relative(fused[0], plain[0]) <= 1e-5 and relative(fused[2], plain[2]) <= 1e-6
+    assert relative(fused[4], fused[0]) <= 1e-5
+    assert plain[1].keys() == fused[1].keys()
+    assert max(relative(fused[1][n], g) for n, g in plain[1].items()) <= 1e-5
+    assert plain[3].keys() == fused[3].keys() and all(torch.equal(fused[3][n], t) for n, t in plain[3].items())

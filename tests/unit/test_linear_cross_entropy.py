@@ -1,0 +1,51 @@
+"""The fused head against all logits at once, in float64 and in every split."""
+
+import pytest
+import torch
+
+from ftlib.kernels import linear_cross_entropy as module
+from ftlib.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+
+def inputs(dtype=torch.float64, tokens=37, dim=16, vocab=53, ignored=0.3):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, dim, generator=g, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, dim, generator=g, dtype=dtype).requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,), generator=g)
+    labels[torch.rand(tokens, generator=g) < ignored] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("tile", [1, 7, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_value_and_gradients(monkeypatch, tile, dtype, tolerance):
+    monkeypatch.setattr(module, "TILE_BYTES", tile * 53 * dtype.itemsize)
+    hidden, weight, labels = inputs(dtype)
+    loss = linear_cross_entropy(hidden, weight, labels) / 11
+    got = torch.autograd.grad(loss, (hidden, weight))
+    oracle = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = linear_cross_entropy_reference(*oracle, labels) / 11
+    want = torch.autograd.grad(expected, oracle)
+    assert abs(loss - expected) <= tolerance * abs(expected)
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_gradcheck():
+    hidden, weight, labels = inputs(tokens=5, dim=3, vocab=7)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels), (hidden, weight))
+
+
+def test_rows_without_a_target_have_no_gradient_and_no_targets_give_zero():
+    hidden, weight, labels = inputs()
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert torch.all(hidden.grad[labels == -100] == 0) and torch.all((hidden.grad != 0).any(1)[labels != -100])
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    assert loss == 0
+    loss.backward()
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, labels = inputs()
+    linear_cross_entropy(hidden, weight.detach(), labels).backward()
+    assert weight.grad is None and hidden.grad is not None

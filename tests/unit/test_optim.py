@@ -1,0 +1,67 @@
+"""Schedules, clipping and parameter groups."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ftlib.optim import adamw
+from ftlib.optim.schedule import learning_rate
+from ftlib.sections import Optim, Schedule
+
+
+def rates(steps, **kw):
+    return [learning_rate(Schedule(**kw), 1.0, step, steps) for step in range(1, steps + 1)]
+
+
+def test_warmup_rises_linearly_to_the_peak_then_cosine_reaches_its_floor():
+    r = rates(100, name="cosine", warmup_steps=10, min_ratio=0.1)
+    assert r[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert r[54] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
+    assert r[-1] == pytest.approx(0.1) and r == sorted(r[:10]) + sorted(r[10:], reverse=True)
+
+
+def test_linear_and_constant():
+    assert rates(100, name="linear", warmup_steps=0)[49] == pytest.approx(0.5)
+    assert set(rates(50, name="constant", warmup_steps=5)[5:]) == {1.0}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12])
+def test_short_runs_reach_the_peak_early_and_never_train_at_zero(steps):
+    r = rates(steps, name="constant", warmup_steps=1000)
+    assert max(r) == 1.0 and min(r) > 0
+
+
+def test_clip_scales_to_the_norm_and_reports_the_norm_before():
+    p = nn.Parameter(torch.zeros(2, 2))
+    p.grad = torch.full((2, 2), 3.0)
+    assert float(adamw.clip([p], 1.0)) == pytest.approx(6.0)
+    assert float(p.grad.norm()) == pytest.approx(1.0, rel=1e-5)
+    p.grad = torch.full((2, 2), 0.1)
+    adamw.clip([p], 1.0)
+    assert torch.allclose(p.grad, torch.full((2, 2), 0.1))
+
+
+def test_vectors_are_not_decayed_and_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    groups = adamw.build(model, Optim(weight_decay=0.5)).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.5), (1, 0.0)]
+
+
+def test_step_equals_torch_adamw_by_hand():
+    torch.manual_seed(0)
+    a, b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    b.load_state_dict(a.state_dict())
+    cfg = Optim(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), max_grad_norm=0.5)
+    ours = adamw.build(a, cfg)
+    theirs = torch.optim.AdamW(b.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(5):
+        x = torch.randn(8, 4)
+        a(x).square().sum().backward()
+        b(x).square().sum().backward()
+        adamw.step(ours, 1e-2, cfg.max_grad_norm)
+        nn.utils.clip_grad_norm_(b.parameters(), 0.5)
+        theirs.step(), theirs.zero_grad()
+    assert torch.equal(a.weight, b.weight)
