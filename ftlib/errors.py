@@ -31,7 +31,7 @@ class Problems(UserError):
 
 
 class Stopped(Exception):
-    """A signal asked the run to end; its state is saved and the same command continues it. Exit code 75 (EX_TEMPFAIL)."""
+    """A signal asked the run to end; its state is saved, the same command continues it. Exit code 75 (EX_TEMPFAIL)."""
 
     exit_code = 75
 

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's file format (adapter_config.json, adapter_model.safetensors): peft, transformers and vLLM read it."""
+"""Adapters in PEFT's file format, adapter_config.json and adapter_model.safetensors, which peft and vLLM read."""
 
 import json
 from pathlib import Path

@@ -28,7 +28,8 @@ def tokenize(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nda
             return _text(example.text, tokenizer)
         return _conversation(example, tokenizer)
     except UserError as error:
-        raise UserError(error.what, where=example.where, fix=error.fix) from None
+        where = f"{example.where} ({error.where})" if error.where else example.where
+        raise UserError(error.what, where=where, fix=error.fix) from None
     except UnicodeEncodeError as error:
         what = f"the text holds half a character (a lone surrogate, {error.object[error.start]!a})"
         raise UserError(what, where=example.where, fix="mend or remove this row") from None

@@ -25,7 +25,7 @@ def _tanh(x):  # noqa: ANN001, ANN202
 
 @triton.jit
 def _tile_kernel(  # noqa: ANN202
-    logits, labels, nll, stride, vocab, scale, cap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr  # noqa: ANN001, N803
+    logits, labels, nll, stride, vocab, scale, cap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr  # noqa: ANN001
 ):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride

@@ -38,7 +38,9 @@ def ours_with_adapter(folder, targets="all-linear", rank=4, alpha=12.0):
     return model, names
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), r"model\.layers\.[02]\.self_attn\.(k|v)_proj"])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("q_proj", "down_proj"), r"model\.layers\.[02]\.self_attn\.(k|v)_proj"]
+)
 def test_peft_loads_our_adapter_with_equal_logits(folder, tmp_path, targets):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

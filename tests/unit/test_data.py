@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_tokenizer import SPECIAL, FakeTokenizer
 
-from ftlib.data import Documents, load
+from ftlib import tokenizers
+from ftlib.data import Documents, Example, load
 from ftlib.data.formats import choose_shape, read_example
 from ftlib.data.masks import tokenize
 from ftlib.data.sources import locate, read
@@ -305,3 +307,49 @@ def test_real_files(name, format, rows):
     report = loaded.report.sources[0]
     assert (report.format, report.rows, len(loaded.train)) == (format, rows, rows - report.dropped["no trained token"])
     assert 0.1 < loaded.train.target_counts.sum() / len(loaded.train.input_ids) < 1
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")
+def test_real_tokenizer_and_template():
+    tokenizer = tokenizers.from_pretrained(SHARED.parent / "tiny_models" / "stories260K" / "hf")
+    tokenizer.chat_template = tokenizers.load_template("chatml")
+    cfg = Data(sources=(Source(path=str(SHARED / "lf_v1_sft_demo.jsonl")),), seq_len=512, eval=20)
+    with pytest.warns(UserWarning, match="no token for"):
+        loaded = load(cfg, tokenizer, seed=0)
+    assert len(loaded.train) + 20 + sum(loaded.report.sources[0].dropped.values()) == 500
+    for document in loaded.eval["held_out"]:
+        answer = tokenizer.decode(document.labels[document.labels != -100].tolist())
+        assert answer.strip() == document.messages[-1]["content"] + "<|im_end|>"
+
+
+def golden_masks():
+    if not SHARED.exists():
+        return []
+    cases = json.loads((SHARED.parent / "chat_templates" / "qwen_sft_mask_golden.json").read_text())["cases"]
+    return [case for case in cases if any(case["assistant_mask"])]  # the others end in a generation prompt
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")
+@pytest.mark.parametrize("case", golden_masks(), ids=lambda case: f"{case['model']}-{case['case']}")
+def test_golden_masks(case, tmp_path):
+    """Ids and masks of Qwen's training templates, written down by another program."""
+    shutil.copy(SHARED.parent / "tokenizers" / "qwen" / "qwen.tiktoken", tmp_path)
+    special = {
+        151643: "<|endoftext|>",
+        151644: "<|im_start|>",
+        151645: "<|im_end|>",
+        151667: "<think>",
+        151668: "</think>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
+    tokenizer = tokenizers.from_pretrained(tmp_path)
+    templates = SHARED.parent / "chat_templates"
+    tokenizer.chat_template = tokenizers.load_template(str(templates / case["template"]))
+    row = json.loads((templates / "golden_render_conversations.json").read_text())[case["case"]]
+    conversation = Example("golden", messages=[])
+    for message in row["messages"]:
+        conversation.add(**message)
+    conversation.tools = row.get("tools")
+    ids, trained = tokenize(conversation, tokenizer)
+    assert ids.tolist() == case["input_ids"]
+    assert trained.astype(int).tolist() == case["assistant_mask"]

@@ -1,0 +1,136 @@
+"""Config -> a model with weights, adapters and sharding: the one order that every recipe goes through."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from ftlib import data, plugins, tokenizers
+from ftlib.adapters import lora
+from ftlib.errors import Problems, UserError
+from ftlib.layers.attention import choose_backend
+from ftlib.models import LanguageModel, hub, load
+from ftlib.parallel.apply import apply
+from ftlib.parallel.run import Run, sizes
+from ftlib.sections import Lora
+from ftlib.tokenizers import Tokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def from_scratch(cfg: Any) -> bool:
+    """Whether weights are drawn from the seed instead of read."""
+    return getattr(cfg, "from_scratch", False)
+
+
+def model(cfg: Any, run: Run) -> LanguageModel:
+    """The model of a recipe's config, ready to train on `run`'s device.
+
+    A config with a `lora` section gets a frozen model with trainable adapters; else every parameter trains.
+    """
+    folder, dtype = hub.resolve(cfg.model.path), DTYPES[cfg.dtype]
+    built = load.build(folder, dtype, _decoder(cfg.model.code))
+    weights = None if from_scratch(cfg) else load.check_weights(built, folder)
+    built.model.use_attention(choose_backend(cfg.model.attention))
+    adapters: Lora | None = getattr(cfg, "lora", None)
+    if adapters is not None:
+        lora.attach(built, adapters.targets, rank=adapters.rank, alpha=adapters.alpha, dropout=adapters.dropout)
+    apply(built, run, cfg.memory, dtype)
+    built.to_empty(device=run.device)
+    built.tie()
+    if weights is None:
+        built.model.init_weights(cfg.seed)
+    else:
+        load.load_weights(built, weights)
+    if adapters is not None:
+        lora.reset(built, cfg.seed)
+    built.source = folder
+    return built.train()
+
+
+def check(cfg: Any, world: int = 1) -> None:
+    """Everything that can be known before the first step without a GPU; raises one error listing all problems.
+
+    `cfg` is a recipe's Config: sections it does not have are not checked.
+    """
+    problems = []
+    for part in (lambda: _check_model(cfg), lambda: _check_parallel(cfg, world)):
+        try:
+            part()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise Problems(problems)
+
+
+def _check_model(cfg: Any) -> None:
+    folder = hub.resolve(cfg.model.path)
+    built = load.build(folder, DTYPES[cfg.dtype], _decoder(cfg.model.code))
+    choose_backend(cfg.model.attention)
+    if not from_scratch(cfg):
+        load.check_weights(built, folder)
+    if hasattr(cfg, "lora"):
+        lora.attach(built, cfg.lora.targets, rank=cfg.lora.rank, alpha=cfg.lora.alpha)
+
+
+def _check_parallel(cfg: Any, world: int) -> None:
+    replicate, shard, cp, tp = sizes(cfg.parallel, world)
+    if cp > 1 or tp > 1:
+        raise UserError("cp and tp above 1 are not available", where="parallel.cp, parallel.tp", fix="set both to 1")
+    per_forward = cfg.batch.micro_rows * replicate * shard
+    if cfg.batch.rows % per_forward:
+        raise UserError(
+            f"batch.rows {cfg.batch.rows} is no multiple of batch.micro_rows {cfg.batch.micro_rows} x "
+            f"{replicate * shard} data-parallel processes (parallel.dp_replicate x parallel.dp_shard)",
+            where="batch",
+            fix=f"set batch.rows to a multiple of {per_forward}",
+        )
+
+
+def _decoder(code: str | None) -> type | None:
+    return plugins.find("decoders", code, {}) if code else None
+
+
+def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
+    """What must be equal for a run to be continued: base model, data, order and size of a step."""
+    folder = hub.resolve(cfg.model.path)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:  # a header holds names, shapes and places of tensors; reading all takes minutes
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(1 << 16))
+    found = {
+        "model": digest.hexdigest(),
+        "data": rows.train.fingerprint,
+        "data.seq_len": cfg.data.seq_len,
+        "data.pack": cfg.data.pack,
+        "batch.rows": cfg.batch.rows,
+        "seed": cfg.seed,
+        "dtype": cfg.dtype,
+    }
+    if hasattr(cfg, "lora"):
+        found |= {"lora.rank": cfg.lora.rank, "lora.alpha": cfg.lora.alpha, "lora.targets": cfg.lora.targets}
+    return found
+
+
+def tokenizer(cfg: Any) -> Tokenizer:
+    """The tokenizer of a recipe's config, with the chat template its data asks for."""
+    found = tokenizers.from_pretrained(hub.resolve(cfg.tokenizer.path or cfg.model.path))
+    if cfg.data.template is not None:
+        found.chat_template = tokenizers.load_template(cfg.data.template)
+    return found
+
+
+def loader(cfg: Any, documents: data.Documents, tokenizer: Tokenizer, run: Run) -> data.Loader:
+    """Training batches of a recipe's config for this process."""
+    return data.Loader(
+        documents,
+        seq_len=cfg.data.seq_len,
+        rows=cfg.batch.rows,
+        micro_rows=cfg.batch.micro_rows,
+        seed=cfg.seed,
+        pack=cfg.data.pack,
+        pad_id=tokenizer.pad_id or 0,
+        rank=run.data_rank,
+        ranks=run.data_ranks,
+        pin=run.device.type == "cuda",
+    )

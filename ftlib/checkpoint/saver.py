@@ -1,0 +1,264 @@
+"""Saving and resuming a run: the one object a recipe holds."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import ftlib
+from ftlib.checkpoint import format, rng, tensors
+from ftlib.checkpoint.agree import Ranks, exchange, together
+from ftlib.checkpoint.verify import newest_good, read_state, verify
+from ftlib.errors import UserError
+from ftlib.sections import Checkpoint
+
+FINISHED, LOCK = ".finished.json", ".lock"  # in output_dir; hidden, as neither is a result
+
+
+class Position(Protocol):
+    """Where the data is: plain integers, the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class State:
+    """All that changes while training. Schedules are functions of the step and keep nothing."""
+
+    model: nn.Module
+    optimizer: Optimizer | Sequence[Optimizer]
+    loader: Position
+    extra: dict[str, Any] = field(default_factory=dict)  # JSON-able, the same on every rank; filled in place by resume
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        return [self.optimizer] if isinstance(self.optimizer, Optimizer) else self.optimizer
+
+
+class Saver:
+    """Checkpoints of one run in `<output_dir>/checkpoints`. Every method that touches files is collective.
+
+    `fingerprint` is a flat dict of JSON values that must be equal for a run to be continued (model, data, seed,
+    rows…; a `seed` in it also seeds the generators when the number of ranks changes).
+    """
+
+    def __init__(
+        self,
+        cfg: Checkpoint,
+        output_dir: Path,
+        run: Ranks,
+        fingerprint: dict[str, Any],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.cfg, self.run = cfg, run
+        self.root = Path(output_dir) / "checkpoints"
+        self.final = Path(output_dir) / "final"
+        self.marker = Path(output_dir) / FINISHED
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self._say = say if run.is_main else lambda text: None
+        self._initial: list[dict[str, Any]] | None = None  # optimizer settings before the first step
+        self._lock: TextIO | None = None
+        self._unwanted: set[str] = set()  # damaged, or of a run that is started over: gone after the next save
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether to save after `step`: every `checkpoint.every` steps and at the end, never if that is 0."""
+        return self.cfg.every > 0 and (step % self.cfg.every == 0 or step == last_step)
+
+    def resume(self, state: State) -> int:
+        """Fill `state` from the newest whole checkpoint; steps done, 0 for a fresh start.
+
+        Call it last before the loop: the generators are restored last and anything random afterwards moves them.
+        Raises UserError where nothing can be resumed but something should be, or where the settings differ.
+        """
+        if self._initial is None:
+            self._initial = tensors.groups(state.optimizers)
+        choice: str | None = None
+        with together(self.run, "looking for checkpoints"):
+            if self.run.is_main:
+                choice = self._choose()
+        name = exchange(self.run, choice)[0]
+        if name is None:
+            return 0
+        with together(self.run, f"reading {name}"):
+            saved = read_state(self.root / name)
+            self._compare(name, saved["fingerprint"])
+            numbers = saved["optimizer"]["state"]
+            wanted = tensors.targets(self.root / name, state.model, state.optimizers, numbers)
+        with together(self.run, f"reading {name}"):
+            tensors.fill(self.root / name, wanted, state.model, state.optimizers, numbers)
+            changed = tensors.restore_groups(state.optimizers, self._initial, saved["optimizer"]["groups"])
+            state.loader.load_state_dict(saved["loader"])
+            state.extra.update(saved["extra"])
+        self._say(f"resuming from {name}" + "".join(f"; config changed {text}" for text in dict.fromkeys(changed)))
+        self._restore_rng(saved)
+        return saved["step"]
+
+    def save(self, step: int, state: State) -> None:
+        """Publish `step_N`, then drop what is over `checkpoint.keep`. A failure raises on every rank and leaves the
+        checkpoints before it as they were."""
+        name = format.step_name(step)
+        temporary = self.root / f".tmp_{name}"
+        with together(self.run, f"preparing {name}"):
+            slots, numbers = tensors.optimizer_state(state.model, state.optimizers)
+            everything = tensors.model_tensors(state.model) | slots
+            tensors.assert_plain(everything)
+            if self.run.is_main:
+                self._make_room(name, tensors.total_bytes(everything))
+                temporary.mkdir()
+        try:
+            with together(self.run, f"preparing {name}"):
+                if not temporary.is_dir():
+                    fix = "put output_dir on storage that all machines share"
+                    raise UserError(f"process {self.run.rank} does not see {temporary}", fix=fix)
+            with together(self.run, f"writing {name}"):
+                tensors.write(temporary, everything, self.run.world)
+                mine = format.seal(temporary, f"shard-{self.run.rank + 1:05d}-")
+            files = {file: entry for part in exchange(self.run, mine) for file, entry in part.items()}
+            generators = exchange(self.run, rng.capture(self.run.device))
+            with together(self.run, f"publishing {name}"):
+                if self.run.is_main:
+                    content = self._content(step, state, numbers, generators)
+                    format.publish_step(self.root, step, content, files)
+        except BaseException:
+            if self.run.is_main:
+                format.discard(temporary)
+            raise
+        with together(self.run, "removing old checkpoints"):
+            if self.run.is_main:
+                format.prune(self.root, self.cfg.keep, step, self._unwanted - {name}, self._say)
+        self._unwanted.clear()
+
+    def finish(self, step: int) -> None:
+        """Note that the run is over at `step` and its `final` folder published."""
+        with together(self.run, "marking the run as finished"):
+            if self.run.is_main:
+                temporary = self.marker.with_suffix(".tmp")
+                format.write_json(temporary, {"step": step, "fingerprint": self.fingerprint})
+                os.replace(temporary, self.marker)
+                format.sync(self.marker.parent)
+
+    def finished(self) -> int | None:
+        """Step at which the run ended, if it did and `final` is there; None also with `checkpoint.resume: never`."""
+        step: int | None = None
+        with together(self.run, "looking for a finished run"):
+            if self.run.is_main and self.cfg.resume != "never" and self.marker.is_file() and self.final.is_dir():
+                content = _read_marker(self.marker)
+                if content:
+                    self._compare("the finished run", content["fingerprint"])
+                    step = content["step"]
+        return exchange(self.run, step)[0]
+
+    def _choose(self) -> str | None:
+        """Rank 0: tidy the folder and pick what to resume from, by `checkpoint.resume`."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._hold_lock()
+        format.sweep(self.root, _intact, self._say)
+        names = list(format.listing(self.root))
+        if self.cfg.resume == "never":
+            self.marker.unlink(missing_ok=True)
+            self._unwanted = set(names)
+            if names:
+                self._say(f"starting over; the next save replaces {', '.join(names)}")
+            return None
+        name, damaged = newest_good(self.root, self._say)
+        self._unwanted = {text.split(":")[0] for text in damaged}
+        if name is None and damaged:
+            raise UserError(
+                "every checkpoint is damaged:\n    " + "\n    ".join(damaged),
+                where=str(self.root),
+                fix="restore one from a copy, or start over: checkpoint.resume=never",
+            )
+        if name is None and self.cfg.resume == "required":
+            raise UserError(
+                "there is no checkpoint to resume from",
+                where=str(self.root),
+                fix="check output_dir, or set checkpoint.resume=auto to start from the beginning",
+            )
+        return name
+
+    def _hold_lock(self) -> None:
+        """Until this process ends, however it ends: two runs in one folder would sweep away each other's saves."""
+        if self._lock is not None:
+            return
+        handle = open(self.root.parent / LOCK, "w")  # noqa: SIM115 - closing it would release the lock
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by data workers
+        except (BlockingIOError, PermissionError):
+            handle.close()
+            fix = "wait for it or stop it, or use a new output_dir"
+            raise UserError("another run is using this folder", where=str(self.root.parent), fix=fix) from None
+        except OSError:
+            pass  # some network file systems have no locks; then nothing guards against a second run
+        self._lock = handle
+
+    def _compare(self, name: str, saved: dict[str, Any]) -> None:
+        mine = self.fingerprint
+        drift = [
+            f"{key}: {saved.get(key)!r} then, {mine.get(key)!r} now"
+            for key in sorted(saved.keys() | mine.keys())
+            if saved.get(key) != mine.get(key)
+        ]
+        if drift:
+            raise UserError(
+                f"{name} was made with other settings:\n    " + "\n    ".join(drift),
+                where=str(self.root),
+                fix="set them back, use a new output_dir, or start over: checkpoint.resume=never",
+            )
+
+    def _make_room(self, name: str, size: int) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        format.sweep(self.root, _intact, self._say)
+        need, free = int(1.02 * size) + (1 << 20), shutil.disk_usage(self.root).free
+        if free < need:
+            last = list(format.listing(self.root))[-1:]
+            raise UserError(
+                f"no room for {name}: it needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
+                where=str(self.root),
+                fix="free some space and run the same command again"
+                + (f"; it continues from {last[0]}, which is kept" if last else ""),
+            )
+
+    def _content(
+        self, step: int, state: State, numbers: dict[str, Any], generators: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        current = tensors.groups(state.optimizers)
+        mesh = getattr(self.run, "data", None)
+        return {
+            "step": step,
+            "loader": state.loader.state_dict(),
+            "extra": state.extra,
+            "optimizer": {"groups": {"initial": self._initial or current, "current": current}, "state": numbers},
+            "rng": {str(rank): generator for rank, generator in enumerate(generators)},
+            "world": self.run.world,
+            "mesh": {} if mesh is None else dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)),
+            "fingerprint": self.fingerprint,
+            "versions": {"ftlib": ftlib.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+
+    def _restore_rng(self, saved: dict[str, Any]) -> None:
+        if saved["world"] == self.run.world:
+            rng.restore(saved["rng"][str(self.run.rank)], self.run.device)
+            return
+        self._say(f"saved by {saved['world']} processes, now {self.run.world}: random generators start anew")
+        rng.reseed(self.fingerprint.get("seed", 0), saved["step"], self.run.rank)
+
+
+def _intact(folder: Path) -> bool:
+    return verify(folder) is None
+
+
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:  # somebody edited it; the checkpoints still know how far the run came
+        return None

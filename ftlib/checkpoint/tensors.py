@@ -1,0 +1,170 @@
+"""The tensors of a training state under stable names, into files and back.
+
+`model.<name>` are the trainable parameters (all of them in a full fine-tune) and persistent buffers,
+`optim.state.<name>.<slot>` what the optimizer keeps for each parameter. Sharded tensors are written and read by their
+owners; any other mesh, or none, reads the same files.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ftlib.errors import UserError
+
+FILE_BYTES = 512 << 20  # of one file: each is built in host memory before it is written, and checked in parallel
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # recompute and compile put these into names
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`model.<name>` -> the live tensor: trainable parameters and persistent buffers, a tied one once."""
+    every = {_plain(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    kept = {_plain(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = get_model_state_dict(model)
+    return {f"model.{name}": value for name, value in state.items() if name in kept or name not in every}
+
+
+def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`optim.state.<name>.<slot>` of every parameter that has been stepped: live tensors, and plain numbers.
+
+    Walks the live state: `get_optimizer_state_dict` would take a step to create a missing one, which would leave an
+    interrupted run one step ahead of an uninterrupted one.
+    """
+    tensors, numbers = {}, {}
+    for name, state in _named_state(model, optimizers):
+        for slot, value in state.items():
+            target = tensors if isinstance(value, Tensor) else numbers
+            target[f"optim.state.{name}.{slot}"] = value
+    return tensors, numbers
+
+
+def total_bytes(tensors: dict[str, Tensor]) -> int:
+    """Size of the whole tensors, over all ranks."""
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def assert_plain(tensors: dict[str, Any]) -> None:
+    """TypeError for anything but plain and sharded tensors: torch would pickle it into a file called .safetensors."""
+    for name, value in tensors.items():
+        if type(value) not in (Tensor, nn.Parameter, DTensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds plain tensors only")
+
+
+def write(folder: Path, tensors: dict[str, Tensor], world: int) -> None:
+    """Every rank writes its shards as `shard-<rank + 1>-model-<i>-of-<n>.safetensors`. Collective."""
+    files, filled = {}, 0
+    for name, value in tensors.items():
+        files[name] = 1 + filled // (FILE_BYTES * world)
+        filled += value.numel() * value.element_size()
+    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), files, save_distributed=True))
+
+
+def targets(
+    folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], numbers: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The live tensors that a checkpoint fills, optimizer state among them (created here; an earlier one is dropped).
+
+    Raises a UserError naming every tensor that is missing, left over, or of another shape or dtype: torch would cast.
+    """
+    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    stepped = any(name.startswith("optim.state.") for name in [*saved, *numbers])
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()
+        if stepped:  # makes the state by a step of lr 0 and zero gradients; parameters are filled after it
+            get_optimizer_state_dict(model, optimizer)
+    present = saved.keys() | numbers.keys()
+    for name, state in _named_state(model, optimizers):
+        if not any(f"optim.state.{name}.{slot}" in present for slot in state):
+            state.clear()  # it had had no gradient, so it had no state and gets none
+    for optimizer in optimizers:
+        for parameter in [parameter for parameter, state in optimizer.state.items() if not state]:
+            del optimizer.state[parameter]
+    wanted = model_tensors(model) | optimizer_state(model, optimizers)[0]
+    _check(folder, wanted, saved)
+    return wanted
+
+
+def fill(
+    folder: Path, wanted: dict[str, Tensor], model: nn.Module, optimizers: Sequence[Optimizer], numbers: dict[str, Any]
+) -> None:
+    """Read what `targets` found, in place and in its own dtype, and the optimizer's plain numbers. Collective."""
+    if wanted:
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
+    for name, state in _named_state(model, optimizers):
+        for slot in state:
+            state[slot] = numbers.get(f"optim.state.{name}.{slot}", state[slot])
+
+
+def groups(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
+    """The settings of every parameter group as JSON holds them (tuples become lists, tensors numbers)."""
+    found = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+            found.append(json.loads(json.dumps(plain, default=lambda value: None)))
+    return found
+
+
+def restore_groups(
+    optimizers: Sequence[Optimizer], initial: list[dict[str, Any]], saved: dict[str, list[dict[str, Any]]]
+) -> list[str]:
+    """Give every group its saved settings, except those the config has changed since: there the config wins.
+
+    `initial` are this run's settings before its first step, `saved` has the same of the earlier run and its settings
+    when it was saved, so that counters an optimizer keeps among its settings survive. Returns what was changed.
+    """
+    live = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if len(live) != len(saved["current"]):
+        return [f"parameter groups {len(saved['current'])} -> {len(live)}"]
+    changed = []
+    for index, group in enumerate(live):
+        for key, value in saved["current"][index].items():
+            was, now = saved["initial"][index].get(key), initial[index].get(key)
+            if key not in group or value is None:  # null: unset, or nothing JSON can hold
+                continue
+            if was != now:
+                changed.append(f"{key} {was} -> {now}")
+            elif isinstance(group[key], Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(group[key], tuple) else value
+    return changed
+
+
+def _plain(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _named_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, dict[str, Any]]]:
+    names = {parameter: _plain(name) for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in optimizer.state:
+                    yield names[parameter], optimizer.state[parameter]
+
+
+def _check(folder: Path, wanted: dict[str, Tensor], saved: dict[str, Any]) -> None:
+    problems = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
+    problems += [f"{name}: the model and optimizer have no such tensor" for name in saved if name not in wanted]
+    for name, value in wanted.items():
+        if name in saved and (saved[name].size, saved[name].properties.dtype) != (value.shape, value.dtype):
+            there = f"{saved[name].properties.dtype} {list(saved[name].size)}"
+            problems.append(f"{name}: saved as {there}, now {value.dtype} {list(value.shape)}")
+    if problems:
+        shown = problems[:5] + ([f"… and {len(problems) - 5} more"] if len(problems) > 5 else [])
+        raise UserError(
+            "the checkpoint does not fit this model and optimizer:\n    " + "\n    ".join(shown),
+            where=str(folder),
+            fix="set the model, adapter and optimizer back as they were, or start over: checkpoint.resume=never",
+        )

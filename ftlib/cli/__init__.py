@@ -1,0 +1,63 @@
+"""`tune`: one small module per verb, imported when the verb is used."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ftlib import __version__
+from ftlib.errors import UserError, did_you_mean
+
+VERBS = {
+    "run": "run a recipe, on one device or on many",
+    "validate": "check a recipe and its config without training",
+    "ls": "list the recipes and configs that ship with ftlib",
+    "cp": "copy a recipe or a config, to edit it",
+    "diff": "compare a copy with the version that ships now",
+    "generate": "answer a prompt with a model, with or without an adapter",
+    "merge": "write a model with its adapter merged in",
+    "help": "explain a verb, or every key of a config",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 2 a user's mistake (one message on stderr), others as the run's."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        from ftlib.launch import message
+
+        print(message(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `tune ls | head`: whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if verb in ("-h", "--help"):
+        print(overview())
+        code = 0
+    elif verb in ("-V", "--version"):
+        print(f"ftlib {__version__}")
+        code = 0
+    elif verb not in VERBS:
+        kind = "option" if verb.startswith("-") else "verb"
+        raise UserError(f"unknown {kind} {verb!r}{did_you_mean(verb, VERBS)}", fix=f"one of {', '.join(VERBS)}")
+    else:
+        code = importlib.import_module(f"ftlib.cli.{verb}").main(rest)
+    sys.stdout.flush()
+    return code
+
+
+def overview() -> str:
+    """What `tune --help` prints."""
+    width = max(map(len, VERBS))
+    lines = ["usage: tune VERB …   (or python -m ftlib VERB …)", ""]
+    lines += [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    lines += ["", "tune VERB --help says more; `tune help config RECIPE` lists every key of a recipe's config."]
+    return "\n".join(lines)

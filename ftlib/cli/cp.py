@@ -1,0 +1,44 @@
+"""Copy a recipe or a config that ships with ftlib, to edit it.
+
+    tune cp recipes/lora_sft.py my.py
+    tune cp demo_lora my.yaml
+
+The first line of the copy says what it was copied from; `tune diff` reads it.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ftlib import __version__
+from ftlib.cli import assets
+from ftlib.cli.arguments import Parser
+from ftlib.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """`tune cp NAME DEST [--force]`"""
+    parser = Parser("cp", __doc__)
+    parser.add_argument("name", metavar="NAME", help="a name that `tune ls` prints")
+    parser.add_argument("dest", metavar="DEST", help="a file that does not exist yet, or a folder")
+    parser.add_argument("--force", action="store_true", help="replace DEST if it exists")
+    args = parser.parse(argv)
+    found = assets.find_shipped("recipes", args.name) or assets.find_shipped("configs", args.name)
+    if found is None:
+        kind = "configs" if args.name.startswith("configs/") or args.name.endswith((".yaml", ".yml")) else "recipes"
+        hint = assets.suggestion(kind, args.name) or assets.suggestion("configs", args.name)
+        raise UserError(f"{args.name}: ftlib ships nothing of this name{hint}", fix="`tune ls` lists what there is")
+    name, source = found
+    dest = Path(os.path.expanduser(args.dest))
+    if dest.is_dir() or args.dest.endswith("/"):
+        dest = dest / source.name
+    if dest.exists() and not args.force:
+        raise UserError(f"{dest} exists and stays as it is", fix="name another file, or add --force to replace it")
+    text = source.read_text(encoding="utf-8")
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        dest.write_text(f"# from ftlib {__version__} {name} sha256:{assets.digest(text)}\n{text}", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{dest} cannot be written: {error.strerror}") from None
+    print(f"{name} -> {dest}")
+    return 0

@@ -1,0 +1,47 @@
+"""What `generate` and `merge` share: a model, its adapter and its tokenizer from what the user named. Imports torch."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ftlib import models, tokenizers
+from ftlib.adapters import peft_format
+from ftlib.errors import UserError
+from ftlib.models import LanguageModel, hub
+from ftlib.tokenizers import Tokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision that a model's config.json says its weights have; float32 if it does not."""
+    config = hub.read_config(folder)
+    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    found = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return found.get(name, torch.float32)
+
+
+def find(model: str, adapter: str | None) -> tuple[Path, Path | None]:
+    """Folders of the base model and of the adapter (None without). `model` may itself be an adapter's folder."""
+    if adapter is None and (Path(os.path.expanduser(model)) / "adapter_config.json").is_file():
+        adapter = model
+        model = peft_format.read_config(Path(os.path.expanduser(adapter))).get("base_model_name_or_path")
+        if not model:
+            raise UserError(f"{adapter} does not name its base model", fix=f"name it: MODEL --adapter {adapter}")
+    if adapter is None:
+        return hub.resolve(model), None
+    folder = hub.resolve(adapter)
+    peft_format.read_config(folder)  # what is no adapter is found before the base is loaded
+    return hub.resolve(model), folder
+
+
+def load(
+    base: Path, adapter: Path | None, *, dtype: torch.dtype, device: str | torch.device
+) -> tuple[LanguageModel, Tokenizer]:
+    """The model with its adapter switched on, and the tokenizer it was trained with."""
+    model = models.from_pretrained(base, dtype=dtype, device=device)
+    if adapter is not None:
+        peft_format.load(model, adapter)
+    trained_with = adapter if adapter is not None and any(adapter.glob("tokenizer*")) else base
+    return model, tokenizers.from_pretrained(trained_with)

@@ -1,0 +1,78 @@
+"""What `run` and `validate` share: a recipe's file, its module, its config, and the checks before anything starts."""
+
+import ast
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from ftlib import config, plugins
+from ftlib.cli import assets
+from ftlib.errors import UserError
+
+_SHAPE = "a recipe defines `class Config` and `def main(cfg)`, and ends with\n" \
+    '       if __name__ == "__main__": launch(Config, main)'
+
+
+def find(name: str) -> Path:
+    """The file of a recipe, looked at but not run. Raises `UserError` when it is no recipe."""
+    path = assets.resolve_recipe(name)
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno or 1}: not valid Python: {error.msg}") from None
+    except ValueError as error:  # null bytes
+        raise UserError(f"{path}: is not a Python file: {error}") from None
+    names = {name for statement in tree.body for name in _bound(statement)}
+    missing = [what for what in ("Config", "main") if what not in names]
+    if missing:
+        raise UserError(f"{path}: is no recipe, it defines no {' and no '.join(missing)}", fix=_SHAPE)
+    if not any(isinstance(node, ast.Constant) and node.value == "__main__" for node in ast.walk(tree)):
+        raise UserError(f"{path}: does nothing when it is run", fix=_SHAPE)
+    return path
+
+
+def _bound(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+        return [statement.name]
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name for alias in statement.names]
+    if isinstance(statement, ast.Assign):
+        return [target.id for target in statement.targets if isinstance(target, ast.Name)]
+    return []
+
+
+def load(path: Path) -> ModuleType:
+    """The module of a recipe, imported without running it."""
+    module = plugins.load_file(path)
+    if not dataclasses.is_dataclass(module.Config) or not callable(module.main):
+        raise UserError(f"{path}: Config must be a dataclass and main a function", fix=_SHAPE)
+    return module
+
+
+def with_shipped_configs(argv: Sequence[str]) -> list[str]:
+    """The arguments of a recipe, each `--config` turned into the file it names: on disk, else shipped."""
+    result = list(argv)
+    for i, word in enumerate(result):
+        if word.startswith("--config="):
+            result[i] = f"--config={assets.resolve_config(word.removeprefix('--config='))}"
+        elif i and result[i - 1] == "--config":
+            result[i] = str(assets.resolve_config(word))
+    return result
+
+
+def check(path: Path, argv: Sequence[str], world: int) -> object:
+    """Everything that can be checked before training: the config, then what it says about model, tokenizer and data.
+
+    `world` is the number of processes. Raises `UserError`; returns the config.
+    """
+    module = load(path)
+    cfg = config.load(module.Config, argv)
+    own_check = getattr(module, "check", None)
+    if own_check is not None:
+        own_check(cfg, world=world)
+    elif hasattr(cfg, "model"):  # what has no model has nothing that the library could check
+        from ftlib import build  # imports torch
+
+        build.check(cfg, world=world)
+    return cfg

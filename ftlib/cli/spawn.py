@@ -1,0 +1,113 @@
+"""`tune run --nproc-per-node N`: check here, start the processes with torchrun's code, return their exit code."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.run import determine_local_world_size, get_args_parser
+from torch.distributed.run import run as torchrun
+
+from ftlib.cli import assets, recipe
+from ftlib.errors import UserError
+from ftlib.launch import INTERRUPTED, WORKERS
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse torchrun's options and the recipe after them, check everything, run."""
+    args = _parse(argv)
+    path = recipe.find(args.training_script)
+    args.training_script = str(path)
+    args.training_script_args = recipe.with_shipped_configs(args.training_script_args)
+    try:
+        local = determine_local_world_size(args.nproc_per_node)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--nproc-per-node {args.nproc_per_node}: {error}") from None
+    if local < 1:
+        raise UserError(f"--nproc-per-node {args.nproc_per_node}: at least 1 process is needed")
+    if not any(word in ("-h", "--help") for word in args.training_script_args):
+        nodes = args.nnodes.partition(":")[0]  # `MIN:MAX`: it has to work with the fewest
+        recipe.check(path, args.training_script_args, local * int(nodes) if nodes.isdecimal() else local)
+    _set_environment(local)
+    with tempfile.TemporaryDirectory(prefix="ftlib-workers-") as folder, _forwarding(Path(folder)):
+        os.environ[WORKERS] = folder
+        return _run(args, Path(folder))
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        fix = "tune run --nproc-per-node N RECIPE --config FILE …; the options are those of torchrun"
+        raise UserError(f"tune run: {message}", fix=fix)
+
+    parser.error = error
+    args = parser.parse_args(list(argv))
+    if args.module or args.no_python:
+        raise UserError("tune run: a recipe is a file; -m and --no-python have no use here")
+    if hasattr(args, "signals_to_handle"):
+        args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are ours: torchrun would kill 30 s after a SIGTERM
+    return args
+
+
+def _set_environment(local: int) -> None:
+    """Workers import what this process could: the working directory and, in a source tree, ftlib itself."""
+    root = assets.source_root()
+    paths = [os.getcwd(), *([str(root)] if root else []), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
+
+
+def _run(args: argparse.Namespace, folder: Path) -> int:
+    if "LOGLEVEL" not in os.environ:  # the workers have said what there is to say
+        logging.disable(logging.ERROR)
+    try:
+        torchrun(args)
+        return 0
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        notes = sorted(folder.glob("message.*"))
+        if notes and not (folder / "message.0").exists():  # the rank that speaks for all had nothing to say
+            print(notes[0].read_text(), file=sys.stderr)
+        elif not notes and failure.exitcode != INTERRUPTED:
+            how = f"died of {failure.signal_name()}" if failure.exitcode < 0 else f"ended with code {failure.exitcode}"
+            print(f"rank {rank} {how}; the other processes were stopped", file=sys.stderr)
+        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+    except RendezvousError as error:
+        fix = "check --nnodes, --node-rank, --rdzv-endpoint and --master-addr on every node"
+        raise UserError(f"the nodes did not find each other: {error}", fix=fix) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _forwarding(folder: Path) -> Iterator[None]:
+    """While open, signals go to the workers, which save and end by themselves; before there are any, they end this."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        workers = [int(note.name.partition(".")[2]) for note in folder.glob("pid.*")]
+        if not workers and number != signal.SIGUSR1:
+            raise SystemExit(128 + number)
+        for pid in workers:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass  # it has ended already
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

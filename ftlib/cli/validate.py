@@ -1,0 +1,41 @@
+"""Run every check of a recipe and its config, without a GPU and without training.
+
+    tune validate RECIPE --config FILE [--config FILE …] [key=value …] [--world N]
+
+--world N checks for N processes (default: 1). Every problem is reported at once; exit code 2 if there is any.
+"""
+
+from collections.abc import Sequence
+
+from ftlib.cli import recipe
+from ftlib.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """`tune validate RECIPE --config F [k=v] [--world N]`"""
+    if any(word in ("-h", "--help") for word in argv):
+        print(__doc__.strip())
+        return 0
+    world, argv = _take_world(argv)
+    if not argv or argv[0].startswith("-"):
+        raise UserError("tune validate: the recipe comes first", fix="tune validate RECIPE --config FILE [key=value …]")
+    path = recipe.find(argv[0])
+    arguments = recipe.with_shipped_configs(argv[1:])
+    recipe.check(path, arguments, world)
+    print(f"ok: {path} {' '.join(argv[1:])}".rstrip())
+    return 0
+
+
+def _take_world(argv: Sequence[str]) -> tuple[int, list[str]]:
+    words, rest, world = list(argv), [], "1"
+    while words:
+        word = words.pop(0)
+        if word == "--world":
+            world = words.pop(0) if words else ""
+        elif word.startswith("--world="):
+            world = word.removeprefix("--world=")
+        else:
+            rest.append(word)
+    if not world.isdecimal() or int(world) < 1:
+        raise UserError(f"tune validate: --world needs a number of processes, got {world!r}")
+    return int(world), rest

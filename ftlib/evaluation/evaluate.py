@@ -1,0 +1,65 @@
+"""The held-out evaluation of a training run: loss on every named set, and answers compared with their reference."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ftlib import data
+from ftlib.evaluation import exact_match, held_out
+from ftlib.generation.reference import ReferenceEngine
+from ftlib.layers.batch import Batch
+from ftlib.models import LanguageModel
+from ftlib.parallel.run import Run
+from ftlib.tokenizers import Tokenizer
+
+
+class Evaluation:
+    """`evaluation(model)` -> `eval_loss` and, when asked for, `exact_match`; `answers` keeps the last ones given."""
+
+    def __init__(self, cfg: Any, rows: data.Datasets, tokenizer: Tokenizer, run: Run, max_documents: int) -> None:
+        """`cfg`: the recipe's, of which `eval`, `data` and `batch` are read; `max_documents`: the loader's."""
+        self.cfg, self.sets, self.tokenizer, self.run = cfg, rows.eval, tokenizer, run
+        self.max_documents = max_documents
+        self.conversations = self._conversations() if cfg.eval.exact_match else []
+        self.answers: list[exact_match.Answer] = []
+
+    def __call__(self, model: LanguageModel) -> dict[str, float]:
+        """One evaluation; every process must call it. Several sets: `eval_loss_<name>` for each besides their mean."""
+        row: dict[str, float] = {}
+        with torch.random.fork_rng():  # training must not depend on whether it was evaluated
+            losses = {name: held_out.loss(model, self._batches(rows), self.run) for name, rows in self.sets.items()}
+            if losses:
+                targets = {name: int(rows.target_counts.sum()) for name, rows in self.sets.items()}
+                row["eval_loss"] = sum(losses[n] * targets[n] for n in losses) / sum(targets.values())
+                if len(losses) > 1:
+                    row |= {f"eval_loss_{name}": value for name, value in losses.items()}
+            if self.conversations:
+                engine, limit = ReferenceEngine(model), self.cfg.eval.max_new_tokens
+                self.answers = exact_match.answer(engine, self.tokenizer, self.conversations, limit)
+                row["exact_match"] = exact_match.score(self.answers)
+        return row
+
+    def samples(self) -> list[str]:
+        """The first few of the last answers, as lines to print."""
+        lines = []
+        for answer in self.answers[: self.cfg.eval.samples]:
+            verdict = "right" if answer.right else f"expected {answer.expected!r}"
+            lines.append(f"  {answer.prompt!r} -> {answer.given.strip()!r}  ({verdict})")
+        return lines
+
+    def _batches(self, rows: data.Documents) -> Iterator[Batch]:
+        run, batch = self.run, self.cfg.batch
+        return data.eval_batches(
+            rows,
+            self.cfg.data.seq_len,
+            batch.micro_rows,
+            self.tokenizer.pad_id or 0,
+            run.data_rank,
+            run.data_ranks,
+            self.max_documents,
+        )
+
+    def _conversations(self) -> list[list[dict]]:
+        found = [e.messages for rows in self.sets.values() for e in rows.examples if e.messages]
+        return [m for m in found if m and m[-1]["role"] == "assistant"][: self.cfg.eval.exact_match]

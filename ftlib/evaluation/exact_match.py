@@ -1,0 +1,40 @@
+"""Answer held-out conversations and compare with their reference answer, word for word."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ftlib.generation.engine import Engine, SamplingParams
+from ftlib.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out conversation: what was asked, what the reference says, what the model said."""
+
+    prompt: str
+    expected: str
+    given: str
+
+    @property
+    def right(self) -> bool:
+        return self.given.strip() == self.expected.strip()
+
+
+def answer(
+    engine: Engine, tokenizer: Tokenizer, conversations: Sequence[list[dict]], max_new_tokens: int
+) -> list[Answer]:
+    """Greedy answers to the last assistant turn of each conversation (messages that end with it)."""
+    prompts = [
+        tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True) for messages in conversations
+    ]
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids)
+    completions = engine.generate(prompts, params)
+    return [
+        Answer(messages[-2]["content"], messages[-1]["content"], tokenizer.decode(done[0].tokens, skip_special=True))
+        for messages, done in zip(conversations, completions, strict=True)
+    ]
+
+
+def score(answers: Sequence[Answer]) -> float:
+    """Share of answers that equal their reference."""
+    return sum(a.right for a in answers) / max(1, len(answers))

@@ -1,0 +1,110 @@
+"""What a recipe's last line calls: parse the config, run `main(cfg)`, end with one message and an exit code.
+
+Exit codes: 0 done, 2 the user's mistake, 75 saved after a signal (run the same command to go on), 76 no progress.
+Anything else is a bug and keeps its traceback.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from ftlib import config
+from ftlib.errors import Hung, Problems, Stopped, UserError
+
+Schema = TypeVar("Schema")
+INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
+WORKERS = "FTLIB_WORKERS"  # folder in which the workers of one `tune run` leave their process ids and last messages
+
+
+def launch(schema: type[Schema], main: Callable[[Schema], object], argv: Sequence[str] | None = None) -> None:
+    """Run a recipe: `main` with an instance of `schema` made from the command line. Exits unless the code is 0.
+
+    Works alone, under torchrun and inside `tune run`. Only rank 0 prints a message; the others exit with the same code.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help") for word in argv):
+        print(usage(schema))
+        return
+    _leave_note(f"pid.{os.getpid()}")
+    try:
+        main(config.load(schema, argv))
+    except (UserError, Stopped) as error:
+        code = _report(error)
+    except Hung as error:
+        _report(error)
+        sys.stdout.flush()
+        os._exit(error.exit_code)  # a thread stuck in a collective would keep the interpreter from ending
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BaseException:
+        if _world() == 1:  # with others waiting in a collective, leaving it could block and hide the traceback
+            _close()
+        raise
+    else:
+        code = 0
+    _close()
+    if code:
+        sys.exit(code)
+
+
+def usage(schema: type) -> str:
+    """How a recipe is called, and every key of its config."""
+    lines = ["--config FILE [--config FILE …] [key=value …] [~key …]", ""]
+    for doc in config.describe(schema):
+        lines.append(f"{doc.key}: {doc.type} [{doc.default}]" if doc.default else f"{doc.key}: {doc.type}")
+        if doc.meaning:
+            lines.append(f"    {doc.meaning}")
+    return "\n".join(lines)
+
+
+def message(error: Exception) -> str:
+    """What the user reads about an error."""
+    if isinstance(error, Problems) and len(error.problems) > 1:
+        listed = "\n".join(error.problems).replace("\n", "\n  ")
+        return f"error: {len(error.problems)} problems\n  {listed}"
+    return f"error: {error}" if isinstance(error, UserError) else str(error)
+
+
+def _report(error: UserError | Stopped | Hung) -> int:
+    text = config.redact(message(error))
+    if _rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+    _leave_note(f"message.{_rank()}", text)
+    return error.exit_code
+
+
+def _leave_note(name: str, text: str = "") -> None:
+    """Tell the `tune run` that started this worker that it is there, and how it ended."""
+    folder = os.environ.get(WORKERS)
+    if folder and Path(folder).is_dir():
+        Path(folder, name).write_text(text)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _close() -> None:
+    """Leave the process group, if the recipe has entered one (torch is not imported only to find that it has not).
+
+    Meanwhile a Ctrl-C ends the process at once, and a late SIGTERM (torchrun sends one as soon as one rank has left)
+    does not turn an orderly end into a death by signal.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    distributed.destroy_process_group()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

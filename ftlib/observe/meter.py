@@ -1,0 +1,63 @@
+"""The row of a training step: the same numbers with the same meaning in every recipe."""
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class Devices(Protocol):
+    """The part of a Run that a meter looks at."""
+
+    device: torch.device
+    world: int
+
+
+class Meter:
+    """Makes step rows. It never waits for the device: the recipe has read the loss, so the step's work is done.
+
+    `flops_per_token` is `observe.flops_per_token(…)`, `peak_flops` one device's FLOP/s; without either `mfu` is null.
+    """
+
+    def __init__(
+        self,
+        run: Devices,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.run = run
+        self.tokens = 0  # trained so far, over all devices and restarts
+        self._flops, self._peak, self._clock = flops_per_token, peak_flops, clock
+        self._since = clock()
+
+    def start(self) -> None:
+        """A step begins now; without it the time since the last row counts, evaluation and saving included."""
+        self._since = self._clock()
+
+    def row(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> dict[str, Any]:
+        """`step loss grad_norm lr tokens tokens_per_s mfu peak_memory_gib`, null where unknown.
+
+        `tokens` are this step's over all devices; the row has their running total. Call it after reading the loss.
+        """
+        now = self._clock()
+        seconds, self._since = now - self._since, now
+        self.tokens += tokens
+        speed = tokens / seconds if seconds > 0 else None
+        mfu = None
+        if speed is not None and self._flops and self._peak:
+            mfu = speed * self._flops / (self._peak * self.run.world)
+        memory = None
+        if self.run.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.run.device) / 2**30
+        return {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": self.tokens,
+            "tokens_per_s": speed,
+            "mfu": mfu,
+            "peak_memory_gib": memory,
+        }

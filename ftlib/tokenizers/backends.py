@@ -1,0 +1,127 @@
+"""The libraries that cut text into tokens, behind one small interface: ids with the characters each came from."""
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+from ftlib.errors import UserError
+
+Span = tuple[int, int]  # characters [start, end) of the text a token came from
+
+
+class Backend(Protocol):
+    """What a tokenizer needs of a library. Special tokens are the caller's business unless `matches_added` is true."""
+
+    size: int  # highest id + 1
+    matches_added: bool  # `encode` finds the declared added tokens itself
+
+    def encode(self, text: str) -> tuple[list[int], list[Span]]: ...
+    def encode_plain(self, text: str) -> tuple[list[int], list[Span]]: ...
+    def decode(self, ids: list[int], skip: frozenset[int]) -> str: ...
+    def token_id(self, token: str) -> int | None: ...
+
+
+class JsonBackend:
+    """tokenizer.json of any kind, and GPT-2's vocabulary and merges, through the `tokenizers` library."""
+
+    matches_added = True
+
+    def __init__(self, content: str, where: Path) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            settings = json.loads(content)
+            for part in ("pre_tokenizer", "post_processor", "decoder"):
+                _keep_spaces(settings.get(part))
+            self._content = settings
+            self.tokenizer = Tokenizer.from_str(json.dumps(settings))
+        except Exception as error:
+            raise UserError(f"the tokenizer cannot be read: {error}", where=str(where)) from None
+        self.added = {token["content"]: token["id"] for token in settings.get("added_tokens", ())}
+        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.size = max(vocab.values()) + 1
+        self._plain: Tokenizer | None = None
+
+    @classmethod
+    def from_vocab(cls, vocab: Path, merges: Path) -> "JsonBackend":
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        try:
+            built = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        except Exception as error:
+            raise UserError(f"the vocabulary cannot be read: {error}", where=str(vocab)) from None
+        built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        built.decoder = decoders.ByteLevel()
+        return cls(built.to_str(), vocab)
+
+    def encode(self, text: str) -> tuple[list[int], list[Span]]:
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def encode_plain(self, text: str) -> tuple[list[int], list[Span]]:
+        if self._plain is None:
+            from tokenizers import Tokenizer
+
+            self._plain = Tokenizer.from_str(json.dumps({**self._content, "added_tokens": []}))
+        found = self._plain.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def decode(self, ids: list[int], skip: frozenset[int]) -> str:
+        return self.tokenizer.decode([i for i in ids if i not in skip], skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        return self.tokenizer.token_to_id(token)
+
+
+def _keep_spaces(part: dict | None) -> None:
+    """Offsets that leave out a token's leading space would lose tokens that are nothing but space."""
+    if not isinstance(part, dict):
+        return
+    if "trim_offsets" in part:
+        part["trim_offsets"] = False
+    for children in ("pretokenizers", "processors", "decoders"):
+        for child in part.get(children, ()):
+            _keep_spaces(child)
+
+
+class SentencePieceBackend:
+    """A sentencepiece model; characters it spells in bytes are spans of all their byte tokens."""
+
+    matches_added = False
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"the sentencepiece model cannot be read: {error}", where=str(path)) from None
+        self.size = self.model.vocab_size()
+        try:
+            self.model.encode("", return_type="offset_mapping")
+            self._has_offsets = True
+        except (TypeError, ValueError):  # sentencepiece before 0.2.3
+            self._has_offsets = False
+
+    def encode(self, text: str) -> tuple[list[int], list[Span]]:
+        ids, spans = self._pieces(text)
+        for i in range(len(spans) - 2, -1, -1):  # only the last byte of a character has its extent
+            if spans[i][0] == spans[i][1] and self.model.is_byte(ids[i]):
+                spans[i] = spans[i + 1]
+        return ids, spans
+
+    def _pieces(self, text: str) -> tuple[list[int], list[Span]]:
+        if self._has_offsets:
+            found = self.model.encode(text, return_type="offset_mapping")
+            return list(found["ids"]), [tuple(span) for span in found["offsets"]]
+        pieces = self.model.encode(text, out_type="immutable_proto").pieces
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+
+    encode_plain = encode
+
+    def decode(self, ids: list[int], skip: frozenset[int]) -> str:
+        return self.model.decode([i for i in ids if i not in skip and i < self.size])
+
+    def token_id(self, token: str) -> int | None:
+        found = self.model.piece_to_id(token)
+        return found if self.model.id_to_piece(found) == token else None

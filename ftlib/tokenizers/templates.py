@@ -1,0 +1,123 @@
+"""Chat templates by name, for models that come without one; each marks what the assistant writes."""
+
+from pathlib import Path
+
+from ftlib.errors import UserError, did_you_mean
+
+CHATML = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}
+{%- else -%}
+{{ message['content'] + '<|im_end|>\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+LLAMA3 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}
+{%- else -%}
+{{ message['content'] | trim + '<|eot_id|>' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
+"""
+
+LLAMA2 = """\
+{%- set ns = namespace(system='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- set ns.system = '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' -%}
+{%- elif message['role'] == 'user' -%}
+{{ bos_token + '[INST] ' + ns.system + message['content'] | trim + ' [/INST]' }}{%- set ns.system = '' -%}
+{%- elif message['role'] == 'assistant' -%}
+{% generation %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endgeneration %}
+{%- else -%}
+{{ raise_exception('llama2 has no role ' + message['role']) }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+ZEPHYR = """\
+{%- for message in messages -%}
+{{ '<|' + message['role'] + '|>\\n' }}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n' }}
+{%- else -%}
+{{ message['content'] + eos_token + '\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
+"""
+
+GEMMA = """\
+{{- bos_token -}}
+{%- set ns = namespace(system='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- set ns.system = message['content'] | trim + '\\n\\n' -%}
+{%- elif message['role'] == 'assistant' -%}
+{{ '<start_of_turn>model\\n' }}
+{%- generation %}{{ message['content'] | trim + '<end_of_turn>' }}{% endgeneration %}{{ '\\n' }}
+{%- else -%}
+{{ '<start_of_turn>' + message['role'] + '\\n' + ns.system + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- set ns.system = '' -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}
+"""
+
+ALPACA = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{ '### Response:\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n\\n' }}
+{%- elif message['role'] == 'user' -%}
+{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}
+{%- else -%}
+{{ message['content'] + '\\n\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}
+"""
+
+VICUNA = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{ 'ASSISTANT:' }}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}
+{%- elif message['role'] == 'user' -%}
+{{ 'USER: ' + message['content'] + ' ' }}
+{%- else -%}
+{{ message['content'] + ' ' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+BUILTIN = {
+    "chatml": CHATML, "llama3": LLAMA3, "llama2": LLAMA2, "zephyr": ZEPHYR, "gemma": GEMMA, "alpaca": ALPACA,
+    "vicuna": VICUNA,
+}  # fmt: skip
+
+
+def load_template(name_or_path: str) -> str:
+    """A built-in template by name, or the content of a .jinja file."""
+    if name_or_path in BUILTIN:
+        return BUILTIN[name_or_path]
+    path = Path(name_or_path)
+    if path.suffix in (".jinja", ".j2", ".txt") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"{path}: no such template file", where="data.template")
+        return path.read_text(encoding="utf-8")
+    raise UserError(
+        f"no chat template is called {name_or_path!r}{did_you_mean(name_or_path, BUILTIN)}",
+        where="data.template",
+        fix=f"built in: {', '.join(BUILTIN)}; or the path of a .jinja file",
+    )

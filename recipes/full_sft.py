@@ -1,0 +1,122 @@
+"""Supervised fine-tuning of every weight of a model.
+
+    tune run recipes/full_sft.py --config configs/demo_full.yaml optim.lr=1e-4
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ftlib import build, data, models
+from ftlib.checkpoint import Saver, State, StopFlag, stop_agreed
+from ftlib.checkpoint.final import final_folder
+from ftlib.config import OutputDir
+from ftlib.errors import Stopped
+from ftlib.evaluation.evaluate import Evaluation
+from ftlib.launch import launch
+from ftlib.losses.language_modelling import next_token_loss
+from ftlib.observe.output import Output
+from ftlib.optim import adamw
+from ftlib.optim.schedule import learning_rate
+from ftlib.parallel import run as processes
+from ftlib.sections import (
+    Batch,
+    Checkpoint,
+    Data,
+    Eval,
+    Log,
+    Memory,
+    Model,
+    Optim,
+    Parallel,
+    Schedule,
+    Tokenizer,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    batch: Batch = Batch()
+    steps: int | None = None  # optimizer steps; wins over epochs
+    epochs: float = 1.0  # passes over the data
+    optim: Optim = Optim(lr=2e-5)
+    schedule: Schedule = Schedule()
+    eval: Eval = Eval()
+    memory: Memory = Memory()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    seed: int = 0  # order of the data
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of weights, optimizer state and arithmetic
+    deterministic: bool = False  # equal runs give equal bits on a GPU too, at some cost
+    output_dir: OutputDir = Path("output/full_sft")  # config.yaml, metrics.jsonl, checkpoints/ and final/ go here
+
+
+def main(cfg: Config) -> list[dict]:
+    """Train, evaluate, save; returns the rows of metrics.jsonl."""
+    build.check(cfg, processes.world_size())
+    run = processes.start(cfg.parallel, cfg.seed, cfg.deterministic)
+
+    tokenizer = build.tokenizer(cfg)
+    rows = data.load(cfg.data, tokenizer, seed=cfg.seed)
+    loader = build.loader(cfg, rows.train, tokenizer, run)
+    steps = cfg.steps or max(1, round(cfg.epochs * loader.steps_per_epoch()))
+
+    model = build.model(cfg, run)
+    optimizer = adamw.build(model, cfg.optim)
+    evaluate = Evaluation(cfg, rows, tokenizer, run, loader.max_documents)
+
+    output = Output(cfg, run, model, steps)
+    state = State(model, optimizer, loader, extra=output.counters)
+    saver = Saver(cfg.checkpoint, cfg.output_dir, run, build.fingerprint(cfg, rows), output.say)
+    if saver.finished() == steps:
+        return output.already_finished()
+    done = saver.resume(state)
+
+    with output.begin(done, rows.report.lines()), StopFlag() as stop:
+        if done == 0:
+            output.evaluation(0, evaluate(model), evaluate.samples())
+
+        for step in range(done + 1, steps + 1):
+            batch = next(loader)
+            loss = torch.zeros((), device=run.device)
+            for micro in batch.micro_batches:
+                micro = micro.to(run.device, non_blocking=True)
+                hidden = model(micro)
+                # Each micro-batch on each device adds its part of one mean over the step's target tokens.
+                part = next_token_loss(hidden, model.lm_head.weight, micro.labels, micro.target_tokens)
+                part = part / batch.target_tokens
+                part.backward()
+                loss += part.detach()
+            lr = learning_rate(cfg.schedule, cfg.optim.lr, step, steps)
+            grad_norm = adamw.step(optimizer, lr, cfg.optim.max_grad_norm)
+            output.step(step, run.total(loss), grad_norm, lr, batch.tokens)
+
+            if step == steps or (cfg.eval.every and step % cfg.eval.every == 0):
+                output.evaluation(step, evaluate(model), evaluate.samples())
+            stopping = stop_agreed(run, stop)
+            if stopping or saver.due(step, steps):
+                saver.save(step, state)
+                output.saved()
+            if stopping:
+                raise Stopped(f"stopped by {stop.by} after step {step} of {steps}; the same command continues")
+
+        with final_folder(run, cfg.output_dir) as folder:
+            models.save_pretrained(model, folder, write=run.is_main)
+            if run.is_main:
+                tokenizer.save(folder)
+        saver.finish(steps)
+        output.finish(
+            f"tune generate {cfg.output_dir}/final --prompt '…'",
+            f"tune run recipes/full_sft.py --config {cfg.output_dir}/config.yaml steps={2 * steps}",
+        )
+    return output.rows()
+
+
+if __name__ == "__main__":
+    launch(Config, main)
