@@ -1,5 +1,8 @@
 """One decoder for every family: embed, blocks, norm. What differs between families is data in `Arch`."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -51,6 +54,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(arch, layer, i) for i, layer in enumerate(arch.layers))
         self.norm = RMSNorm(arch.dim, arch.norm_eps)
         self.backend = "sdpa"
+        self.saving: Callable[[], AbstractContextManager] = nullcontext  # what blocks keep for backward, and where
 
     def use_attention(self, backend: str) -> None:
         """Set the attention backend of every layer (a name from `ftlib.layers.attention.choose_backend`)."""
@@ -69,8 +73,9 @@ class Decoder(nn.Module):
         tables = {rope: rope.table(batch.position_ids) for rope in ropes}
         batch.layout.prepare(self.backend, {mixer.window for mixer in mixers})
         x = embeds
-        for block, mixer in zip(self.layers, mixers, strict=True):
-            x = block(x, tables.get(mixer.rope), batch.layout)
+        with self.saving():
+            for block, mixer in zip(self.layers, mixers, strict=True):
+                x = block(x, tables.get(mixer.rope), batch.layout)
         return self.norm(x)
 
     def forward(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Literal
 class Memory:
     """Speed against memory."""
 
-    recompute: Literal["none", "full"] = "full"  # activations kept, or recomputed in backward block by block
+    recompute: Literal["none", "selective", "full"] = "full"  # in backward: nothing; what is cheap; each block whole
+    offload: bool = False  # keep what backward needs in pinned host memory, copied while the GPU computes
     compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on with CUDA, off on CPU
 
 
