@@ -1,0 +1,67 @@
+"""Our contender: the model and the step of recipes/lora_sft.py on identical weights and tokens."""
+
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import common
+import torch
+
+import ftlib
+from ftlib import build
+from ftlib.adapters import lora
+from ftlib.layers.batch import Batch, Layout
+from ftlib.losses.language_modelling import next_token_loss
+from ftlib.models.load import base_state
+from ftlib.optim import adamw
+from ftlib.parallel import run as processes
+from ftlib.sections import Lora, Memory, Model, Optim, Parallel
+
+
+def main() -> None:
+    work = common.job()
+    folder = Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(json.dumps(common.config_of(work["shape"])))
+    cfg = SimpleNamespace(
+        model=Model(path=str(folder)),
+        lora=Lora(rank=work["rank"], alpha=2 * work["rank"]),
+        memory=Memory(recompute=work["recompute"], offload=work.get("offload", False)),
+        parallel=Parallel(),
+        optim=Optim(lr=1e-4, max_grad_norm=None),
+        from_scratch=True,
+        dtype="bf16",
+        seed=0,
+    )
+    run = processes.start(cfg.parallel, cfg.seed)
+    model = build.model(cfg, run)
+    with torch.no_grad():
+        for name, tensor in base_state(model).items():
+            if not (model.arch.tied and name == "lm_head.weight"):
+                tensor.copy_(common.weight(hugging_face_name(name), tensor.shape))
+        for name, _, factors in lora.adapted(model):
+            factors.lora_A.copy_(common.weight(f"{name}.lora_A", factors.lora_A.shape))
+    optimizer = adamw.build(model, cfg.optim)
+    rows, length = work["rows"], work["seq_len"]
+    cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device="cuda")
+    positions = torch.arange(length, device="cuda").expand(rows, length)
+
+    def step(ids: torch.Tensor) -> tuple[float, float]:
+        layout = Layout.packed(cu_seqlens, length, (rows, length))
+        batch = Batch(ids[:, :-1], ids[:, 1:], positions, layout, target_tokens=rows * length)
+        hidden = model(batch)
+        loss = next_token_loss(hidden, model.lm_head.weight, batch.labels, batch.target_tokens) / batch.target_tokens
+        loss.backward()
+        norm = adamw.step(optimizer, cfg.optim.lr, None)
+        return loss.item(), norm.item()
+
+    common.measure("ftlib", work, step, {"ftlib": ftlib.__version__})
+
+
+def hugging_face_name(name: str) -> str:
+    """Our parameter's name in a checkpoint (the families measured here differ in norms only)."""
+    return name.replace("attn_pre", "input_layernorm").replace("mlp_pre", "post_attention_layernorm")
+
+
+if __name__ == "__main__":
+    main()

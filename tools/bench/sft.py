@@ -1,0 +1,114 @@
+"""Side by side on one GPU: our step, a peer's, ours again, each in its own process on identical weights and tokens.
+
+    python tools/bench/sft.py --shape llama-3.1-8b --rows 2 --seq-len 4096 --recompute none --vs torchtune
+    python tools/bench/sft.py … --peer-path torchtune=/folder/with/its/packages --out results/NAME.json
+
+A figure counts only if losses and gradient norms of the first steps agree; the table says so, and the rows go to --out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MEASURED, DATASHEET = 744e12, 989e12  # dense bf16 FLOP/s of an H100: a large matmul here, and the vendor's number
+
+
+def main() -> None:
+    args = arguments()
+    work = {k: getattr(args, k) for k in ("shape", "rows", "seq_len", "recompute", "rank", "offload")}
+    paths = dict(entry.split("=", 1) for entry in args.peer_path)
+    order = ["ours", *(f"{peer}_peer" for peer in args.vs.split(",") if peer), "ours"]
+    rows = [run(script, work, paths, args.limit) for script in order]
+    for row in rows:
+        row.update(judge(row, rows[0]))
+    print_table(rows)
+    if args.out:
+        out = Path(args.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = "python tools/bench/sft.py " + " ".join(sys.argv[1:])
+        out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--vs", default="", help="peers, comma separated: torchtune")
+    parser.add_argument("--peer-path", action="append", default=[], metavar="PEER=FOLDER")
+    parser.add_argument("--limit", type=int, default=200, help="seconds a contender may take")
+    parser.add_argument("--out")
+    return parser.parse_args()
+
+
+def run(script: str, work: dict, paths: dict[str, str], limit: int) -> dict:
+    """One contender's row; {"contender", "failed"} with the reason if it gives none."""
+    peer = script.removesuffix("_peer")
+    path = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    if peer in paths:
+        path.insert(0, paths[peer])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    try:
+        done = subprocess.run(
+            [sys.executable, str(HERE / f"{script}.py"), json.dumps(work)],
+            env=env, capture_output=True, text=True, timeout=limit,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"contender": peer, "failed": f"no result within {limit} s"}
+    found = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    if not found:
+        return {"contender": peer, "failed": (done.stderr.strip() or done.stdout.strip())[-1500:]}
+    return json.loads(found[-1].removeprefix("ROW "))
+
+
+def judge(row: dict, ours: dict) -> dict:
+    """Share of the roofline, ratio to our first run, and whether losses and gradients agree with it."""
+    if "failed" in row or "failed" in ours:
+        return {}
+    losses = max(abs(a - b) / b for a, b in zip(row["loss"], ours["loss"], strict=True))
+    norms = abs(row["grad_norm"][0] - ours["grad_norm"][0]) / ours["grad_norm"][0]
+    return {
+        "ratio": round(ours["tokens_per_s"] / row["tokens_per_s"], 3),
+        "loss_gap": losses,
+        "grad_gap": norms,
+        "agrees": losses < 2e-3 and norms < 2e-2,
+        **mfu(row),
+    }
+
+
+def mfu(row: dict) -> dict:
+    """4 FLOP a frozen weight and token, plus causal attention; recomputation does not count."""
+    sys.path.insert(0, str(HERE))
+    config = json.loads((HERE.parents[1] / "tests/parity/configs" / f"{row['work']['shape']}.json").read_text())
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or width // heads
+    attention = width * head * (2 * heads + 2 * config["num_key_value_heads"])
+    layer = attention + 3 * width * config["intermediate_size"]
+    weights = config["num_hidden_layers"] * layer + config["vocab_size"] * width
+    scores = 6 * row["work"]["seq_len"] * heads * head * config["num_hidden_layers"]
+    rate = row["tokens_per_s"] * (4 * weights + scores)
+    return {"mfu_measured": round(rate / MEASURED, 3), "mfu_datasheet": round(rate / DATASHEET, 3)}
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"{'contender':12} {'tok/s':>8} {'MFU':>6} {'peak GiB':>9} {'ours/this':>9} {'first s':>8}  agrees")
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['contender']:12} failed: {row['failed'][-600:]}")
+            continue
+        print(
+            f"{row['contender']:12} {row['tokens_per_s']:8,} {row.get('mfu_measured', 0):6.1%} {row['peak_gib']:9.2f}"
+            f" {row.get('ratio', 0):9.3f} {row['first_step_s']:8.1f}  {row.get('agrees')}"
+            f" (loss {row.get('loss_gap', 0):.1e}, gradient {row.get('grad_gap', 0):.1e})"
+        )
+
+
+if __name__ == "__main__":
+    main()
