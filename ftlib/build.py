@@ -9,10 +9,10 @@ from ftlib import data, plugins, tokenizers
 from ftlib.adapters import lora
 from ftlib.errors import Problems, UserError
 from ftlib.layers.attention import choose_backend
-from ftlib.models import LanguageModel, hub, load
+from ftlib.models import LanguageModel, families, hub, load
 from ftlib.parallel.apply import apply
 from ftlib.parallel.run import Run, sizes
-from ftlib.sections import Lora
+from ftlib.sections import Data, Lora
 from ftlib.tokenizers import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,6 +61,12 @@ def check(cfg: Any, world: int = 1) -> None:
             problems.append(str(error))
     if problems:
         raise Problems(problems)
+
+
+def check_data(cfg: Any) -> None:
+    """Tokenizer, chat template and every row, as a run would read them; raises UserError naming file and line."""
+    if isinstance(getattr(cfg, "data", None), Data):
+        datasets(cfg, tokenizer(cfg))
 
 
 def _check_model(cfg: Any) -> None:
@@ -117,6 +123,21 @@ def tokenizer(cfg: Any) -> Tokenizer:
     found = tokenizers.from_pretrained(hub.resolve(cfg.tokenizer.path or cfg.model.path))
     if cfg.data.template is not None:
         found.chat_template = tokenizers.load_template(cfg.data.template)
+    return found
+
+
+def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets:
+    """Training and held-out rows of a recipe's config; UserError where a row has a token that the model does not."""
+    found = data.load(cfg.data, tokenizer, seed=cfg.seed)
+    highest = max(rows.max_token_id for rows in (found.train, *found.eval.values()))
+    config = hub.resolve(cfg.model.path) / "config.json"
+    known = families.read(hub.read_config(config.parent), where=str(config))[0].vocab
+    if highest >= known:
+        raise UserError(
+            f"the tokenizer gives token {highest:,}, the model has embeddings for {known:,} tokens",
+            where="tokenizer.path" if cfg.tokenizer.path else str(config),
+            fix="use the tokenizer that belongs to the model",
+        )
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ftlib import build, data
+from ftlib import build
 from ftlib.adapters import peft_format
 from ftlib.checkpoint import Saver, State, StopFlag, stop_agreed
 from ftlib.checkpoint.final import final_folder
@@ -18,6 +18,7 @@ from ftlib.errors import Stopped
 from ftlib.evaluation.evaluate import Evaluation
 from ftlib.launch import launch
 from ftlib.losses.language_modelling import next_token_loss
+from ftlib.models import hub
 from ftlib.observe.output import Output
 from ftlib.optim import adamw
 from ftlib.optim.schedule import learning_rate
@@ -66,7 +67,7 @@ def main(cfg: Config) -> list[dict]:
     run = processes.start(cfg.parallel, cfg.seed, cfg.deterministic)
 
     tokenizer = build.tokenizer(cfg)
-    rows = data.load(cfg.data, tokenizer, seed=cfg.seed)
+    rows = build.datasets(cfg, tokenizer)
     loader = build.loader(cfg, rows.train, tokenizer, run)
     steps = cfg.steps or max(1, round(cfg.epochs * loader.steps_per_epoch()))
 
@@ -110,7 +111,8 @@ def main(cfg: Config) -> list[dict]:
                 raise Stopped(f"stopped by {stop.by} after step {step} of {steps}; the same command continues")
 
         with final_folder(run, cfg.output_dir) as folder:
-            peft_format.save(model, folder, base=str(model.source), write=run.is_main)
+            base, revision = hub.origin(cfg.model.path)
+            peft_format.save(model, folder, base=base, revision=revision, write=run.is_main)
             if run.is_main:
                 tokenizer.save(folder)
         saver.finish(steps)

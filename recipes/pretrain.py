@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ftlib import build, data, models
+from ftlib import build, models
 from ftlib.checkpoint import Saver, State, StopFlag, stop_agreed
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
@@ -64,7 +64,7 @@ def main(cfg: Config) -> list[dict]:
     run = processes.start(cfg.parallel, cfg.seed, cfg.deterministic)
 
     tokenizer = build.tokenizer(cfg)
-    rows = data.load(cfg.data, tokenizer, seed=cfg.seed)
+    rows = build.datasets(cfg, tokenizer)
     loader = build.loader(cfg, rows.train, tokenizer, run)
     steps = cfg.steps or max(1, round(cfg.epochs * loader.steps_per_epoch()))
 

@@ -29,8 +29,19 @@ REFUSED = {
 }
 
 
-def save(model: nn.Module, folder: str | Path, *, base: str, name: str = "policy", write: bool = True) -> None:
-    """Write adapter `name`. `base`: what peft should load it onto. All processes of a sharded model must call this."""
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base: str,
+    revision: str | None = None,
+    name: str = "policy",
+    write: bool = True,
+) -> None:
+    """Write adapter `name`. `base`, `revision`: what peft should load it onto (`hub.origin`).
+
+    All processes of a sharded model must call this.
+    """
     tensors, names, factors = {}, [], None
     for layer_name, _, factors in lora.adapted(model, name):
         names.append(layer_name)
@@ -46,6 +57,7 @@ def save(model: nn.Module, folder: str | Path, *, base: str, name: str = "policy
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": factors.rank,
         "lora_alpha": factors.alpha,
         "lora_dropout": factors.dropout,

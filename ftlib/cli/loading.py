@@ -26,9 +26,11 @@ def find(model: str, adapter: str | None) -> tuple[Path, Path | None]:
     """Folders of the base model and of the adapter (None without). `model` may itself be an adapter's folder."""
     if adapter is None and (Path(os.path.expanduser(model)) / "adapter_config.json").is_file():
         adapter = model
-        model = peft_format.read_config(Path(os.path.expanduser(adapter))).get("base_model_name_or_path")
+        config = peft_format.read_config(Path(os.path.expanduser(adapter)))
+        model, revision = config.get("base_model_name_or_path"), config.get("revision")
         if not model:
             raise UserError(f"{adapter} does not name its base model", fix=f"name it: MODEL --adapter {adapter}")
+        model = f"{model}@{revision}" if revision else model
     if adapter is None:
         return hub.resolve(model), None
     folder = hub.resolve(adapter)

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from ftlib import config, plugins
 from ftlib.cli import assets
-from ftlib.errors import UserError
+from ftlib.errors import Problems, UserError
 
 _SHAPE = "a recipe defines `class Config` and `def main(cfg)`, and ends with\n" \
     '       if __name__ == "__main__": launch(Config, main)'
@@ -74,5 +74,12 @@ def check(path: Path, argv: Sequence[str], world: int) -> object:
     elif hasattr(cfg, "model"):  # what has no model has nothing that the library could check
         from ftlib import build  # imports torch
 
-        build.check(cfg, world=world)
+        problems = []
+        for part in (lambda: build.check(cfg, world=world), lambda: build.check_data(cfg)):
+            try:
+                part()
+            except UserError as error:
+                problems += error.problems if isinstance(error, Problems) else [str(error)]
+        if problems:
+            raise Problems(dict.fromkeys(problems))  # a missing model is a missing tokenizer too
     return cfg

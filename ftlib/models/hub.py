@@ -34,6 +34,15 @@ def resolve(path: str | Path) -> Path:
     )
 
 
+def origin(path: str | Path) -> tuple[str, str | None]:
+    """What other programs call the model at `path`: (Hub id, revision or None), or (absolute folder, None)."""
+    text = str(path)
+    if HUB_ID.fullmatch(text) and not Path(text).expanduser().exists():
+        repo, _, revision = text.partition("@")
+        return repo, revision or None
+    return str(resolve(path).absolute()), None
+
+
 def read_config(folder: Path) -> dict:
     """config.json of a model folder."""
     file = folder / "config.json"
