@@ -11,7 +11,8 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj", "attn.output_proj": "self_attn.o_proj",
+    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj", "attn.output_proj": "self_attn.o_proj",
     "mlp.w1": "mlp.gate_proj", "mlp.w3": "mlp.up_proj", "mlp.w2": "mlp.down_proj", "sa_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
 }  # fmt: skip
