@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from ftlib import data, plugins, tokenizers
-from ftlib.adapters import lora
+from ftlib.adapters import freeze
+from ftlib.adapters import setup as adapters
 from ftlib.errors import Problems, UserError
 from ftlib.layers.attention import choose_backend
 from ftlib.models import LanguageModel, families, hub, load
@@ -23,18 +24,21 @@ def from_scratch(cfg: Any) -> bool:
     return getattr(cfg, "from_scratch", False)
 
 
-def model(cfg: Any, run: Run) -> LanguageModel:
+def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     """The model of a recipe's config, ready to train on `run`'s device.
 
-    A config with a `lora` section gets a frozen model with trainable adapters; else every parameter trains.
+    A config with a `lora` section gets a frozen model with trainable adapters; else every parameter trains that its
+    `train` section, if it has one, leaves. `reference`: a run that continues an adapter also holds it frozen.
     """
     folder, dtype = hub.resolve(cfg.model.path), DTYPES[cfg.dtype]
     built = load.build(folder, dtype, _decoder(cfg.model.code))
     weights = None if from_scratch(cfg) else load.check_weights(built, folder)
     built.model.use_attention(choose_backend(cfg.model.attention))
-    adapters: Lora | None = getattr(cfg, "lora", None)
-    if adapters is not None:
-        lora.attach(built, adapters.targets, rank=adapters.rank, alpha=adapters.alpha, dropout=adapters.dropout)
+    section: Lora | None = getattr(cfg, "lora", None)
+    if section is not None:
+        adapters.attach(built, section, reference)
+    elif hasattr(cfg, "train"):
+        freeze.apply(built, cfg.train)
     apply(built, run, cfg.memory, dtype)
     built.to_empty(device=run.device)
     built.tie()
@@ -42,8 +46,8 @@ def model(cfg: Any, run: Run) -> LanguageModel:
         built.model.init_weights(cfg.seed)
     else:
         load.load_weights(built, weights)
-    if adapters is not None:
-        lora.reset(built, cfg.seed)
+    if section is not None:
+        adapters.fill(built, section, cfg.seed)
     built.source = folder
     return built.train()
 
@@ -76,7 +80,9 @@ def _check_model(cfg: Any) -> None:
     if not from_scratch(cfg):
         load.check_weights(built, folder)
     if hasattr(cfg, "lora"):
-        lora.attach(built, cfg.lora.targets, rank=cfg.lora.rank, alpha=cfg.lora.alpha)
+        adapters.attach(built, cfg.lora)
+    elif hasattr(cfg, "train"):
+        freeze.apply(built, cfg.train)
 
 
 def _check_parallel(cfg: Any, world: int) -> None:
@@ -114,7 +120,9 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
         "dtype": cfg.dtype,
     }
     if hasattr(cfg, "lora"):
-        found |= {"lora.rank": cfg.lora.rank, "lora.alpha": cfg.lora.alpha, "lora.targets": cfg.lora.targets}
+        found |= adapters.fingerprint(cfg.lora)
+    if hasattr(cfg, "train"):
+        found |= {"train.only": cfg.train.only, "train.freeze": cfg.train.freeze}
     return found
 
 

@@ -33,6 +33,7 @@ from ftlib.sections import (
     Parallel,
     Schedule,
     Tokenizer,
+    Train,
 )
 
 
@@ -40,6 +41,7 @@ from ftlib.sections import (
 class Config:
     model: Model
     tokenizer: Tokenizer = Tokenizer()
+    train: Train = Train()
     data: Data
     batch: Batch = Batch()
     steps: int | None = None  # optimizer steps; wins over epochs

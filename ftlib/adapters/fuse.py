@@ -54,7 +54,7 @@ class FusedLora:
 
 
 def fuse(model: nn.Module, name: str = "policy") -> int:
-    """Fuse every group of siblings whose layers all carry adapter `name` without dropout and bias; returns how many.
+    """Fuse every group of siblings whose layers all carry a plain adapter `name` and no bias; returns how many.
 
     For weights in memory on one device, unsharded: call it after loading. The copies of the factors are refreshed by
     a hook before each forward of `model`, one multi-tensor copy.
@@ -82,4 +82,4 @@ def _fits(linears: list[Linear], name: str) -> bool:
     if any(linear.bias is not None or name not in getattr(linear, "adapters", {}) for linear in linears):
         return False
     factors = [linear.adapters[name] for linear in linears]
-    return all(f.dropout == 0 and f.scale == factors[0].scale for f in factors)
+    return all(isinstance(f, LoraFactors) and f.plain and f.scale == factors[0].scale for f in factors)

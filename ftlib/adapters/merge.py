@@ -1,22 +1,38 @@
 """Fold an adapter into the weights it sits on."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
+from ftlib.adapters import saved_modules
 from ftlib.adapters.lora import adapted
 
 
 @torch.no_grad()
 def merge_into(model: nn.Module, name: str = "policy") -> int:
-    """W <- W + scale * B A for every adapted layer, computed in float32 at least, then the adapter is removed.
+    """W <- what W and the adapter do together for every adapted layer, and the modules it trained whole; then the
+    adapter is removed. Computed in float32 at least, rounded to the weight's dtype once.
 
-    Returns the number of layers merged. The sum is rounded to the weight's dtype once.
+    Returns the number of layers and modules changed. A head that was tied to the embedding and is trained is no
+    longer tied.
     """
-    layers = list(adapted(model, name))
+    layers, modules = list(adapted(model, name)), list(saved_modules.saved(model, name))
     for _, linear, factors in layers:
-        wide = torch.promote_types(linear.weight.dtype, torch.float32)
-        delta = factors.lora_B.to(wide) @ factors.lora_A.to(wide) * factors.scale
-        linear.weight.copy_(linear.weight.to(wide) + delta)
+        linear.weight.copy_(factors.merged(linear.weight))
         del linear.adapters[name]
         linear.active = None
-    return len(layers)
+    if any(hf.endswith(("embed_tokens", "lm_head")) for hf, _, _ in modules):
+        _untie(model)
+    for _, module, copies in modules:
+        for key, p in copies._parameters.items():
+            module._parameters[key].copy_(p)
+        del module.adapters[name]
+        module.active = None
+    return len(layers) + len(modules)
+
+
+def _untie(model: nn.Module) -> None:
+    if model.arch.tied:
+        model.arch = dataclasses.replace(model.arch, tied=False)
+        model.lm_head.weight = nn.Parameter(model.lm_head._parameters["weight"].clone(), requires_grad=False)

@@ -1,31 +1,36 @@
 """Adapters in PEFT's file format, adapter_config.json and adapter_model.safetensors, which peft and vLLM read."""
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ftlib.adapters import lora
+from ftlib.adapters import initial, lora, saved_modules
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
+from ftlib.sections import Lora
 
 PREFIX = "base_model.model."
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # Options that change what the files mean and that are not implemented: refused, never ignored.
 REFUSED = {
-    "use_dora": False,
-    "use_rslora": False,
     "bias": "none",
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "fan_in_fan_out": False,
     "layer_replication": None,
     "lora_bias": False,
     "target_parameters": None,
     "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
 }
 
 
@@ -41,35 +46,71 @@ def save(
     """Write adapter `name`. `base`, `revision`: what peft should load it onto (`hub.origin`).
 
     All processes of a sharded model must call this.
+
+    An adapter that started inside W (PiSSA, OLoRA) is written as the plain one of twice the rank that it equals, so it
+    belongs on the base it was made from, not on a changed one.
     """
-    tensors, names, factors = {}, [], None
-    for layer_name, _, factors in lora.adapted(model, name):
-        names.append(layer_name)
-        for factor in ("lora_A", "lora_B"):
-            tensors[f"{PREFIX}{layer_name}.{factor}.weight"] = _whole(getattr(factors, factor))
-    if factors is None:
+    tensors, layers = {}, {}
+    for layer, _, factors in lora.adapted(model, name):
+        layers[layer] = factors
+        a, b = _full_factors(factors)
+        parts = {"lora_A": a, "lora_B": b}
+        if factors.magnitude is not None:
+            parts["magnitude"] = lora.whole(factors.magnitude)
+        tensors |= {f"{PREFIX}{layer}.{KEYS[part]}": _plain(value) for part, value in parts.items()}
+    if not layers:
         raise UserError(f"the model carries no adapter named {name!r}")
+    modules = []
+    for hf, _, copies in saved_modules.saved(model, name):
+        modules.append(hf)
+        tensors |= {f"{PREFIX}{hf}.{key}": _plain(lora.whole(p)) for key, p in copies.named_parameters()}
     if not write:
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
+    config = _config(model, layers, modules) | {"base_model_name_or_path": base, "revision": revision}
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _full_factors(factors: lora.LoraFactors) -> tuple[Tensor, Tensor]:
+    """`factors.factors()` of whole tensors, though the trained ones may be sharded. Collective."""
+    a, b = lora.whole(factors.lora_A), lora.whole(factors.lora_B)
+    if factors.start_A is not None:
+        a, b = torch.cat((a, factors.start_A)), torch.cat((b, -factors.start_B), 1)
+    return a, b
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().to(torch.float32)
+
+
+def _config(model: nn.Module, layers: dict[str, lora.LoraFactors], modules: list[str]) -> dict[str, Any]:
+    """adapter_config.json: the commonest rank and alpha, and patterns for the layers that have others."""
+    ranks, alphas = {}, {}
+    for layer, f in layers.items():
+        ranks[layer] = f.rank if f.start_A is None else 2 * f.rank
+        grown = ranks[layer] / f.rank  # the scale must stay what it was while the rank doubles
+        alphas[layer] = f.alpha * (math.sqrt(grown) if f.rslora else grown)
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    one = next(iter(layers.values()))
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "r": factors.rank,
-        "lora_alpha": factors.alpha,
-        "lora_dropout": factors.dropout,
-        "target_modules": _short_names(model, names),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": one.dropout,
+        "target_modules": _short_names(model, list(layers)),
+        "rank_pattern": {layer: r for layer, r in ranks.items() if r != rank},
+        "alpha_pattern": {layer: a for layer, a in alphas.items() if a != alpha},
+        "modules_to_save": modules or None,
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
+        "use_rslora": one.rslora,
+        "use_dora": one.magnitude is not None,
+        "init_lora_weights": True,
         "inference_mode": True,
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(model: nn.Module, folder: str | Path, *, name: str = "policy", trainable: bool = False) -> None:
@@ -77,45 +118,79 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "policy", trainabl
 
     Raises UserError when the folder is no LoRA adapter, uses options we do not have, or does not fit the model.
     """
+    lora.attach_section(model, section(model, folder), name=name, dtype=_dtype(Path(folder)))
+    fill(model, folder, name=name)
+    for part in [f for _, _, f in lora.adapted(model, name)] + [c for _, _, c in saved_modules.saved(model, name)]:
+        part.requires_grad_(trainable)
+
+
+def section(model: nn.Module, folder: str | Path) -> Lora:
+    """The adapter in `folder` as a config's section, its targets and modules by the names this model has for them.
+
+    `model` may be on the meta device; only headers of the file are read.
+    """
     folder = Path(folder)
-    config = read_config(folder)
-    file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        raise UserError(f"{folder} has no adapter_model.safetensors")
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(file).items()}
-    layers = sorted({key.rsplit(".", 2)[0] for key in tensors if ".lora_" in key})
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
-    unknown = [layer for layer in layers if layer not in linears]
-    extra = [key for key in tensors if ".lora_" not in key]
-    if unknown or extra or not layers:
-        named = ", ".join((unknown + extra)[:3]) or "no lora_A / lora_B tensor at all"
-        raise UserError(f"the adapter does not fit this model: {named}", where=str(file))
-    device = next(model.parameters()).device
-    lora.attach(
-        model,
-        "|".join(layer.replace(".", r"\.") for layer in layers),
+    config, keys = read_config(folder), _keys(folder)
+    layers = sorted({key.split(".lora_")[0] for key in keys if ".lora_" in key})
+    modules = sorted({key.rpartition(".")[0] for key in keys if ".lora_" not in key})
+    linears = {n for n, m in model.named_modules() if isinstance(m, Linear)}
+    known = saved_modules.candidates(model)
+    unknown = [layer for layer in layers if layer not in linears] + [hf for hf in modules if hf not in known]
+    if unknown or not layers:
+        named = ", ".join(unknown[:3]) or "no lora_A / lora_B tensor at all"
+        raise UserError(f"the adapter does not fit this model: {named}", where=str(folder / TENSORS))
+    for wanted in config.get("modules_to_save") or ():
+        if not any(hf == wanted or hf.endswith(f".{wanted}") for hf in modules):
+            raise UserError(f"modules_to_save names {wanted!r}, which the file lacks", where=str(folder / TENSORS))
+    init = config.get("init_lora_weights", True)
+    return Lora(
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout", 0.0),
-        name=name,
-        dtype=next(iter(tensors.values())).dtype,
+        targets="|".join(layer.replace(".", r"\.") for layer in layers),
+        rslora=config.get("use_rslora", False),
+        dora=config.get("use_dora", False),
+        init=init if init in initial.FROM_WEIGHT else "kaiming",
+        rank_pattern={k: v for k, v in (config.get("rank_pattern") or {}).items() if _used(k, layers)},
+        alpha_pattern={k: v for k, v in (config.get("alpha_pattern") or {}).items() if _used(k, layers)},
+        modules_to_save=tuple(modules),
     )
+
+
+def _used(pattern: str, layers: list[str]) -> bool:
+    return any(lora.ends(pattern, layer) for layer in layers)
+
+
+def fill(model: nn.Module, folder: str | Path, *, name: str = "policy") -> None:
+    """Read the adapter's tensors into adapter `name`, attached as `section` says, on a model with weights."""
+    file = Path(folder) / TENSORS
+    wanted = {}
     for layer, _, factors in lora.adapted(model, name):
-        for factor in ("lora_A", "lora_B"):
-            value, target = tensors[f"{layer}.{factor}.weight"], getattr(factors, factor)
+        parts = {"lora_A": factors.lora_A, "lora_B": factors.lora_B, "magnitude": factors.magnitude}
+        wanted |= {f"{PREFIX}{layer}.{KEYS[part]}": p for part, p in parts.items() if p is not None}
+    for hf, _, copies in saved_modules.saved(model, name):
+        wanted |= {f"{PREFIX}{hf}.{key}": p for key, p in copies.named_parameters()}
+    if any(factors.start_A is not None for _, _, factors in lora.adapted(model, name)):
+        lora.reset(model, 0, name)  # the start inside W follows from W
+    with safe_open(file, framework="pt") as opened:
+        found = set(opened.keys())
+        for key, target in wanted.items():
+            if key not in found:
+                raise UserError(f"the adapter has no {key}", where=str(file))
+            value = opened.get_tensor(key)
             if value.shape != target.shape:
                 raise UserError(
-                    f"{layer}.{factor}: the adapter has {list(value.shape)}, the model needs {list(target.shape)}",
+                    f"{key.removeprefix(PREFIX)}: the adapter has {list(value.shape)}, "
+                    f"the model needs {list(target.shape)}",
                     where=str(file),
                     fix="use the base model this adapter was trained on",
                 )
-            lora.fill(target, value.to(device))
-            target.requires_grad_(trainable)
+            lora.fill(target, value)
 
 
 def read_config(folder: Path) -> dict:
     """adapter_config.json of a LoRA adapter without options that we would have to ignore."""
-    file = folder / "adapter_config.json"
+    file = folder / CONFIG
     if not file.exists():
         raise UserError(f"{folder} is no adapter: it has no adapter_config.json")
     try:
@@ -127,7 +202,25 @@ def read_config(folder: Path) -> dict:
     for key, neutral in REFUSED.items():
         if config.get(key, neutral) not in (neutral, None):
             raise UserError(f"{key}={config[key]!r} is not supported", where=str(file))
+    # These change the base in a way that cannot be found again from its weights; the others only say how A and B began.
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith("pissa_") or start in ("corda", "loftq", "lora_ga"):
+        fix = "convert it with peft: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        raise UserError(f"init_lora_weights={start!r} needs a changed base model", where=str(file), fix=fix)
     return config
+
+
+def _keys(folder: Path) -> list[str]:
+    file = folder / TENSORS
+    if not file.exists():
+        raise UserError(f"{folder} has no {TENSORS}")
+    with safe_open(file, framework="pt") as opened:
+        return [key.removeprefix(PREFIX) for key in opened.keys()]  # noqa: SIM118 - not a dict
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    with safe_open(folder / TENSORS, framework="pt") as opened:
+        return opened.get_tensor(next(iter(opened.keys()))).dtype
 
 
 def _short_names(model: nn.Module, names: list[str]) -> list[str]:
@@ -136,8 +229,3 @@ def _short_names(model: nn.Module, names: list[str]) -> list[str]:
     linears = [n for n, m in model.named_modules() if isinstance(m, Linear)]
     picked = [n for n in linears if n.rsplit(".", 1)[-1] in short]
     return short if sorted(picked) == sorted(names) else names
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous().to(torch.float32)

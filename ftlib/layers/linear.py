@@ -19,7 +19,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        return y if self.active is None else y + self.adapters[self.active](x)
+        return y if self.active is None else self.adapters[self.active](x, y, self)
 
 
 def project(linears: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ class LanguageModel(nn.Module):
     def tie(self) -> None:
         """Share the embedding matrix with the head when the architecture does; again after parameters are replaced."""
         if self.arch.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.model.embed_tokens._parameters["weight"]  # the base's, whatever adapter is on
 
     def forward(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] after the last norm."""

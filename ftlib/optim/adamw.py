@@ -10,15 +10,33 @@ from ftlib.sections import Optim
 
 
 def build(model: nn.Module, cfg: Optim) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); vectors (norms, biases) are not decayed."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); vectors (norms, biases) are not decayed.
+
+    A module may have `lr_scales`, parameter name -> multiple of the learning rate (LoRA+); such a group has a
+    setting `lr_scale`, which `step` obeys.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    scales = lr_scales(model)
+    groups = []
+    for scale in sorted({1.0, *scales.values()}):
+        same = [p for p in trainable if scales.get(p, 1.0) == scale]
+        more = {} if scale == 1.0 else {"lr": cfg.lr * scale, "lr_scale": scale}
+        groups.append({"params": [p for p in same if p.ndim >= 2], "weight_decay": cfg.weight_decay, **more})
+        groups.append({"params": [p for p in same if p.ndim < 2], "weight_decay": 0.0, **more})
     groups = [group for group in groups if group["params"]]
     fused = all(p.device.type == "cuda" for p in trainable)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+
+
+def lr_scales(model: nn.Module) -> dict[nn.Parameter, float]:
+    """Parameters whose learning rate is a multiple of the optimizer's."""
+    found = {}
+    for module in model.modules():
+        for name, scale in getattr(module, "lr_scales", {}).items():
+            parameter = module._parameters.get(name)
+            if parameter is not None and scale != 1.0:
+                found[parameter] = scale
+    return found
 
 
 def step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float | None) -> Tensor:
@@ -26,7 +44,7 @@ def step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float | Non
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = clip(parameters, max_grad_norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

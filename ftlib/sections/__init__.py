@@ -5,8 +5,9 @@ from ftlib.sections.lora import Lora
 from ftlib.sections.model import Model, Tokenizer
 from ftlib.sections.optim import Optim, Schedule
 from ftlib.sections.run import Checkpoint, Eval, Log, Memory, Parallel
+from ftlib.sections.train import Train
 
 __all__ = [
     "Batch", "Checkpoint", "Data", "Eval", "Log", "Lora", "Memory", "Model", "Optim", "Parallel", "Schedule", "Source",
-    "Tokenizer",
+    "Tokenizer", "Train",
 ]

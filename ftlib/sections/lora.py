@@ -1,6 +1,9 @@
 """Low-rank adapters."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from ftlib.config import LocalOrHub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,9 +14,24 @@ class Lora:
     alpha: float = 32.0
     dropout: float = 0.0  # on the adapter's input, while training
     targets: tuple[str, ...] | str = "all-linear"  # names ending in (`q_proj`), a regular expression, or `all-linear`
+    rslora: bool = False  # scale by alpha / sqrt(rank): high ranks learn as fast as low ones (arXiv 2312.03732)
+    dora: bool = False  # also learn the length of each row of W (arXiv 2402.09353); slower, no fused kernel
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"  # pissa, olora: start as W's main part
+    lr_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): learning rate of B, as a multiple of optim.lr; 16 is usual
+    rank_pattern: dict[str, int] = None  # end of a layer's name, as a regular expression -> its own rank
+    alpha_pattern: dict[str, float] = None  # the same for alpha
+    modules_to_save: tuple[str, ...] = ()  # trained whole and saved with the adapter: `lm_head`, `embed_tokens`, `norm`
+    start_from: LocalOrHub | None = None  # continue this adapter (PEFT format): its rank, alpha and targets hold
 
     def __post_init__(self) -> None:
+        for key in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, {})
         if self.rank < 1:
             raise ValueError("rank: must be at least 1")
+        if any(rank < 1 for rank in self.rank_pattern.values()):
+            raise ValueError("rank_pattern: every rank must be at least 1; leave a layer out of targets to skip it")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout: must be in [0, 1)")
+        if self.lr_ratio <= 0:
+            raise ValueError("lr_ratio: must be above 0; 1 is plain LoRA")

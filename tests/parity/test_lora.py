@@ -135,14 +135,19 @@ def test_targets_that_name_nothing_are_refused(folder, targets, words):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"},
-     {"rank_pattern": {"q_proj": 8}}],
+    ("change", "words"),
+    [
+        ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa_niter_4"}, "convert it with peft"),
+        # Options that we have, but that the tensors do not go with.
+        ({"use_dora": True}, "has no .*lora_magnitude_vector"), ({"rank_pattern": {"q_proj": 8}}, "the model needs"),
+        ({"modules_to_save": ["lm_head"]}, "which the file lacks"),
+    ],
 )
-def test_adapter_options_we_do_not_have_are_refused(folder, tmp_path, change):
+def test_adapters_that_cannot_be_read_right_are_refused(folder, tmp_path, change, words):
     model, _ = ours_with_adapter(folder)
     peft_format.save(model, tmp_path, base=str(folder))
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError, match=next(iter(change)).replace("peft_type", "IA3")):
+    with pytest.raises(UserError, match=words):
         peft_format.load(models.from_pretrained(folder), tmp_path)

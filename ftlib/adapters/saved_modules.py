@@ -1,0 +1,92 @@
+"""Modules that an adapter trains whole (`lora.modules_to_save`): each adapter has its own copy of their parameters.
+
+The copy sits where factors sit, under `adapters.<name>`, and the module's `weight` and `bias` are those of the active
+adapter: whoever reads `lm_head.weight` gets the right one, and switching the adapter off gives the base again.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from ftlib.errors import UserError, did_you_mean
+from ftlib.models.keys import Table, piece
+
+
+class Copies(nn.Module):
+    """An adapter's own parameters of one module, under the module's names for them."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, p in module._parameters.items():
+            if p is not None:
+                self.register_parameter(name, nn.Parameter(torch.empty(p.shape, device=p.device, dtype=dtype)))
+
+    def forward(self, x: Tensor, y: Tensor, linear: nn.Module) -> Tensor:
+        """Nothing to add: `y` was already computed with these parameters."""
+        return y
+
+
+def attach(model: nn.Module, names: tuple[str, ...], name: str, dtype: torch.dtype) -> None:
+    """Give adapter `name` its own copies of the modules whose Hugging Face names end in one of `names`, at a dot."""
+    modules = candidates(model)
+    for wanted in names:
+        hits = [module for hf, module in modules.items() if hf == wanted or hf.endswith(f".{wanted}")]
+        if not hits:
+            hint = did_you_mean(wanted, {hf.rsplit(".", 1)[-1] for hf in modules})
+            raise UserError(f"no module with parameters is named {wanted!r}{hint}", where="lora.modules_to_save")
+        for module in hits:
+            if name in getattr(module, "adapters", {}):
+                raise UserError(
+                    f"{wanted!r} is trained whole and has low-rank factors too",
+                    where="lora.modules_to_save, lora.targets",
+                    fix="leave it out of one of them",
+                )
+            if not hasattr(module, "adapters"):
+                module.__class__ = _switching(type(module), tuple(module._parameters))
+                module.adapters = nn.ModuleDict()
+            module.adapters[name] = Copies(module, dtype)
+            module.active = name
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Hugging Face name -> module, of every module with parameters of its own."""
+    table = getattr(model, "table", Table())
+    found = {}
+    for name, module in model.named_modules():
+        first = next(iter(module._parameters), None)
+        if first is not None and ".adapters." not in name:
+            found[piece(f"{name}.{first}", table).hf.rsplit(".", 1)[0]] = module
+    return found
+
+
+def saved(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Copies]]:
+    """(Hugging Face name, module, its copies) of every module that adapter `name` trains whole."""
+    for hf, module in candidates(model).items():
+        if name in getattr(module, "adapters", {}) and isinstance(module.adapters[name], Copies):
+            yield hf, module, module.adapters[name]
+
+
+@torch.no_grad()
+def reset(model: nn.Module, name: str) -> None:
+    """Fill the copies of adapter `name` from the base."""
+    for _, module, copies in saved(model, name):
+        for key, p in copies._parameters.items():
+            p.copy_(module._parameters[key])
+
+
+@cache
+def _switching(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """`kind` with each parameter in `names` read from the active adapter, in the base's dtype."""
+
+    def chosen(name: str) -> property:
+        def get(self: nn.Module) -> Tensor | None:
+            base = self._parameters[name]
+            return base if base is None or self.active is None else getattr(
+                self.adapters[self.active], name
+            ).to(base.dtype)
+
+        return property(get)
+
+    return type(kind.__name__, (kind,), {"active": None} | {name: chosen(name) for name in names})
