@@ -101,7 +101,9 @@ def test_sixty_steps(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "stories260K"])
 def test_three_hundred_steps(tmp_path, name):
-    """Last results, the largest difference of any step: see WORST."""
+    """Last results, the largest relative difference of any of 300 steps, one CPU thread, torch 2.13, transformers
+    5.17, peft 0.21: llama-3.2-1b 3.3e-6, qwen2.5-0.5b 3.4e-7, qwen3-0.6b 5.5e-7, stories260K 1.3e-6.
+    """
     if name == "stories260K":
         model, rows = shared("tiny_models/stories260K/hf"), shared("instruct/lf_v1_sft_demo.jsonl")
         data_section = {"sources": [{"path": str(rows)}], "seq_len": 384, "template": "chatml"}
