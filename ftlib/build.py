@@ -8,15 +8,22 @@ import torch
 from ftlib import data, plugins, tokenizers
 from ftlib.adapters import freeze
 from ftlib.adapters import setup as adapters
+from ftlib.adapters.fuse import fuse
 from ftlib.errors import Problems, UserError
 from ftlib.layers.attention import choose_backend
 from ftlib.models import LanguageModel, families, hub, load
+from ftlib.parallel import offload
 from ftlib.parallel.apply import apply
 from ftlib.parallel.run import Run, sizes
 from ftlib.sections import Data, Lora
 from ftlib.tokenizers import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def default_device() -> torch.device:
+    """Where a run on this machine would compute."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def from_scratch(cfg: Any) -> bool:
@@ -33,7 +40,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     folder, dtype = hub.resolve(cfg.model.path), DTYPES[cfg.dtype]
     built = load.build(folder, dtype, _decoder(cfg.model.code))
     weights = None if from_scratch(cfg) else load.check_weights(built, folder)
-    built.model.use_attention(choose_backend(cfg.model.attention))
+    built.model.use_attention(choose_backend(cfg.model.attention, run.device, dtype))
     section: Lora | None = getattr(cfg, "lora", None)
     if section is not None:
         adapters.attach(built, section, reference)
@@ -48,6 +55,10 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
         load.load_weights(built, weights)
     if section is not None:
         adapters.fill(built, section, cfg.seed)
+        if run.device.type == "cuda" and run.world == 1:
+            fuse(built)
+    if cfg.memory.offload:
+        offload.attach(built)
     built.source = folder
     return built.train()
 
@@ -76,7 +87,7 @@ def check_data(cfg: Any) -> None:
 def _check_model(cfg: Any) -> None:
     folder = hub.resolve(cfg.model.path)
     built = load.build(folder, DTYPES[cfg.dtype], _decoder(cfg.model.code))
-    choose_backend(cfg.model.attention)
+    choose_backend(cfg.model.attention, default_device(), DTYPES[cfg.dtype])
     if not from_scratch(cfg):
         load.check_weights(built, folder)
     if hasattr(cfg, "lora"):
@@ -87,6 +98,8 @@ def _check_model(cfg: Any) -> None:
 
 def _check_parallel(cfg: Any, world: int) -> None:
     replicate, shard, cp, tp = sizes(cfg.parallel, world)
+    if cfg.memory.offload and default_device().type != "cuda":
+        raise UserError("offload needs a GPU to offload from", where="memory.offload", fix="set memory.offload=false")
     if cp > 1 or tp > 1:
         raise UserError("cp and tp above 1 are not available", where="parallel.cp, parallel.tp", fix="set both to 1")
     per_forward = cfg.batch.micro_rows * replicate * shard

@@ -8,9 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlib.errors import UserError
+from ftlib.kernels.varlen_attention import varlen_attention
 from ftlib.layers.linear import Linear, project
 from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import Rope, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryScale:
+    """Queries grow with their position: 1 + beta * log(1 + position // original_max_positions), as in Llama 4."""
+
+    beta: float
+    original_max_positions: int
+
+    def apply(self, q: Tensor, position_ids: Tensor) -> Tensor:
+        """q [B, T, H, D] scaled by its positions [B, T]."""
+        times = 1 + self.beta * torch.log1p(torch.floor(position_ids / self.original_max_positions))
+        return q * times[:, :, None, None].to(q.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +37,24 @@ class Attn:
     rope: Rope | None
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Literal["none", "head"] = "none"  # RMSNorm on each head's query and key
+    qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of query and key: of each head, or over all heads
     window: int | None = None  # a query sees itself and the window - 1 tokens before it
+    scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
+    softcap: float | None = None  # scores z become softcap * tanh(z / softcap)
+    sinks: bool = False  # a learned score per head takes part in the softmax, and its weight is thrown away
+    query_scale: QueryScale | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every kernel can serve it."""
+        return self.softcap is None and not self.sinks
 
 
 class AttentionLayout(Protocol):
     """Who sees whom, built once per batch (ftlib.layers.batch, ftlib.layers.cache)."""
 
     masks: dict[int | None, Tensor]
+    cu_seqlens: Tensor | None  # None: not packed documents
 
     def prepare(self, backend: str, windows: set[int | None]) -> None:
         """Make what `backend` needs for layers with these windows, before the first layer runs."""
@@ -39,41 +63,74 @@ class AttentionLayout(Protocol):
         """Keys and values this layer's queries look at: the given ones, or a cache grown by them."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, *, backend: str, window: int | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the keys `layout` lets each query see.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout,
+    *,
+    backend: str,
+    window: int | None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v over the keys `layout` lets each query see; `scale` is 1 / sqrt(D) when not given.
 
     q [B, T, heads, D]; k, v [B, S, kv_heads, D], heads a multiple of kv_heads. Returns [B, T, heads, D].
+    `softcap`: scores z become softcap * tanh(z / softcap). `sinks` [heads]: one more score in each head's softmax, with
+    no value. Both need the backend `reference`.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "varlen" and layout.cu_seqlens is not None and not (layout.dense and window is None):
+        flat = (t.flatten(0, 1) for t in (q, k, v))
+        y = varlen_attention(*flat, layout.cu_seqlens, layout.max_seqlen, scale, window)
+        return y.view(q.shape)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = layout.masks[window]
-    if backend == "sdpa":
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    if backend != "reference":
+        options = {"is_causal": mask is None, "scale": scale, "enable_gqa": True}
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
     else:
-        y = _reference(q, k, v, mask)
+        y = _reference(q, k, v, mask, scale, softcap, sinks)
     return y.transpose(1, 2)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """Plain PyTorch, any dtype: the oracle of every other backend."""
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), -1)
     wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=wide).to(v.dtype) @ v
+    weights = scores.softmax(-1, dtype=wide).to(v.dtype)
+    return weights[..., : k.shape[-2]] @ v
 
 
-def choose_backend(requested: str) -> str:
-    """The backend that serves every layer; an explicit choice that cannot is an error that says why."""
-    if requested in ("auto", "sdpa"):
-        return "sdpa"
-    if requested == "reference":
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend of every layer: `varlen` on a GPU in half precision, else `sdpa`; `reference` only when asked for.
+
+    `varlen` still hands rows that are one document each to SDPA, whose cuDNN kernel is faster there. An explicit choice
+    that cannot serve is a UserError that says why.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    varlen = device.type == "cuda" and half
+    if requested == "auto":
+        return "varlen" if varlen else "sdpa"
+    if requested in ("sdpa", "reference") or (requested == "varlen" and varlen):
         return requested
+    why = "needs a CUDA device and dtype bf16" if requested == "varlen" else "is not available here"
     raise UserError(
-        f"attention backend {requested!r} is not available here",
-        where="model.attention",
-        fix="use auto, sdpa or reference",
+        f"attention backend {requested!r} {why}", where="model.attention", fix="use auto, sdpa or reference"
     )
 
 

@@ -54,6 +54,9 @@ class Layout:
 
         None stands for plain causal attention over whole rows, which backends have a fast path for.
         """
+        if backend == "varlen":  # needs none; a window-less layer over whole rows is plain causal attention
+            self.masks |= dict.fromkeys(windows)
+            return
         for window in windows - self.masks.keys():
             self.masks[window] = None if self.dense and window is None else self._mask(window)
 

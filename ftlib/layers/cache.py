@@ -33,6 +33,8 @@ class DenseCache:
 class CachedLayout:
     """Queries at `position_ids` [B, T] over a `DenseCache`: causal in position, windowed where a layer asks for it."""
 
+    cu_seqlens = None
+
     def __init__(self, cache: DenseCache, position_ids: Tensor) -> None:
         self.cache, self.position_ids = cache, position_ids
         self.masks: dict[int | None, Tensor] = {}
