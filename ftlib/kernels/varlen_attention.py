@@ -1,4 +1,4 @@
-"""Causal attention over packed documents by torch's built-in FlashAttention-2: no mask is formed, heads may be grouped."""
+"""Causal attention over packed documents by torch's own FlashAttention-2: no mask is formed, heads may be grouped."""
 
 import torch
 from torch import Tensor

@@ -121,7 +121,9 @@ def test_every_memory_setting_gives_the_same_step(recompute, compiled, offloaded
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "window"), [(8, 2, 64, None), (4, 4, 128, 37), (6, 1, 64, 5)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window"), [(8, 2, 64, None), (4, 4, 128, 37), (6, 1, 64, 5)]
+)
 def test_packed_attention(heads, kv_heads, head_dim, window, compiled):
     from ftlib.layers.attention import attend
     from ftlib.layers.batch import Layout
