@@ -1,5 +1,7 @@
 """A training curve against transformers and peft: the same start, the same rows in the same order, step by step."""
 
+import json
+
 import pytest
 import torch
 from shared_data import shared
@@ -39,25 +41,47 @@ def peft_model(base, adapter):
     return model, trained
 
 
-def documents_loss(model, documents, ids):
-    """Mean loss of documents, each in a row of its own: theirs knows nothing of packing, and pads on the right."""
-    parts = [[torch.from_numpy(part).long() for part in documents.tokens(index)] for index in ids]
+def their_examples(base, file):
+    """(tokens, labels not shifted) of each row by line, made by transformers' tokenizer and template alone."""
+    from transformers import AutoTokenizer
+
+    tokenizer, found = AutoTokenizer.from_pretrained(base), {}
+    for line, row in enumerate(file.read_text().splitlines(), 1):
+        made = tokenizer.apply_chat_template(
+            json.loads(row)["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        tokens = torch.tensor(made["input_ids"])
+        found[line] = tokens, tokens.where(torch.tensor(made["assistant_masks"]).bool(), -100)
+    return found
+
+
+def our_examples(documents):
+    """The same from our documents, for a tokenizer that transformers cannot make of the files."""
+    found = {}
+    for index, line in enumerate(documents.lines.tolist()):
+        tokens, labels = (torch.from_numpy(part).long() for part in documents.tokens(index))
+        found[line] = tokens, labels.roll(1)
+    return found
+
+
+def examples_loss(model, parts):
+    """Their loss of documents, each in a row of its own: theirs knows nothing of packing, and pads on the right."""
     tokens = pad_sequence([tokens for tokens, _ in parts], batch_first=True)
     labels = pad_sequence([labels for _, labels in parts], batch_first=True, padding_value=-100)
-    return torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    return model(tokens, labels=labels).loss
 
 
-def peft_curve(cfg, loader, adapter):
+def peft_curve(cfg, loader, adapter, examples):
     """Their losses over the run's steps."""
     model, trained = peft_model(cfg.model.path, adapter)
     optim = cfg.optim
     optimizer = torch.optim.AdamW(
         trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
-    curve = []
+    lines, curve = loader.plan.documents.lines, []
     for step in range(1, cfg.steps + 1):
         rows = next(loader).packs
-        loss = documents_loss(model, loader.plan.documents, [index for row in rows for index in row])
+        loss = examples_loss(model, [examples[lines[index]] for row in rows for index in row])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         for group in optimizer.param_groups:
@@ -68,7 +92,7 @@ def peft_curve(cfg, loader, adapter):
     return curve
 
 
-def curves(folder, count, model, rows, **sections):
+def curves(folder, count, model, rows, theirs=True, **sections):
     """(ours, theirs) over `count` steps of the real recipe."""
     settings = {
         "steps": count,
@@ -79,10 +103,11 @@ def curves(folder, count, model, rows, **sections):
     file = write_config(folder / "config.yaml", model, rows, **settings, **sections)
     cfg, loader = setup(file, folder / "adapter")
     ours = steps(train("lora_sft", "--config", file))
-    theirs = peft_curve(cfg, loader, folder / "adapter")
-    assert len(ours) == len(theirs) == count
+    examples = their_examples(model, rows) if theirs else our_examples(loader.plan.documents)
+    reference = peft_curve(cfg, loader, folder / "adapter", examples)
+    assert len(ours) == len(reference) == count
     assert ours[-1] < 0.8 * ours[0], "there must be something to follow"
-    return ours, theirs
+    return ours, reference
 
 
 def gap(ours, theirs):
@@ -107,7 +132,7 @@ def test_three_hundred_steps(tmp_path, name):
     if name == "stories260K":
         model, rows = shared("tiny_models/stories260K/hf"), shared("instruct/lf_v1_sft_demo.jsonl")
         data_section = {"sources": [{"path": str(rows)}], "seq_len": 384, "template": "chatml"}
-        found = gap(*curves(tmp_path, 300, model, rows, data=data_section))
+        found = gap(*curves(tmp_path, 300, model, rows, theirs=False, data=data_section))
     else:
         found = gap(*curves(tmp_path, 300, write_model(tmp_path / "model", name), noisy_rows(tmp_path)))
     print(f"{name}: {found:.1e}")
