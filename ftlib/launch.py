@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +31,7 @@ def launch(schema: type[Schema], main: Callable[[Schema], object], argv: Sequenc
         print(usage(schema))
         return
     _leave_note(f"pid.{os.getpid()}")
+    warnings.formatwarning = plain_warning
     try:
         main(config.load(schema, argv))
     except (UserError, Stopped) as error:
@@ -67,6 +69,11 @@ def message(error: Exception) -> str:
         listed = "\n".join(error.problems).replace("\n", "\n  ")
         return f"error: {len(error.problems)} problems\n  {listed}"
     return f"error: {error}" if isinstance(error, UserError) else str(error)
+
+
+def plain_warning(message: Warning | str, *place: object, **more: object) -> str:
+    """A warning for the user, who has no use for the line of ours that it came from."""
+    return f"warning: {message}\n"
 
 
 def _report(error: UserError | Stopped | Hung) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ftlib import config
+from ftlib.errors import UserError
 from ftlib.observe.flops import count_weights, device_peak, flops_per_token
 from ftlib.observe.meter import Devices, Meter
 from ftlib.observe.metrics import MetricsFile
@@ -41,8 +42,14 @@ class Output:
     def begin(self, done: int, report: Iterable[str]) -> "Output":
         """Start, or continue after `done` steps: rows of steps that will be done again are dropped.
 
-        `report`: lines about the data, for the user.
+        `report`: lines about the data, for the user. UserError when more was done than is asked for.
         """
+        if done > self.steps:
+            raise UserError(
+                f"the checkpoint has {done:,} steps, more than the {self.steps:,} asked for",
+                where=str(self.folder),
+                fix="raise steps, use a new output_dir, or start over: checkpoint.resume=never",
+            )
         if self.run.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(config.dump(self.cfg), encoding="utf-8")

@@ -8,6 +8,7 @@ from parity.shrink import relative
 from tiny_model import TEMPLATE, losses, probe, steps, train, tune, write_rows
 
 from ftlib import cli, models
+from ftlib.errors import UserError
 
 RECIPES = ("lora_sft", "full_sft", "pretrain")
 STEP_KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "peak_memory_gib"]
@@ -122,6 +123,14 @@ def test_raising_steps_continues(tiny, tmp_path, capsys):
     assert losses(again)[:6] == losses(first) and len(losses(again)) == 9
     tiny.config(tmp_path, schedule={"name": "constant"}, steps=9, output_dir=str(tmp_path / "whole"))
     assert losses(train("lora_sft", "--config", file)) == losses(again)
+
+
+def test_fewer_steps_than_were_done_are_refused(tiny, tmp_path):
+    file = tiny.config(tmp_path, steps=3)
+    train("lora_sft", "--config", file)
+    with pytest.raises(UserError, match="has 3 steps, more than the 2 asked for"):
+        train("lora_sft", "--config", file, "steps=2")
+    assert [row["step"] for row in train("lora_sft", "--config", file)] == [0, 1, 2, 3, 3]
 
 
 def test_accumulation_does_not_change_the_numbers(tiny, tmp_path):
