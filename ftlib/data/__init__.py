@@ -1,10 +1,12 @@
 """From files to packed batches: sources, formats, masks, packing, and the loader whose position is two integers."""
 
+from ftlib.data.collect import examples
 from ftlib.data.documents import Document, Documents
 from ftlib.data.examples import Example
 from ftlib.data.loader import Loader, Step, eval_batches
 from ftlib.data.loading import Datasets, load
 from ftlib.data.packing import pack
+from ftlib.data.preview import preview
 from ftlib.data.report import LoadReport
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "Loader",
     "Step",
     "eval_batches",
+    "examples",
     "load",
     "pack",
+    "preview",
 ]

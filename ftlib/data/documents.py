@@ -1,4 +1,4 @@
-"""Tokenised rows as flat arrays: a million documents are a few large arrays, not a million objects."""
+"""Tokenised rows as flat arrays: a million documents are a few large arrays, in memory or in files, not objects."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -37,43 +37,74 @@ class Document:
         return self.example.messages if self.example else None
 
 
-class Documents(Sequence[Document]):
-    """A sequence of `Document`. `examples` holds the rows they were made from, for held-out documents only.
+@dataclass
+class Part:
+    """Documents of one source end to end: `input_ids` int32, `trained` bool, both [tokens]; the rest per document [n].
 
-    `input_ids` int32 and `trained` bool, both [tokens], lie end to end; document i is offsets[i] to offsets[i + 1].
-    `source_ids` and `lines` int32 [n] say where each came from.
+    `lengths` int32 in tokens; `targets` int32, labels that are not -100; `hashes` uint64 of the ids, equal for repeats;
+    `lines` int32 and `file_ids` int32: where in which of `files` a document came from. `examples`: the rows themselves.
+    """
+
+    input_ids: np.ndarray
+    trained: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
+    hashes: np.ndarray
+    lines: np.ndarray
+    file_ids: np.ndarray
+    files: Sequence[str]
+    digest: str  # SHA-256 of tokens, masks and lengths
+    examples: Sequence[Example] | None = None
+
+
+class Documents(Sequence[Document]):
+    """A sequence of `Document` over parts. `examples` holds the rows they were made from, for held-out documents only.
+
+    All [n]: document i is lengths[i] tokens from starts[i] of parts[part_ids[i]], of source source_ids[i].
     """
 
     def __init__(
         self,
-        input_ids: np.ndarray,
-        trained: np.ndarray,
-        offsets: np.ndarray,
+        parts: Sequence[Part],
+        *,
+        sources: Sequence[SourceInfo],
+        part_ids: np.ndarray | None = None,
+        members: np.ndarray | None = None,
+        source_ids: np.ndarray | None = None,
+        keep_examples: bool = True,
+    ) -> None:
+        """All documents of all parts, or those that `part_ids` and `members` (index within the part) name."""
+        self.parts, self.sources = list(parts), tuple(sources)
+        counts = [len(part.lengths) for part in parts]
+        if members is None:
+            part_ids = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
+            members = np.concatenate([np.arange(count) for count in counts]) if counts else np.empty(0, np.int64)
+        self.part_ids, self.members = part_ids, members
+        self.source_ids = part_ids if source_ids is None else source_ids
+        self.lengths = self._gather([part.lengths for part in parts], np.int32)
+        self.starts = self._gather([np.cumsum(p.lengths, dtype=np.int64) - p.lengths for p in parts], np.int64)
+        self.examples: list[Example] | None = None
+        if keep_examples and parts and all(part.examples is not None for part in parts):
+            self.examples = [parts[p].examples[m] for p, m in zip(part_ids, members, strict=True)]
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[tuple[np.ndarray, np.ndarray]],
         *,
         sources: Sequence[SourceInfo] = (SourceInfo("data", "data"),),
         source_ids: np.ndarray | None = None,
-        lines: np.ndarray | None = None,
-        examples: list[Example] | None = None,
-    ) -> None:
-        count = len(offsets) - 1
-        self.input_ids, self.trained, self.offsets = input_ids, trained, offsets
-        self.sources = tuple(sources)
-        self.source_ids = np.zeros(count, np.int32) if source_ids is None else source_ids
-        self.lines = np.arange(1, count + 1, dtype=np.int32) if lines is None else lines
-        self.examples = examples
+    ) -> "Documents":
+        """From (input_ids int [n], trained bool [n]) pairs; `source_ids` says of which source each is."""
+        from ftlib.data.store import MemoryWriter
 
-    @classmethod
-    def from_rows(cls, rows: Iterable[tuple[np.ndarray, np.ndarray]], **keywords: object) -> "Documents":
-        """From (input_ids int [n], trained bool [n]) pairs; the keywords are those of the class."""
-        rows = list(rows)
-        ids = [np.asarray(ids, np.int32) for ids, _ in rows]
-        trained = [np.asarray(mask, bool) for _, mask in rows]
-        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-        ids, trained = np.concatenate([np.empty(0, np.int32), *ids]), np.concatenate([np.empty(0, bool), *trained])
-        return cls(ids, trained, offsets, **keywords)
+        writer = MemoryWriter([sources[0].path])
+        for number, (ids, trained) in enumerate(rows, 1):
+            writer.add(np.asarray(ids, np.int32), np.asarray(trained, bool), 0, number, None)
+        return cls([writer.finish()], sources=sources, source_ids=source_ids)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.members)
 
     def __getitem__(self, index: int) -> Document:
         if not -len(self) <= index < len(self):
@@ -85,62 +116,66 @@ class Documents(Sequence[Document]):
 
     def tokens(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels) of one document, int32 [n] each."""
-        part = slice(self.offsets[index], self.offsets[index + 1])
-        ids = self.input_ids[part]
+        ids, trained = self.masked(index)
         labels = np.full(len(ids), IGNORED, np.int32)
-        np.copyto(labels[:-1], ids[1:], where=self.trained[part][1:])
+        np.copyto(labels[:-1], ids[1:], where=trained[1:])
         return ids, labels
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, int32 [n]."""
-        return np.diff(self.offsets).astype(np.int32)
+    def masked(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids int32 [n], trained bool [n]) of one document: the mask is not shifted."""
+        part, start = self.parts[self.part_ids[index]], self.starts[index]
+        chosen = slice(start, start + self.lengths[index])
+        return np.asarray(part.input_ids[chosen]), np.asarray(part.trained[chosen])
 
     @cached_property
     def target_counts(self) -> np.ndarray:
         """Labels of each document that are not -100, int64 [n]."""
-        sums = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        # Nothing predicts a document's first token.
-        return np.diff(sums[self.offsets]) - self.trained[self.offsets[:-1]]
+        return self._gather([part.targets for part in self.parts], np.int64)
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """uint64 [n], equal for documents of equal tokens."""
+        return self._gather([part.hashes for part in self.parts], np.uint64)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of tokens, masks, boundaries, sources and weights: equal fingerprints give the same batches."""
-        digest = hashlib.sha256()
-        for array in (self.input_ids, self.trained, self.offsets, self.source_ids):
-            digest.update(np.ascontiguousarray(array))
+        digest = hashlib.sha256("".join(part.digest for part in self.parts).encode())
+        for array in (self.part_ids, self.members, self.source_ids):
+            digest.update(np.ascontiguousarray(array, np.int64))
         digest.update(repr([source.weight for source in self.sources]).encode())
         return digest.hexdigest()
 
     @property
     def max_token_id(self) -> int:
         """Largest token id: a model needs more embedding rows than this."""
-        return int(self.input_ids.max(initial=0))
+        return max((int(part.input_ids.max(initial=0)) for part in self.parts), default=0)
 
     def where(self, index: int) -> str:
         """`file:line` of the row a document was made from."""
-        return f"{self.sources[self.source_ids[index]].path}:{self.lines[index]}"
+        part, member = self.parts[self.part_ids[index]], self.members[index]
+        return f"{part.files[part.file_ids[member]]}:{part.lines[member]}"
 
     def select(self, chosen: np.ndarray, keep_examples: bool = True) -> "Documents":
-        """The documents where `chosen`, bool [n], is true, in their order."""
-        tokens = np.repeat(chosen, self.lengths)
-        examples = None
-        if self.examples and keep_examples:
-            examples = [self.examples[i] for i in np.flatnonzero(chosen)]
+        """The documents where `chosen`, bool [n], is true, in their order. No token is copied."""
         return Documents(
-            self.input_ids[tokens],
-            self.trained[tokens],
-            np.concatenate([[0], np.cumsum(self.lengths[chosen], dtype=np.int64)]),
+            self.parts,
             sources=self.sources,
+            part_ids=self.part_ids[chosen],
+            members=self.members[chosen],
             source_ids=self.source_ids[chosen],
-            lines=self.lines[chosen],
-            examples=examples,
+            keep_examples=keep_examples,
         )
 
     def of_epoch(self, seed: int, epoch: int) -> np.ndarray:
         """Indices (int64) an epoch is made of, before shuffling: each source's rows as often as its weight says."""
-        parts = []
+        shares = []
         for number, source in enumerate(self.sources):
             own = np.flatnonzero(self.source_ids == number)
-            parts.append(own[share(len(own), source.weight, seed, number, epoch)])
-        return np.concatenate(parts)
+            shares.append(own[share(len(own), source.weight, seed, number, epoch)])
+        return np.concatenate(shares)
+
+    def _gather(self, arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+        """Of each document its entry in its part's array."""
+        firsts = np.cumsum([0, *(len(part.lengths) for part in self.parts)])
+        return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)[firsts[self.part_ids] + self.members]

@@ -8,28 +8,36 @@ from typing import Any
 from ftlib.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+Ranges = list[tuple[int, int]]  # characters [start, end) of a message's content
 
 
 @dataclass(slots=True)
 class Example:
-    """One row, whatever its file looked like: a conversation (`messages`, `tools`) or plain `text`.
+    """One row, whatever its file looked like. `where` is `file:line`; `extra` are the columns that were not read.
 
-    Messages carry what a chat template reads: role, content, tool_calls, name, … `trained` has one entry a message:
-    all of it, nothing, or the character ranges of its content that are trained. `where` is `file:line`.
+    A conversation: `messages` and `tools`. They carry what a chat template reads: role, content, tool_calls, name, …
+    `trained` has one entry a message: all of it, nothing, or the ranges of its content that are trained.
+    Without a template: `text`, all trained; `segments` of text, each trained or not; `ids` with `trained_ids`.
+    Rows that supervised training has no use for, such as preferences, have a `record`; `messages` is their prompt.
     """
 
     where: str
     messages: list[dict[str, Any]] | None = None
-    trained: list[bool | list[tuple[int, int]]] = field(default_factory=list)
+    trained: list[bool | Ranges] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
+    segments: list[tuple[str, bool]] | None = None
+    ids: list[int] | None = None
+    trained_ids: list[bool] | None = None
+    record: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    train_on: tuple[str, ...] = ("assistant",)
+    closed: bool = False  # segments: put BOS in front and a trained EOS behind
 
-    def add(
-        self, role: str, content: str | None, trained: bool | list[tuple[int, int]] | None = None, **rest: Any
-    ) -> None:
-        """Append a message. By default an assistant's is trained, unless it is blank: silence is never trained."""
+    def add(self, role: str, content: str | None, trained: bool | Ranges | None = None, **rest: Any) -> None:
+        """Append a message. By default its role decides whether it is trained; silence never is."""
         if trained is None:
-            trained = role == "assistant" and (bool((content or "").strip()) or bool(rest.keys() - {"name"}))
+            trained = role in self.train_on and (bool((content or "").strip()) or bool(rest.keys() - {"name"}))
         self.messages.append({"role": role, "content": content, **rest})
         self.trained.append(trained)
 
@@ -42,6 +50,12 @@ class Shape:
     columns: Mapping[str, str]
     roles: Mapping[str, str]
     evidence: str
+    train_on: tuple[str, ...] = ("assistant",)
+    read: Any = None  # (row, shape, where) -> Example or list of them
+
+    def example(self, where: str, **content: Any) -> Example:
+        """A conversation to add messages to."""
+        return Example(where, messages=[], train_on=self.train_on, **content)
 
     def column(self, name: str) -> str:
         """The file's name of one of the format's columns."""
@@ -60,12 +74,15 @@ class Shape:
         if value is None and not needed:
             return ""
         if not isinstance(value, str):
-            raise UserError(
-                f"column {self.column(name)!r} must be text, here it is {json.dumps(value)[:40]}", where=where
-            )
+            raise UserError(f"column {self.column(name)!r} must be text, here it is {shown(value)}", where=where)
         return value
 
 
 def listed(row: dict[str, Any]) -> str:
     """Names of columns, for a message."""
     return f"[{', '.join(map(str, row))}]"
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, for a message."""
+    return json.dumps(value, default=str)[:40]

@@ -4,35 +4,46 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ftlib import plugins
+from ftlib.data import pairs, records
 from ftlib.data.examples import ROLES, Example, Shape, listed
-from ftlib.data.messages import ALIASES, read_messages
+from ftlib.data.messages import ALIASES, MESSAGES, is_pair, read_messages
 from ftlib.errors import UserError, did_you_mean
+
+Columns = Mapping[str, str]
+Read = Callable[[dict[str, Any], Shape, str], Example | list[Example]]
 
 
 @dataclass(frozen=True)
 class Format:
-    """`match(row, columns)` gives the deciding columns (ours -> the file's), or nothing if the row is no such row."""
+    """`match(row, columns)` gives the deciding columns (ours -> the file's), or nothing if the row is no such row.
 
-    match: Callable[[dict[str, Any], Mapping[str, str]], dict[str, str]]
-    read: Callable[[dict[str, Any], Shape, str], Example]
+    `kind`: what the rows are good for; supervised training takes `train` alone.
+    """
+
+    match: Callable[[dict[str, Any], Columns], dict[str, str]]
+    read: Read
     columns: tuple[str, ...]
     needs: str
+    kind: str = "train"
 
 
-def choose_shape(row: dict[str, Any], format: str, columns: dict[str, str], roles: dict[str, str], key: str) -> Shape:
+def choose_shape(
+    row: dict[str, Any],
+    format: str,
+    columns: dict[str, str],
+    roles: dict[str, str],
+    key: str,
+    train_on: tuple[str, ...] = ("assistant",),
+) -> Shape:
     """The shape of a source, from its first row and what the config says (`key`: its place there, for errors)."""
-    known = ("auto", *FORMATS)
-    if format not in known:
-        raise UserError(
-            f"unknown format {format!r}{did_you_mean(format, known)}",
-            where=f"{key}.format",
-            fix=f"one of: {', '.join(known)}",
-        )
     for theirs, ours in roles.items():
         if ours not in ROLES:
             raise UserError(
                 f"role {theirs!r} is mapped to {ours!r}", where=f"{key}.roles", fix=f"one of: {', '.join(ROLES)}"
             )
+    if format != "auto" and format not in FORMATS:
+        return _own(format, columns, {**ALIASES, **roles}, key, train_on)
     for ours, theirs in columns.items():
         if ours not in MESSAGE_COLUMNS and theirs not in row:
             what = f"column {theirs!r} not found{did_you_mean(theirs, row)}; the file has {listed(row)}"
@@ -48,24 +59,67 @@ def choose_shape(row: dict[str, Any], format: str, columns: dict[str, str], role
                 where=f"{key}.columns",
                 fix=f"its columns: {', '.join(FORMATS[name].columns)}",
             )
-    evidence = f"it has {' and '.join(tried[name].values())}" if format == "auto" else "named in the config"
-    return Shape(name, {**tried[name], **columns}, {**ALIASES, **roles}, evidence)
+    evidence = "named in the config"
+    if format == "auto":
+        evidence = f"it has {' and '.join(dict.fromkeys(tried[name].values()))}"
+    return Shape(name, {**tried[name], **columns}, {**ALIASES, **roles}, evidence, train_on, FORMATS[name].read)
+
+
+def read_examples(row: dict[str, Any], shape: Shape, where: str) -> list[Example]:
+    """The records of a row of that shape; `where` is its `file:line`."""
+    found = shape.read(row, shape, where)
+    return found if isinstance(found, list) else [found]
 
 
 def read_example(row: dict[str, Any], shape: Shape, where: str) -> Example:
-    """The record of one row. UserError (naming `where`) if the row does not have this shape."""
-    return FORMATS[shape.format].read(row, shape, where)
+    """The record of a row that holds one."""
+    return read_examples(row, shape, where)[0]
+
+
+def kind(format: str) -> str:
+    """What rows of a format are good for: `train`, `preference`, `unpaired`, `stepwise`, `prompt`, `evaluation`."""
+    return FORMATS[format].kind if format in FORMATS else "train"
+
+
+def _own(format: str, columns: Columns, roles: Columns, key: str, train_on: tuple[str, ...]) -> Shape:
+    """A function of the user: row -> messages, text, or a row of a known format."""
+    try:
+        function = plugins.find("formats", format, {name: known.read for name, known in FORMATS.items()})
+    except UserError as error:
+        fix = error.fix if ":" in format else f"one of: auto, {', '.join(FORMATS)}; or your own as ./file.py:name"
+        what = error.what if ":" in format else f"unknown format {format!r}{did_you_mean(format, ['auto', *FORMATS])}"
+        raise UserError(what, where=f"{key}.format", fix=fix) from None
+    plugins.check_call(function, ["row"], {}, f"{key}.format")
+
+    def read(row: dict[str, Any], shape: Shape, where: str) -> list[Example]:
+        try:
+            made = function(row)
+        except UserError:
+            raise
+        except Exception as error:
+            what = f"{format} failed: {type(error).__name__}: {error}"
+            fix = "mend the function, or let it return None to leave a row out"
+            raise UserError(what, where=where, fix=fix) from None
+        found = []
+        for one in made if isinstance(made, list) and (not made or "role" not in made[0]) else [made]:
+            if one is None:
+                continue
+            one = {"messages": one} if isinstance(one, list) else {"text": one} if isinstance(one, str) else one
+            if not isinstance(one, dict):
+                what = f"{format} returned {type(one).__name__}"
+                fix = "return a row with messages or text, a list of messages, or text"
+                raise UserError(what, where=where, fix=fix)
+            inner = choose_shape(one, "auto", {}, {}, key, train_on)
+            found += read_examples(one, inner, where)
+        return found
+
+    return Shape(format, columns, roles, "named in the config", train_on, read)
 
 
 def _unmatched(row: dict[str, Any], format: str, key: str) -> UserError:
-    if format == "auto" and {"chosen", "rejected"} <= row.keys():
-        return UserError(
-            "this is preference data (columns chosen and rejected), which is not trained on here",
-            where=key,
-            fix="give rows with messages, with instruction and output, or with text",
-        )
     wanted = "fit no known format" if format == "auto" else f"do not fit the format {format}"
-    needs = "; ".join(f"{name} needs {FORMATS[name].needs}" for name in (FORMATS if format == "auto" else [format]))
+    named = [name for name in FORMATS if FORMATS[name].kind == "train"] if format == "auto" else [format]
+    needs = "; ".join(f"{name} needs {FORMATS[name].needs}" for name in named)
     return UserError(
         f"the columns {listed(row)} {wanted} ({needs})",
         where=key,
@@ -73,56 +127,107 @@ def _unmatched(row: dict[str, Any], format: str, key: str) -> UserError:
     )
 
 
-def _match_messages(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
-    names = [columns["messages"]] if "messages" in columns else ["messages", "conversations"]
-    found = next((name for name in names if name in row), None)
-    return {"messages": found} if found else {}
+def _messages(row: dict[str, Any], columns: Columns) -> dict[str, str]:
+    names = [columns["messages"]] if "messages" in columns else MESSAGES
+    return next(({"messages": name} for name in names if name in row and not isinstance(row[name], int)), {})
 
 
-def _match_columns(*needed: str) -> Callable[[dict[str, Any], Mapping[str, str]], dict[str, str]]:
-    def match(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
-        found = {name: columns.get(name, name) for name in needed}
-        return found if all(column in row for column in found.values()) else {}
+def _sharegpt(row: dict[str, Any], columns: Columns) -> dict[str, str]:
+    found = _messages(row, columns)
+    turns = row[found["messages"]] if found else None
+    first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    return found if "from" in first or is_pair(first) else {}
+
+
+def _columns(*alternatives: tuple[str, ...], names: tuple[str, ...] | None = None) -> Callable[..., dict[str, str]]:
+    """Any of the alternatives is there; `names` are the format's own names for them, by default the first's."""
+    names = names or alternatives[0]
+
+    def match(row: dict[str, Any], columns: Columns) -> dict[str, str]:
+        for alternative in alternatives:
+            found = {name: columns.get(name, theirs) for name, theirs in zip(names, alternative, strict=True)}
+            if all(column in row for column in found.values()):
+                return found
+        return {}
 
     return match
 
 
-def _read_alpaca(row: dict[str, Any], shape: Shape, where: str) -> Example:
-    instruction, output = (shape.text(row, name, where) for name in ("instruction", "output"))
-    question, system = (shape.text(row, name, where, needed=False) for name in ("input", "system"))
-    example = Example(where, messages=[])
-    if system:
-        example.add("system", system)
-    history = row.get(shape.column("history")) or []
-    for turn in history if isinstance(history, list) else [history]:
-        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(said, str) for said in turn):
-            raise UserError(
-                f"column {shape.column('history')!r} must be a list of [question, answer] pairs", where=where
-            )
-        example.add("user", turn[0])
-        example.add("assistant", turn[1])
-    example.add("user", "\n".join(filter(None, (instruction, question))))
-    example.add("assistant", output)
-    return example
+def _unpaired(row: dict[str, Any], columns: Columns) -> dict[str, str]:
+    label = columns.get("label", "label")
+    answered = _messages(row, columns) or _columns(("prompt", "completion"))(row, columns)
+    return {"label": label, **answered} if isinstance(row.get(label), bool) and answered else {}
 
 
-def _read_text(row: dict[str, Any], shape: Shape, where: str) -> Example:
-    return Example(where, text=shape.text(row, "text", where))
+def _prompt(row: dict[str, Any], columns: Columns) -> dict[str, str]:
+    if "prompt" in columns or "prompt" in row:
+        return {"prompt": columns.get("prompt", "prompt")}
+    return {"prompt": "question"} if isinstance(row.get("question"), list) else {}
+
+
+def _asked(row: dict[str, Any], columns: Columns) -> dict[str, str]:
+    """Messages that end with a question, and what its answer is judged by."""
+    found = _messages(row, columns)
+    turns = row[found["messages"]] if found else None
+    last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
+    judged = next((name for name in ("ground_truth", "reward_model") if name in row), None)
+    if not found or not judged or last.get("role", last.get("from")) in ("assistant", "gpt"):
+        return {}
+    return {"prompt": found["messages"], judged: judged}
+
+
+def _answer(row: dict[str, Any], columns: Columns) -> dict[str, str]:
+    """A question and its answer, both text."""
+    found = _columns(*pairs.QUESTIONS)(row, columns)
+    return {} if found and isinstance(row[found["question"]], list) else found
 
 
 MESSAGE_COLUMNS = ("role", "content")  # keys of a message, not columns of a row
+_CONVERSATION = ("messages", "tools", "system", *MESSAGE_COLUMNS)
+_PREFERENCE = ("chosen", "rejected", "prompt", "system", "history")
 FORMATS = {  # in the order of detection
-    "messages": Format(
-        _match_messages,
-        read_messages,
-        ("messages", "tools", "system", *MESSAGE_COLUMNS),
-        "a list in `messages` or `conversations`",
+    "pretokenized": Format(
+        _columns(("input_ids",)), records.read_pretokenized, ("input_ids", "labels", "attention_mask"), "`input_ids`"
+    ),
+    "segments": Format(_columns(("segments",)), records.read_segments, ("segments",), "`segments`"),
+    "preference": Format(
+        _columns(*records.CHOSEN), records.read_preference, _PREFERENCE, "`chosen` and `rejected`", "preference"
+    ),
+    "ranked": Format(
+        _columns(("prompt", "answers")), records.read_ranked, ("prompt", "answers"), "`prompt` and `answers`",
+        "preference",
+    ),
+    "stepwise": Format(
+        _columns(("completions", "labels")), records.read_stepwise, ("prompt", "completions", "labels"),
+        "`completions` and `labels`", "stepwise",
+    ),
+    "unpaired": Format(
+        _unpaired, records.read_unpaired, ("prompt", "completion", "label", "messages"), "an answer and a `label`",
+        "unpaired",
+    ),
+    "judged": Format(_asked, records.read_prompt, ("prompt", "messages"), "`messages` and `ground_truth`", "prompt"),
+    "sharegpt": Format(_sharegpt, read_messages, _CONVERSATION, "a list of {from, value} in `conversations`"),
+    "messages": Format(_messages, read_messages, _CONVERSATION, "a list in `messages` or `conversations`"),
+    "oasst": Format(_columns(("message_tree_id", "prompt")), records.read_oasst, ("prompt",), "`message_tree_id`"),
+    "instances": Format(
+        _columns(("instruction", "instances")), pairs.read_instances, ("instruction", "instances"),
+        "`instruction` and `instances`",
     ),
     "alpaca": Format(
-        _match_columns("instruction", "output"),
-        _read_alpaca,
-        ("instruction", "input", "output", "system", "history"),
+        _columns(*pairs.ALPACA), pairs.read_alpaca, ("instruction", "input", "output", "system", "history"),
         "`instruction` and `output`",
     ),
-    "text": Format(_match_columns("text"), _read_text, ("text",), "`text`"),
-}
+    "qa": Format(
+        _answer, pairs.read_qa, ("question", "answer", "context", "choices", "system", "history"),
+        "`question` and `answer`",
+    ),
+    "completion": Format(
+        _columns(*pairs.COMPLETIONS), pairs.read_completion, ("prompt", "completion"), "`prompt` and `completion`"
+    ),
+    "prompt": Format(_prompt, records.read_prompt, ("prompt", "system"), "`prompt`", "prompt"),
+    "text": Format(_columns(("text",)), records.read_text, ("text",), "`text`"),
+    "reference": Format(_columns(("id", "ground_truth")), records.read_fields, (), "`ground_truth`", "evaluation"),
+    "equivalence": Format(
+        _columns(("gold", "pred"), ("a", "b")), records.read_fields, (), "`gold` and `pred`", "evaluation"
+    ),
+}  # fmt: skip

@@ -1,7 +1,7 @@
 """Packed batches in an order that depends on (seed, epoch) alone: not on ranks, threads or restarts."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
@@ -75,6 +75,7 @@ class _Maker:
     rank: int
     ranks: int
     pin: bool
+    share: Callable[[Batch], Batch] | None
     epoch: int
     next_pack: int
 
@@ -107,6 +108,7 @@ class _Maker:
     def _batch(self, rows: list[list[int]]) -> Batch:
         documents = [[self.plan.documents.tokens(index) for index in row] for row in rows]
         batch = from_documents(documents, self.plan.seq_len, self.pad_id, self.plan.max_documents)
+        batch = batch if self.share is None else self.share(batch)
         return batch.pin_memory() if self.pin else batch
 
 
@@ -116,7 +118,7 @@ class Loader:
     Each rank's rows / ranks rows come as micro batches of `micro_rows`. The last step of an epoch is filled with rows
     of padding, so every rank does the same number of steps. A thread makes steps in advance; the state is the position
     of the next step to be consumed, whatever was made already. `max_documents` is constant for the run, hence so is
-    the shape of every tensor of every batch.
+    the shape of every tensor of every batch. `share`, if given, picks this rank's part of each batch.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
         pin: bool = False,
+        share: Callable[[Batch], Batch] | None = None,
     ) -> None:
         if rows % (micro_rows * ranks):
             near = max(rows // (micro_rows * ranks), 1) * micro_rows * ranks
@@ -146,7 +149,7 @@ class Loader:
             raise UserError(
                 "an epoch has no rows", where="data.sources", fix="raise the weights of the sources, or add rows"
             )
-        self._settings = (rows, micro_rows, pad_id, rank, ranks, pin)
+        self._settings = (rows, micro_rows, pad_id, rank, ranks, pin, share)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._start({"epoch": 0, "next_pack": 0})
 

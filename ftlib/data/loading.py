@@ -1,22 +1,21 @@
 """Config -> tokenised documents for training and evaluation, with a report of what was found and dropped."""
 
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ftlib.data import sources
-from ftlib.data.documents import Documents, SourceInfo
-from ftlib.data.examples import Example
-from ftlib.data.formats import choose_shape, read_example
-from ftlib.data.masks import Tokenizer, tokenize
+from ftlib.data import cache, sources, store
+from ftlib.data.collect import Job, collect, find_shape
+from ftlib.data.documents import Documents, Part, SourceInfo
+from ftlib.data.files import stem
+from ftlib.data.masks import Tokenizer
 from ftlib.data.packing import shuffled
-from ftlib.data.report import UNTRAINED, LoadReport, SourceReport, describe, spread
+from ftlib.data.report import LoadReport, SourceReport, describe, repeats, spread
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
 
 HELD_OUT = "held_out"
-MOST_BAD_ROWS = 1000  # reading stops here: the whole file is wrong
 
 
 @dataclass
@@ -28,120 +27,104 @@ class Datasets:
     report: LoadReport
 
 
-@dataclass
-class _Part:
-    """Documents of one source while they are collected."""
-
-    report: SourceReport
-    ids: list[np.ndarray] = field(default_factory=list)
-    trained: list[np.ndarray] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
-
-
-def load(cfg: Data, tokenizer: Tokenizer, *, seed: int) -> Datasets:
+def load(cfg: Data, tokenizer: Tokenizer, *, seed: int, prepare: bool = False) -> Datasets:
     """Read, tokenise and mask every source of `cfg`, and set the held-out part aside (`seed` picks its rows).
 
     `cfg.eval` as sources gives one held-out set each, under their names; as a fraction or a number, one called
-    `held_out` whose rows are taken from training. UserError names the file and line of what is wrong.
+    `held_out` whose rows are taken from training. `prepare`: fetch what is remote anew, and keep all on disk for the
+    runs that follow. UserError names the file and line of what is wrong.
     """
     held_out = isinstance(cfg.eval, (int, float)) and cfg.eval > 0
-    parts = [
-        _load_source(source, cfg, tokenizer, f"data.sources[{i}]", held_out) for i, source in enumerate(cfg.sources)
+    loaded = [
+        _source(source, cfg, tokenizer, f"data.sources[{i}]", held_out, prepare) for i, source in enumerate(cfg.sources)
     ]
-    report = LoadReport([part.report for part in parts])
-    train = _gather(parts, [source.weight for source in cfg.sources])
+    report = LoadReport([found for _, found in loaded])
+    train = _documents(loaded, [source.weight for source in cfg.sources], keep_examples=False)
     _check_any(train, report.sources, cfg)
-    evals = {}
+    count = len(train)
+    if cfg.deduplicate:
+        train = _first_of_each(train)
+    deduplicated, evals = count - len(train), {}
     if held_out:
         train, evals[HELD_OUT] = _hold_out(train, cfg.eval, seed)
     elif cfg.eval:
-        for i, source in enumerate(cfg.eval):
-            part = _load_source(source, cfg, tokenizer, f"data.eval[{i}]", True)
-            report.eval_sources.append(part.report)
-            if part.report.name in evals:
-                what = f"two held-out sets are called {part.report.name!r}"
-                raise UserError(what, where=f"data.eval[{i}]", fix="give one of them another `name`")
-            evals[part.report.name] = _gather([part], [1.0])
-            _check_any(evals[part.report.name], [part.report], cfg)
+        evals = _eval_sets(cfg, tokenizer, report, prepare)
+    count = len(train)
+    if cfg.deduplicate and evals:
+        known = np.concatenate([documents.hashes for documents in evals.values()])
+        train = train.select(~np.isin(train.hashes, known))
+        _check_any(train, report.sources, cfg)
     report.totals = [describe("training", train), *(describe(f"held out ({k})", d) for k, d in evals.items())]
+    report.totals += repeats(train, evals, deduplicated, count - len(train))
     return Datasets(train, evals, report)
 
 
-def _load_source(source: Source, cfg: Data, tokenizer: Tokenizer, key: str, keep_examples: bool) -> _Part:
+def _eval_sets(cfg: Data, tokenizer: Tokenizer, report: LoadReport, prepare: bool) -> dict[str, Documents]:
+    evals: dict[str, Documents] = {}
+    for i, source in enumerate(cfg.eval):
+        part, found = _source(source, cfg, tokenizer, f"data.eval[{i}]", True, prepare)
+        report.eval_sources.append(found)
+        if found.name in evals:
+            what = f"two held-out sets are called {found.name!r}"
+            raise UserError(what, where=f"data.eval[{i}]", fix="give one of them another `name`")
+        evals[found.name] = _documents([(part, found)], [1.0], keep_examples=True)
+        _check_any(evals[found.name], [found], cfg)
+    return evals
+
+
+def _source(
+    source: Source, cfg: Data, tokenizer: Tokenizer, key: str, keep_examples: bool, prepare: bool
+) -> tuple[Part, SourceReport]:
+    """Documents of one source: from the cache if they are there, else tokenised, and kept if the config says so."""
     try:
-        file = sources.locate(source.path)
-        rows = sources.read(file, source.split)
-        first = next(rows)
-        shape = choose_shape(first.value, source.format, source.columns, source.roles, key)
+        files = sources.files_of(source, again=prepare)
     except UserError as error:
         raise UserError(error.what, where=error.where or f"{key}.path", fix=error.fix) from None
-    if shape.format != "text" and not tokenizer.chat_template:
-        raise UserError(
-            f"{file} holds conversations, but the tokenizer has no chat template",
-            where="data.template",
-            fix="name one: data.template=chatml, or a .jinja file",
-        )
-    name = source.name or file.name.removesuffix(".gz").rsplit(".", 1)[0]
-    part = _Part(SourceReport(name, str(file), shape.format, shape.evidence))
-    bad: list[UserError] = []
-    for line, value in chain([first], rows):
-        part.report.rows += 1
+    path = str(files[0]) if len(files) == 1 else source.path
+    name = source.name or (stem(files[0]) if len(files) == 1 else Path(path.rstrip("/*")).name)
+    root = cache.folder_of(cfg)
+    mark = cache.key(source, cfg, files, tokenizer, keep_examples) if root else None
+    folder = root / mark if mark else None
+    if folder and (found := _cached(folder, name, path, files)):
+        return found
+    if folder is None or not (prepare or cache.writes(cfg, files)):
+        writer = store.MemoryWriter(map(str, files))
+        report = _tokenise(source, cfg, tokenizer, key, keep_examples, files, writer, name, path)
+        return writer.finish(), report
+    with cache.only_one(folder):
+        if found := _cached(folder, name, path, files):  # by a process that was faster
+            return found
+        writer = store.FileWriter([str(file) for file in files], folder)
         try:
-            example = read_example(value, shape, f"{part.report.path}:{line}")
-            ids, trained = tokenize(example, tokenizer)
-            kept = _fit(part.report, example.where, ids, trained, cfg)
-        except UserError as error:
-            bad.append(error)
-            if len(bad) == MOST_BAD_ROWS:
-                break
-            continue
-        if kept is not None:
-            part.ids.append(kept[0])
-            part.trained.append(kept[1])
-            part.lines.append(line)
-            part.examples += [example] if keep_examples else []
-    if bad:
-        raise _summary(bad, part.report.rows)
-    return part
+            report = _tokenise(source, cfg, tokenizer, key, keep_examples, files, writer, name, path)
+            return writer.publish(report.to_json()), report
+        finally:
+            writer.abandon()
 
 
-def _fit(
-    report: SourceReport, where: str, ids: np.ndarray, trained: np.ndarray, cfg: Data
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The document as it is kept, or None if it is dropped (and counted)."""
-    report.lengths.append(len(ids))
-    if len(ids) > cfg.seq_len and trained[1:].any():
-        if cfg.overlong == "error":
-            raise UserError(
-                f"{len(ids):,} tokens are more than data.seq_len={cfg.seq_len:,}",
-                where=where,
-                fix="raise data.seq_len, or set data.overlong to drop or truncate",
-            )
-        if cfg.overlong == "drop":
-            report.dropped[f"longer than data.seq_len={cfg.seq_len:,} tokens"] += 1
-            return None
-        ids, trained = ids[: cfg.seq_len], trained[: cfg.seq_len]
-        if not trained[1:].any():
-            report.dropped["no trained token left after truncation"] += 1
-            return None
-    if not trained[1:].any():
-        report.dropped[UNTRAINED] += 1
+def _cached(folder: Path, name: str, path: str, files: list[Path]) -> tuple[Part, SourceReport] | None:
+    if not folder.is_dir():
         return None
-    return ids, trained
+    try:
+        part, stored = store.read(folder, [str(file) for file in files])
+        return part, SourceReport.from_json(name, path, stored)
+    except (OSError, ValueError, KeyError):  # cut off by a full disk, or damaged: it is made again
+        return None
 
 
-def _gather(parts: list[_Part], weights: list[float]) -> Documents:
-    counts = [len(part.ids) for part in parts]
-    rows = ((ids, mask) for part in parts for ids, mask in zip(part.ids, part.trained, strict=True))
-    examples = [example for part in parts for example in part.examples]
-    return Documents.from_rows(
-        rows,
-        sources=[SourceInfo(p.report.name, p.report.path, weight) for p, weight in zip(parts, weights, strict=True)],
-        source_ids=np.repeat(np.arange(len(parts), dtype=np.int32), counts),
-        lines=np.array([line for part in parts for line in part.lines], np.int32),
-        examples=examples or None,
-    )
+def _tokenise(
+    source: Source, cfg: Data, tokenizer: Tokenizer, key: str, keep_examples: bool, files: list[Path],
+    writer: store.MemoryWriter, name: str, path: str,
+) -> SourceReport:  # fmt: skip
+    shape, places = find_shape(source, cfg, files, tokenizer, key)
+    report = SourceReport(name, path, shape.format, shape.evidence)
+    collect(Job(shape, tokenizer, cfg, files, keep_examples), places, report, writer)
+    return report
+
+
+def _documents(loaded: list[tuple[Part, SourceReport]], weights: list[float], keep_examples: bool) -> Documents:
+    infos = [SourceInfo(r.name, r.path, weight) for (_, r), weight in zip(loaded, weights, strict=True)]
+    return Documents([part for part, _ in loaded], sources=infos, keep_examples=keep_examples)
 
 
 def _check_any(documents: Documents, reports: list[SourceReport], cfg: Data) -> None:
@@ -150,10 +133,18 @@ def _check_any(documents: Documents, reports: list[SourceReport], cfg: Data) -> 
     dropped = [f"{count:,} {reason}" for report in reports for reason, count in sorted(report.dropped.items())]
     lengths = [length for report in reports for length in report.lengths]
     raise UserError(
-        f"all {len(lengths):,} rows were dropped: {'; '.join(dropped)}. Lengths seen: {spread(lengths)} tokens",
+        f"all {sum(r.rows for r in reports):,} rows were dropped: {'; '.join(dropped) or 'they are held out'}. "
+        f"Lengths seen: {spread(lengths)} tokens",
         where=", ".join(report.path for report in reports),
         fix=f"raise data.seq_len (now {cfg.seq_len:,}), or look at the weights and roles of the messages",
     )
+
+
+def _first_of_each(documents: Documents) -> Documents:
+    """Without exact repeats; the first of each stays."""
+    chosen = np.zeros(len(documents), bool)
+    chosen[np.unique(documents.hashes, return_index=True)[1]] = True
+    return documents.select(chosen)
 
 
 def _hold_out(documents: Documents, amount: float, seed: int) -> tuple[Documents, Documents]:
@@ -172,13 +163,3 @@ def _hold_out(documents: Documents, amount: float, seed: int) -> tuple[Documents
     chosen = np.zeros(len(documents), bool)
     chosen[shuffled(len(documents), seed, 3)[:count]] = True
     return documents.select(~chosen, keep_examples=False), documents.select(chosen)
-
-
-def _summary(bad: list[UserError], rows: int) -> UserError:
-    """One error for all bad rows of a source: the first in full, the next two in short."""
-    first, more = bad[0], bad[1:3]
-    if not more:
-        return first
-    few = "; ".join(f"{error.where}: {error.what}" for error in more)
-    what = f"{first.what}\n{len(bad):,} of {rows:,} rows read have a problem, the next: {few}"
-    return UserError(what, where=first.where, fix=first.fix)

@@ -1,12 +1,15 @@
 """Example -> token ids and the mask of trained tokens, exact by construction: the template says who wrote what."""
 
+import re
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from ftlib.data.examples import Example
 from ftlib.errors import UserError
+
+_MARKER = re.compile(r"<\|[^|<>]+\|>|</s>|<(?:end|start)_of_turn>|<｜[^｜]+｜>|\[/?[A-Z_]+\]")
 
 
 class Tokenizer(Protocol):
@@ -21,12 +24,20 @@ class Tokenizer(Protocol):
     def render_with_spans(self, messages: list[dict], tools: list[dict] | None = None) -> Any: ...
 
 
-def tokenize(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+End = Literal["all", "last", "none"]
+Masked = tuple[np.ndarray, np.ndarray]
+
+
+def tokenize(example: Example, tokenizer: Tokenizer, train_on_end: End = "all") -> Masked:
     """(input_ids int32 [n], trained bool [n]) of one row. UserError, naming the row, if the template refuses it."""
     try:
+        if example.ids is not None:
+            return np.array(example.ids, np.int32), np.array(example.trained_ids, bool)
         if example.text is not None:
-            return _text(example.text, tokenizer)
-        return _conversation(example, tokenizer)
+            return _segments([(example.text, True)], tokenizer, closed=True)
+        if example.segments is not None:
+            return _segments(example.segments, tokenizer, example.closed)
+        return _conversation(example, tokenizer, train_on_end)
     except UserError as error:
         where = f"{example.where} ({error.where})" if error.where else example.where
         raise UserError(error.what, where=where, fix=error.fix) from None
@@ -35,40 +46,105 @@ def tokenize(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nda
         raise UserError(what, where=example.where, fix="mend or remove this row") from None
 
 
-def _text(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """All of it trained, between BOS and EOS; a text that brings its own gets no second one."""
-    ids, _ = tokenizer.encode_with_offsets(text)
-    ids = list(ids)
-    if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        ids.insert(0, tokenizer.bos_id)
-    if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
-        ids.append(tokenizer.eos_id)
-    return np.array(ids, np.int32), np.ones(len(ids), bool)
+def _segments(segments: list[tuple[str, bool]], tokenizer: Tokenizer, closed: bool) -> Masked:
+    """Text side by side. `closed`: between BOS and a trained EOS; a text that brings its own gets no second one."""
+    ids, offsets = tokenizer.encode_with_offsets("".join(text for text, _ in segments))
+    trained, at = np.zeros(len(ids), bool), 0
+    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    for text, wanted in segments:
+        trained |= (starts < at + len(text)) & (ends > at) & wanted
+        at += len(text)
+    ids = np.array(ids, np.int32)
+    if all(wanted for _, wanted in segments):
+        trained[:] = True  # a token without characters is one too
+    if closed and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids, trained = np.insert(ids, 0, tokenizer.bos_id), np.insert(trained, 0, trained[:1].all())
+    if closed and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
+        ids, trained = np.append(ids, np.int32(tokenizer.eos_id)), np.append(trained, True)
+    return ids, trained
 
 
-def _conversation(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _conversation(example: Example, tokenizer: Tokenizer, train_on_end: End) -> Masked:
     """A token is trained if it overlaps characters that a trained message wrote. The template brings BOS and EOS."""
-    rendered = tokenizer.render_with_spans(example.messages, tools=example.tools)
+    asked = {m["role"] for m, trained in zip(example.messages, example.trained, strict=True) if trained}
+    others = sorted(asked - {"assistant"})
+    roles = {"roles": ("assistant", *others)} if others else {}
+    rendered = tokenizer.render_with_spans(example.messages, tools=example.tools, **roles)
     ids, offsets = tokenizer.encode_with_offsets(rendered.text)
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
     trained = np.zeros(len(ids), bool)
-    for start, end in _trained_spans(example, rendered):
+    open_end = False
+    for start, end, ends_turn in _trained_spans(example, rendered, tokenizer, train_on_end):
         trained |= (starts < end) & (ends > start)
+        open_end = ends_turn
+    if open_end:  # the template leaves the end of the last turn to whoever speaks next
+        if tokenizer.eos_id is None:
+            raise UserError("the chat template writes no end of a turn, and the tokenizer has no EOS to put there")
+        ids, trained = [*ids, tokenizer.eos_id], np.append(trained, True)
     return np.array(ids, np.int32), trained
 
 
-def _trained_spans(example: Example, rendered: Any) -> Iterator[tuple[int, int]]:
-    for span in rendered.spans:
-        trained = example.trained[span.message_index]
-        if trained is True:
-            yield span.start, span.end
-        elif trained:
-            yield from _parts(span, rendered.text, example.messages[span.message_index]["content"], trained)
+def _trained_spans(
+    example: Example, rendered: Any, tokenizer: Tokenizer, train_on_end: End
+) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, whether an EOS is missing behind it) of what is trained, in the order of the text."""
+    spans = [span for span in rendered.spans if example.trained[span.message_index]]
+    missing = {i for i, t in enumerate(example.trained) if t} - {span.message_index for span in spans}
+    if missing:
+        role = example.messages[min(missing)]["role"]
+        raise UserError(
+            f"message {min(missing) + 1} ({role}) is trained on, but the chat template does not show where it stands",
+            fix="leave the role out of data.train_on, or take another data.template",
+        )
+    for number, span in enumerate(spans):
+        message, wanted = example.messages[span.message_index], example.trained[span.message_index]
+        content_end = _content_end(rendered.text, span, message)
+        end, open_end = span.end, False
+        if not rendered.text[content_end : span.end].strip() and message["role"] == "assistant":
+            end, open_end = _next_marker(rendered.text, span, tokenizer)
+        if train_on_end == "none" or (train_on_end == "last" and number < len(spans) - 1):
+            end, open_end = content_end, False
+        if wanted is True:
+            yield span.start, end, open_end
+            continue
+        for start, stop, closes in _parts(span, rendered.text, message["content"], wanted):
+            yield start, end if closes else stop, open_end and closes
 
 
-def _parts(span: Any, text: str, content: str, trained: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Trained ranges of a message's content, where it stands in the rendered text. What the template writes before the
-    content goes with the first character, its terminator with the last."""
+def _content_end(text: str, span: Any, message: dict[str, Any]) -> int:
+    """Where the terminator of a turn begins: behind its content, or the last marker of a turn that ends in calls."""
+    content = (message.get("content") or "").strip()
+    at = text.rfind(content, span.start, span.end) if content else -1
+    if at >= 0 and not message.get("tool_calls"):
+        return at + len(content)
+    markers = [m for m in _MARKER.finditer(text, span.start, span.end) if not text[m.end() : span.end].strip()]
+    return markers[-1].start() if markers else span.end
+
+
+def _next_marker(text: str, span: Any, tokenizer: Tokenizer) -> tuple[int, bool]:
+    """The end of a turn whose span has no terminator: through the marker that follows; (…, True) if the text ends."""
+    rest = text[span.end :]
+    if not rest.strip():
+        return span.end, True
+    blank = len(rest) - len(rest.lstrip())
+    declared = getattr(tokenizer, "special_tokens", {})
+    found = [token for token in declared if rest.startswith(token, blank)]
+    marker = _MARKER.match(rest, blank)
+    length = max([len(token) for token in found] + [len(marker.group()) if marker else 0])
+    if not length:
+        raise UserError(
+            "the chat template writes nothing that ends an assistant's turn, so a model could not learn to stop",
+            where="data.template",
+            fix="let the template write the EOS token, or a marker of the next turn, behind an answer",
+        )
+    return span.end + blank + length, False
+
+
+def _parts(
+    span: Any, text: str, content: str, trained: list[tuple[int, int]]
+) -> Iterator[tuple[int, int, bool]]:
+    """Trained ranges of a message's content where it stands in the rendered text, and whether they reach its end. What
+    the template writes before the content goes with the first character, its terminator with the last."""
     kept = content.strip()  # many templates trim
     at = text.find(kept, span.start, span.end)
     if at < 0:
@@ -78,5 +154,5 @@ def _parts(span: Any, text: str, content: str, trained: list[tuple[int, int]]) -
         )
     shift = at - content.index(kept)
     for start, end in trained:
-        begins, ends = start == 0, end == len(content)
-        yield span.start if begins else start + shift, span.end if ends else end + shift
+        begins, closes = start == 0, end == len(content)
+        yield span.start if begins else start + shift, span.end if closes else end + shift, closes

@@ -1,33 +1,63 @@
-"""Conversations: messages with text or content parts, train weights, tool calls and tools."""
+"""Conversations: messages with text or content parts, train weights, reasoning, tool calls and tools."""
 
 import json
 from typing import Any
 
-from ftlib.data.examples import ROLES, Example, Shape, listed
+from ftlib.data.examples import ROLES, Example, Ranges, Shape, listed, shown
 from ftlib.errors import UserError
 
-ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}
+ALIASES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "ai": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
+    "tool_response": "tool", "ipython": "tool", "function_call": "assistant", "tool_call": "assistant",
+}  # fmt: skip
+CALLS = ("function_call", "tool_call")  # roles whose whole content is one call, or a list of calls
 WEIGHTS = ("loss_weight", "train", "weight")
+REASONING = ("reasoning", "thinking", "think")
+MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 
 Parts = list[tuple[tuple[int, int], bool | None]]  # character range in the content, weight if it has one of its own
 
 
 def read_messages(row: dict[str, Any], shape: Shape, where: str) -> Example:
     """The record of a row whose `messages` column lists the turns of a conversation."""
-    turns = shape.value(row, "messages", where)
-    if not isinstance(turns, list) or not turns:
-        column = shape.column("messages")
-        raise UserError(f"column {column!r} must be a list of messages, with at least one in it", where=where)
-    example = Example(where, messages=[], tools=_tools(row.get(shape.column("tools")), where))
+    example = shape.example(where, tools=read_tools(row.get(shape.column("tools")), where))
     system = row.get(shape.column("system"))
     if isinstance(system, str) and system:
         example.add("system", system)
+    return add_turns(example, shape.value(row, "messages", where), shape, shape.column("messages"))
+
+
+def add_turns(example: Example, turns: Any, shape: Shape, column: str) -> Example:
+    """Append the turns of a column, in any spelling."""
+    if isinstance(turns, str) and turns.lstrip()[:1] == "[":  # tables cannot hold lists, so some hold them as JSON
+        turns = _from_json(turns, column, example.where)
+    turns = [turns] if isinstance(turns, dict) else turns
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"column {column!r} must be a list of messages, with at least one in it", where=example.where)
     for number, turn in enumerate(turns, 1):
         try:
-            _message(example, turn, shape)
+            if isinstance(turn, dict) and is_pair(turn):
+                _pair(example, turn)
+            else:
+                _message(example, turn, shape)
         except UserError as error:
-            raise UserError(f"message {number}: {error.what}", where=where, fix=error.fix) from None
+            raise UserError(f"message {number}: {error.what}", where=example.where, fix=error.fix) from None
     return example
+
+
+def is_pair(turn: dict[str, Any]) -> bool:
+    """Whether one object holds a question and its answer."""
+    return "role" not in turn and "from" not in turn and ("human" in turn or "user" in turn) and "assistant" in turn
+
+
+def _pair(example: Example, turn: dict[str, Any]) -> None:
+    for key in ("system", "human", "user", "assistant"):
+        if turn.get(key) is None:
+            continue
+        if not isinstance(turn[key], str):
+            raise UserError(f"{key!r} must be text, here it is {shown(turn[key])}")
+        example.add(ALIASES.get(key, key), turn[key])
 
 
 def _message(example: Example, turn: Any, shape: Shape) -> None:
@@ -35,24 +65,31 @@ def _message(example: Example, turn: Any, shape: Shape) -> None:
         raise UserError("it must be an object with role and content")
     role_key, content_key = _key(turn, shape, "role", "from"), _key(turn, shape, "content", "value")
     role = _role(turn, role_key, shape)
-    read = {"role", "from", "content", "value", role_key, content_key, *WEIGHTS}
+    read = {"role", "from", "content", "value", role_key, content_key, "train_detail", *WEIGHTS}
     rest = {key: value for key, value in turn.items() if key not in read and value is not None}
-    content, parts = _content(turn.get(content_key))
+    content, parts, found = _content(turn.get(content_key))
+    if turn[role_key] in CALLS and turn[role_key] not in ROLES:
+        content, found = None, {"tool_calls": _calls(content)}
+    rest |= found
     if content is None and (role != "assistant" or not rest.keys() - {"name"}):
         raise UserError(f"it has no {content_key!r}; it has {listed(turn)}")
-    weight = _weight(turn)
-    weights = [weight if part is None else part for _, part in parts] or [weight]
-    if role != "assistant" and True in weights:
-        raise UserError(f"a {role} message asks to be trained; only assistant messages are", fix="set its weight to 0")
-    if False not in weights:
-        trained = None
-    elif True in weights or None in weights:
-        trained = [span for (span, _), wanted in zip(parts, weights, strict=True) if wanted is not False]
-    else:
-        trained = False
+    if "train_detail" in turn:
+        parts = _detail(turn["train_detail"], content or "")
+    trained = _trained(parts, _weight(turn), role in example.train_on)
     example.add(role, content, trained, **rest)
     if content_key not in turn:  # a template tells a missing content from a null one
         del example.messages[-1]["content"]
+
+
+def _trained(parts: Parts, weight: bool | None, by_role: bool) -> bool | Ranges | None:
+    """What of a message is trained: None leaves it to its role."""
+    weights = [weight if part is None else part for _, part in parts] or [weight]
+    wanted = [by_role if part is None else part for part in weights]
+    if not any(wanted):
+        return False if False in weights else None
+    if all(wanted):
+        return None if by_role else True
+    return [span for (span, _), part in zip(parts, wanted, strict=True) if part]
 
 
 def _key(turn: dict[str, Any], shape: Shape, name: str, alias: str) -> str:
@@ -69,26 +106,71 @@ def _role(turn: dict[str, Any], key: str, shape: Shape) -> str:
     if ours not in ROLES:
         raise UserError(
             f"unknown role {role!r}",
-            fix=f"map it with the source's `roles`, for example {{{role}: tool}}; known: {', '.join(ROLES)}",
+            fix=f"map it with the source's `roles`: {{{role}: one of {', '.join(ROLES)}}}",
         )
     return ours
 
 
-def _content(content: Any) -> tuple[str | None, Parts]:
-    """The text of a message, and its parts if it came in parts."""
+def _content(content: Any) -> tuple[str | None, Parts, dict[str, Any]]:
+    """The text of a message, its parts if it came in parts, and what else they hold: reasoning and tool calls."""
     if content is None or isinstance(content, str):
-        return content, []
+        return content, [], {}
     if not isinstance(content, list):
-        raise UserError(f"content must be a string or a list of parts, not {json.dumps(content)[:40]}")
-    text, parts = "", []
+        raise UserError(f"content must be a string or a list of parts, not {shown(content)}")
+    text, parts, reasoning, calls = "", [], "", []
     for part in content:
-        part = {"text": part} if isinstance(part, str) else part
-        value = part.get("text", part.get("value")) if isinstance(part, dict) else None
-        if not isinstance(value, str) or part.get("type", "text") != "text":
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        value = part.get("text", part.get("value", part.get(kind))) if isinstance(part, dict) else None
+        if kind in ("tool_call", "function_call"):
+            calls += _calls(value)
+        elif kind in REASONING and isinstance(value, str):
+            reasoning += value
+        elif kind == "text" and isinstance(value, str):
+            parts.append(((len(text), len(text) + len(value)), _weight(part)))
+            text += value
+        else:
             raise UserError(f"content part {json.dumps(part)[:60]} is not text (`text` or `value`)")
-        parts.append(((len(text), len(text) + len(value)), _weight(part)))
-        text += value
-    return text, parts
+    found = {"reasoning_content": reasoning} if reasoning else {}
+    return text, parts, found | ({"tool_calls": calls} if calls else {})
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls as chat templates read them, from an object, a list of them, or either as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"a tool call is invalid JSON: {error}") from None
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        call = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise UserError(f"a tool call must have a name and arguments, not {shown(call)}")
+        arguments = call.get("arguments", call.get("parameters", {}))
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                pass  # some tools take plain text
+        calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+    return calls
+
+
+def _detail(detail: Any, content: str) -> Parts:
+    """`train_detail`: characters begin_offset to end_offset, the last included; what no entry covers is not trained."""
+    parts: Parts = []
+    if not isinstance(detail, list):
+        raise UserError(f"train_detail must be a list of ranges, not {shown(detail)}")
+    at = 0
+    for entry in sorted(detail, key=lambda e: e.get("begin_offset", -1) if isinstance(e, dict) else -1):
+        start, last = (entry.get(k) if isinstance(entry, dict) else None for k in ("begin_offset", "end_offset"))
+        if not isinstance(start, int) or not isinstance(last, int) or not at <= start <= last < len(content):
+            raise UserError(f"train_detail {shown(entry)} is no range of this content of {len(content)} characters")
+        parts += [((at, start), False)] if start > at else []
+        parts.append(((start, last + 1), bool(entry.get("train", True))))
+        at = last + 1
+    return [*parts, ((at, len(content)), False)] if at < len(content) else parts
 
 
 def _weight(holder: dict[str, Any]) -> bool | None:
@@ -103,14 +185,19 @@ def _weight(holder: dict[str, Any]) -> bool | None:
     return values.pop() if values else None
 
 
-def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+def read_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+    """The tools of a row: a list, or the same as JSON; None where there are none."""
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise UserError(f"column 'tools' holds invalid JSON: {error}", where=where) from None
+        tools = _from_json(tools, "tools", where)
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError("column 'tools' must be a list of objects", where=where)
     return tools
+
+
+def _from_json(text: str, column: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"column {column!r} holds invalid JSON: {error}", where=where) from None

@@ -1,18 +1,25 @@
 """What loading found: one line a fact, printed before training starts."""
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ftlib.data.documents import Documents
 
 UNTRAINED = "no trained token"
+BROKEN = "a broken row (data.on_bad_row)"
+LISTED = 1000  # bad rows that are kept by name
 
 
 @dataclass
 class SourceReport:
-    """One source: its format and why, rows read and dropped (reason -> count), lengths of all of them in tokens."""
+    """One source: its format and why, rows read and dropped (reason -> count), lengths of all of them in tokens.
+
+    `changed`: rows kept in another form; `bad`: `file:line: what` of the rows that could not be read.
+    """
 
     name: str
     path: str
@@ -20,15 +27,35 @@ class SourceReport:
     evidence: str
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    lengths: list[int] = field(default_factory=list)
+    changed: Counter[str] = field(default_factory=Counter)
+    lengths: Any = field(default_factory=lambda: array("i"))
+    bad: list[str] = field(default_factory=list)
+    cached: bool = False
 
     def lines(self) -> list[str]:
         """Human lines."""
-        facts = [f"{self.name}: {self.rows:,} rows, format {self.format} ({self.evidence})"]
+        known = ", tokenised before" if self.cached else ""
+        facts = [f"{self.name}: {self.rows:,} rows, format {self.format} ({self.evidence}{known})"]
         facts += [f"  dropped {count:,}: {reason}" for reason, count in sorted(self.dropped.items())]
+        facts += [f"  {reason}: {count:,}" for reason, count in sorted(self.changed.items())]
+        facts += [f"  {bad}" for bad in self.bad]
         if self.dropped[UNTRAINED] > 0.05 * self.rows:
             facts.append(f"  warning: {self.dropped[UNTRAINED] / self.rows:.0%} of the rows have nothing to train on")
         return facts
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but what `from_json` is told anew."""
+        return {
+            "format": self.format, "evidence": self.evidence, "rows": self.rows, "dropped": self.dropped,
+            "changed": self.changed, "bad": self.bad, "lengths": list(self.lengths[:100_000]),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, name: str, path: str, stored: dict[str, Any]) -> "SourceReport":
+        """The report of a source that was tokenised before, under its present name and path."""
+        stored = {**stored, "lengths": array("i", stored["lengths"])}
+        stored |= {key: Counter(stored[key]) for key in ("dropped", "changed")}
+        return cls(name, path, **stored, cached=True)
 
 
 @dataclass
@@ -50,14 +77,37 @@ class LoadReport:
 
 def describe(name: str, documents: Documents) -> str:
     """One line on a set of documents: how many, tokens, how much of them is trained, lengths."""
-    tokens, trained = len(documents.input_ids), int(documents.target_counts.sum())
+    tokens, trained = int(documents.lengths.sum(dtype=np.int64)), int(documents.target_counts.sum())
     return (
         f"{name}: {len(documents):,} documents, {tokens:,} tokens, {trained / max(tokens, 1):.1%} trained, "
         f"lengths {spread(documents.lengths)}"
     )
 
 
-def spread(lengths: "np.ndarray | list[int]") -> str:
+def repeats(train: Documents, evals: dict[str, Documents], deduplicated: int, removed: int) -> list[str]:
+    """Lines on exact repeats among training documents, and on those that are held out as well."""
+    lines = []
+    if deduplicated:
+        lines.append(f"left out {deduplicated:,} exact repeats (data.deduplicate)")
+    if removed:
+        lines.append(f"left out {removed:,} training documents that are held out as well (data.deduplicate)")
+    again = len(train) - len(np.unique(train.hashes))
+    if again:
+        share = f"{again:,} of {len(train):,} training documents"
+        lines.append(f"{share} are exact repeats: data.deduplicate=true drops them")
+    for name, held_out in evals.items():
+        both = int(np.isin(held_out.hashes, train.hashes).sum())
+        if both:
+            lines.append(
+                f"warning: {both:,} of {len(held_out):,} documents of {name} are in the training data too, so its loss "
+                "says little: data.deduplicate=true leaves them out of training"
+            )
+    return lines
+
+
+def spread(lengths: Any) -> str:
     """Smallest, median, 95th percentile and largest."""
+    if not len(lengths):
+        return "none"
     low, median, high, top = np.percentile(np.asarray(lengths), [0, 50, 95, 100], method="nearest")
     return f"{low:,} to {top:,} (median {median:,}, 95 % up to {high:,})"

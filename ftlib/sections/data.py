@@ -10,10 +10,11 @@ from ftlib.config import LocalOrHub, MaybeFile
 class Source:
     """One place rows come from."""
 
-    path: LocalOrHub  # file (.json, .jsonl, …), or `ftlib:demo/data/…` for data shipped with the package
-    format: str = "auto"  # `messages`, `alpaca`, `text`, or `auto`: detected from the columns
+    path: LocalOrHub  # file, folder, pattern (`x/*.jsonl`), https:// or s3:// address, Hub id `org/name[@revision]`, `ftlib:…`
+    format: MaybeFile = "auto"  # `messages`, `alpaca`, `text`, …; `auto`: by its columns; `./file.py:name`: a function
     weight: float = 1.0  # share of this source in the mix: 2 shows its rows twice as often as 1
-    split: str | None = None  # part of the source: `train`, `[:90%]`, `[1000:]`
+    split: str | None = None  # part of the source: `train`, `[:90%]`, `test[1000:]`
+    subset: str | None = None  # configuration of a Hub dataset that has several
     columns: dict[str, str] = None  # the format's column name -> the file's, when they differ
     roles: dict[str, str] = None  # the file's role name -> system, user, assistant or tool
     name: str | None = None  # name in logs; by default the file's name
@@ -35,13 +36,24 @@ class Data:
     seq_len: int = 2048  # tokens of one packed row
     pack: bool = True  # several documents share a row and never see each other; false: one document a row
     template: MaybeFile | None = None  # chat template: a built-in name, a .jinja file; null: the tokenizer's own
-    overlong: Literal["drop", "truncate", "error"] = "drop"  # documents longer than seq_len
+    overlong: Literal["drop", "truncate", "split", "error"] = "drop"  # documents longer than seq_len
+    train_on: tuple[Literal["system", "developer", "user", "assistant", "tool"], ...] = ("assistant",)  # roles
+    train_on_end: Literal["all", "last", "none"] = "all"  # which trained turns learn to end: all, the last one, none
+    thinking: Literal["keep", "drop", "split"] = "keep"  # <think>…</think> of answers: kept, removed, or as reasoning
+    deduplicate: bool = False  # leave out exact repeats of a document, and training documents that are held out
+    on_bad_row: Literal["error", "skip", "report"] = "error"  # a row that cannot be read; report: skip and list
+    cache: MaybeFile = "auto"  # folder of tokenised data; auto: of `tune prepare`, and for large files; none: memory
+    workers: int = 0  # processes that tokenise; 0: this one
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources: at least one is needed")
         if self.seq_len < 2:
             raise ValueError("seq_len: must be at least 2")
+        if not self.train_on:
+            raise ValueError("train_on: at least one role")
+        if self.workers < 0:
+            raise ValueError("workers: must not be negative")
         if isinstance(self.eval, (int, float)) and self.eval < 0:
             raise ValueError("eval: a fraction below 1 or a number of rows, not negative")
 

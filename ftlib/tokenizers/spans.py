@@ -21,8 +21,10 @@ class Rendered(NamedTuple):
     spans: list[Span]
 
 
-def render_with_spans(template: str, messages: list[dict], variables: dict[str, Any]) -> Rendered:
-    """Render once and tell the assistants' parts.
+def render_with_spans(
+    template: str, messages: list[dict], variables: dict[str, Any], roles: tuple[str, ...] = ("assistant",)
+) -> Rendered:
+    """Render once and tell the assistants' parts, or those of other `roles` too: content and what ends the turn.
 
     A template that marks them with {% generation %} says itself what is trained. Any other is traced: an assistant's
     part is what was written while the loop over the messages stood at it, less the header that the template writes as
@@ -30,8 +32,11 @@ def render_with_spans(template: str, messages: list[dict], variables: dict[str, 
     """
     variables = {**variables, "add_generation_prompt": False}
     text, trace = render(template, messages, variables)
+    others = _of_roles(text, trace, messages, set(roles) - {"assistant"})
+    if "assistant" not in roles:
+        return Rendered(text, others)
     if trace.generation:
-        return Rendered(text, _marked(trace, messages))
+        return Rendered(text, sorted([*_marked(trace, messages), *others]))
     prompt = _generation_prompt(template, messages, variables)
     spans = []
     for start, end, index in sorted(trace.written):
@@ -53,7 +58,20 @@ def render_with_spans(template: str, messages: list[dict], variables: dict[str, 
             where="data.template",
             fix="put {% generation %} … {% endgeneration %} around what the assistant writes",
         )
-    return Rendered(text, spans)
+    return Rendered(text, sorted([*spans, *others]))
+
+
+def _of_roles(text: str, trace: Trace, messages: list[dict], roles: set[str]) -> list[Span]:
+    """Spans of messages of these roles where their content stands in what was written for them."""
+    spans = []
+    for start, end, index in trace.written:
+        if index == UNKNOWN or messages[index].get("role") not in roles:
+            continue
+        content = messages[index].get("content")
+        at = text.find(content.strip(), start, end) if isinstance(content, str) and content.strip() else -1
+        if at >= 0:
+            spans.append(Span(at, start + len(text[start:end].rstrip()), index))
+    return spans
 
 
 def _marked(trace: Trace, messages: list[dict]) -> list[Span]:

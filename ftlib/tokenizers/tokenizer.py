@@ -112,9 +112,15 @@ class Tokenizer:
         text, _ = render(self._template(), messages, variables)
         return self.encode(text) if tokenize else text
 
-    def render_with_spans(self, messages: list[dict], tools: list[dict] | None = None, **variables: Any) -> Rendered:
-        """A conversation as text, and the characters its assistants wrote, terminators included."""
-        return render_with_spans(self._template(), messages, self._variables(tools, variables))
+    def render_with_spans(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        roles: tuple[str, ...] = ("assistant",),
+        **variables: Any,
+    ) -> Rendered:
+        """A conversation as text, and the characters its assistants (or `roles`) wrote, terminators included."""
+        return render_with_spans(self._template(), messages, self._variables(tools, variables), roles)
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into `folder`, with the chat template in use, for us and for transformers."""

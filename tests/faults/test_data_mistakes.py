@@ -24,12 +24,12 @@ class Characters:
         text.encode()
         return [ord(c) for c in text], [(i, i + 1) for i in range(len(text))]
 
-    def render_with_spans(self, messages, tools=None):
+    def render_with_spans(self, messages, tools=None, roles=("assistant",)):
         roles = [message["role"] for message in messages]
         if any(one == two for one, two in pairwise(roles)):
             raise UserError("the template says: roles must alternate", fix="mend the roles")
-        text = "".join(message["content"] for message in messages)
-        start = len(text) - len(messages[-1]["content"])
+        text = "".join(message["content"] for message in messages) + "</s>"
+        start = len(text) - len(messages[-1]["content"]) - 4
         return SimpleNamespace(
             text=text, spans=[SimpleNamespace(start=start, end=len(text), message_index=len(roles) - 1)]
         )
@@ -51,7 +51,8 @@ FILES = {
     ("tail.json", b'[{"text": "a"}]\nx'): ["tail.json:2:1", "follows the list"],
     ("two.jsonl", b'{"text": "a"}{"text": "b"}'): ["two.jsonl:1:14", "Extra data"],
     ("nested.jsonl", b'{"text": ' + b"[" * 200_000): ["nested.jsonl:1", "invalid JSON"],
-    ("object.json", b'{\n "rows": [{"text": "a"}]\n}'): ["object.json:1", "several lines"],
+    ("object.json", b'{\n "rows": [{"text": "a"}]\n}'): ["[rows]", "no known format"],
+    ("objects.json", b'{\n "text": "a"\n}\n{\n "text": "b"\n}'): ["objects.json:1", "several lines"],
     ("wrapped.json", b'{"data": [{"text": "a"}]}'): ["[data]", "no known format", "data.sources[0]"],
     ("numbers.jsonl", b"[1]\n"): ["numbers.jsonl:1", "object with named columns", "a int"],
     ("null.jsonl", b'{"text": "a"}\nnull\n'): ["null.jsonl:2", "null"],
@@ -73,7 +74,7 @@ FILES = {
     ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n'): ["mixed.jsonl:2", "'text' must be text", "3"],
     ("missing.jsonl", b'{"text": "a"}\n{"txt": "b"}\n'): ["missing.jsonl:2", "'text' not found", "[txt]"],
     ("dpo.jsonl", b'{"chosen": "a", "rejected": "b"}'): ["preference data"],
-    ("odd.jsonl", b'{"question": "a", "answer": "b"}'): ["[question, answer]", "columns", "instruction: question"],
+    ("odd.jsonl", b'{"ask": "a", "say": "b"}'): ["[ask, say]", "columns", "instruction: question"],
     ("short.jsonl", b'{"text": "a"}'): ["all 1 rows were dropped", "1 no trained token", "Lengths seen: 1"],
     ("long.jsonl", json.dumps({"text": "a" * 99}).encode()): [
         "longer than data.seq_len=64",
@@ -103,7 +104,7 @@ ROWS = [
     (messages({}, {"content": [{"type": "image", "url": "x"}]}), ["message 2", "image"]),
     (messages({}, {"loss_weight": 0.5}), ["message 2", "0.5", "0 (not trained) or 1"]),
     (messages({}, {"loss_weight": 1, "train": False}), ["message 2", "disagree"]),
-    (messages({"train": True}, {}), ["message 1", "only assistant messages"]),
+    (messages({"train": True}, {}), ["message 1 (user)", "does not show where it stands"]),
     ({"messages": ["hi"]}, ["message 1", "object with role"]),
     ({"messages": []}, ["at least one"]),
     ({"messages": None}, ["list of messages"]),
@@ -136,8 +137,10 @@ def test_missing_file_names_what_is_near(tmp_path):
     assert "no such file" in message and "train.jsonl" in message and "working directory" in message
     assert "data.sources[0].path" in message
     assert str(tmp_path) in mistake(tmp_path / "no" / "such" / "file.jsonl")
-    assert "Hub" in mistake("tatsu-lab/alpaca")
-    assert "is a folder" in mistake(tmp_path) and "train.jsonl" in mistake(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "page.pdf").write_text("x")
+    assert "folder without data files" in mistake(tmp_path / "other") and "page.pdf" in mistake(tmp_path / "other")
+    assert "no file matches" in mistake(tmp_path / "*.parquet")
 
 
 def test_wrong_keys(tmp_path):

@@ -21,13 +21,13 @@ class FakeTokenizer:
         names = {number: name for name, number in SPECIAL.items()}
         return "".join(names.get(int(i), chr(int(i))) for i in ids)
 
-    def render_with_spans(self, messages, tools=None):
+    def render_with_spans(self, messages, tools=None, roles=("assistant",)):
         text, spans = f"tools:{len(tools)}\n" if tools else "", []
         for index, message in enumerate(messages):
             text += f"<|im_start|>{message['role']}\n"
             start = len(text)
             text += (message.get("content") or "").strip() + str(message.get("tool_calls", "")) + "<|im_end|>"
-            if message["role"] == "assistant":
+            if message["role"] in roles:
                 spans.append(SimpleNamespace(start=start, end=len(text), message_index=index))
             text += "\n"
         return SimpleNamespace(text=text, spans=spans)

@@ -1,0 +1,74 @@
+"""Tokenised data on disk, found again by what it was made from: bytes, template, tokenizer, settings and our code."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ftlib.data.remote import cache_folder
+from ftlib.sections import Data, Source
+
+LARGE = 64 << 20  # bytes of a source from which on `auto` writes what it tokenised
+
+
+def folder_of(cfg: Data) -> Path | None:
+    """Where tokenised data are kept; None: nowhere."""
+    if cfg.cache in ("none", ""):
+        return None
+    return cache_folder() / "tokens" if cfg.cache == "auto" else Path(cfg.cache).expanduser()
+
+
+def writes(cfg: Data, files: list[Path]) -> bool:
+    """Whether a run keeps what it tokenises of these files."""
+    return cfg.cache != "auto" or sum(file.stat().st_size for file in files) >= LARGE
+
+
+def key(source: Source, cfg: Data, files: list[Path], tokenizer: Any, keep_examples: bool) -> str | None:
+    """SHA-256 of all that decides on the documents; None for a tokenizer that cannot be told from others."""
+    mark = getattr(tokenizer, "fingerprint", None)
+    if mark is None:
+        return None
+    about = {
+        "files": [_digest(file) for file in files],
+        "source": [source.format, source.split, sorted(source.columns.items()), sorted(source.roles.items())],
+        "code": _digest(Path(source.format.rpartition(":")[0])) if ".py:" in source.format else None,
+        "settings": [cfg.seq_len, cfg.overlong, cfg.train_on, cfg.train_on_end, cfg.thinking, cfg.on_bad_row],
+        "tokenizer": [mark, tokenizer.chat_template, keep_examples],
+        "library": _library(),
+    }
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Processes of one machine take turns: the first tokenises, the others find its work."""
+    import fcntl
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return f"{file.name} {digest.hexdigest()}"  # the name says what kind of text it is
+
+
+@lru_cache(maxsize=1)
+def _library() -> str:
+    """SHA-256 of the code between bytes and masks, and of the libraries that cut text."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for file in sorted([*(root / "data").glob("*.py"), *(root / "tokenizers").glob("*.py")]):
+        digest.update(file.read_bytes())
+    for name in ("tokenizers", "tiktoken", "sentencepiece", "jinja2"):
+        digest.update(f"{name} {version(name)}".encode())
+    return digest.hexdigest()

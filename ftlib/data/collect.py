@@ -1,0 +1,215 @@
+"""One source -> tokenised documents: rows are read, masked and fitted here or in worker processes, in their order."""
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftlib.data import sources, thinking
+from ftlib.data.examples import Example, Shape
+from ftlib.data.formats import FORMATS, choose_shape, kind, read_examples
+from ftlib.data.masks import Masked, Tokenizer, tokenize
+from ftlib.data.report import BROKEN, LISTED, UNTRAINED, SourceReport
+from ftlib.data.store import MemoryWriter
+from ftlib.errors import UserError
+from ftlib.sections import Data, Source
+
+MOST_BAD_ROWS = 1000  # reading stops here: the whole file is wrong
+CHUNK = 256  # rows a worker gets at a time
+_TEMPLATE_FREE = ("text", "segments", "pretokenized")
+_USES = {
+    "preference": "preference data (chosen and rejected), which is not trained on here",
+    "unpaired": "preference data (answers with a label), which is not trained on here",
+    "stepwise": "steps with labels for a reward model, which are not trained on here",
+    "prompt": "prompts without answers, so there is nothing to imitate",
+    "evaluation": "references for an evaluation, which are not trained on",
+}
+
+
+@dataclass
+class Outcome:
+    """What became of one row: its documents (ids, mask, the record they came from), what was dropped, or its error."""
+
+    file_id: int
+    line: int
+    documents: list[tuple[np.ndarray, np.ndarray, Example | None]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    error: UserError | None = None
+
+
+@dataclass
+class Job:
+    """How the rows of one source are tokenised."""
+
+    shape: Shape
+    tokenizer: Tokenizer
+    cfg: Data
+    files: list[Path]
+    keep_examples: bool
+
+    def row(self, file_id: int, line: int, value: dict | UserError) -> Outcome:
+        """One row to the end."""
+        done = Outcome(file_id, line)
+        if isinstance(value, UserError):
+            done.error = value
+            return done
+        try:
+            for example in read_examples(value, self.shape, f"{self.files[file_id]}:{line}"):
+                thinking.apply(example, self.cfg.thinking)
+                ids, trained = tokenize(example, self.tokenizer, self.cfg.train_on_end)
+                pieces = self.fit(done, example.where, ids, trained)
+                done.documents += [(*piece, example if self.keep_examples else None) for piece in pieces]
+        except UserError as error:
+            done.error, done.documents = error, []
+        return done
+
+    def fit(self, done: Outcome, where: str, ids: np.ndarray, trained: np.ndarray) -> list[Masked]:
+        """The documents that are kept of one; what is dropped or changed is counted."""
+        done.lengths.append(len(ids))
+        most = self.cfg.seq_len
+        if not trained[1:].any():
+            done.dropped.append(UNTRAINED)
+            return []
+        if len(ids) <= most:
+            return [(ids, trained)]
+        if self.cfg.overlong == "error":
+            raise UserError(
+                f"{len(ids):,} tokens are more than data.seq_len={most:,}",
+                where=where,
+                fix="raise data.seq_len, or set data.overlong to drop, truncate or split",
+            )
+        if self.cfg.overlong == "drop":
+            done.dropped.append(f"longer than data.seq_len={most:,} tokens")
+            return []
+        ends = [most] if self.cfg.overlong == "truncate" else range(most, len(ids) + most, most)
+        pieces = [(ids[end - most : end], trained[end - most : end]) for end in ends]
+        pieces = [piece for piece in pieces if piece[1][1:].any()]
+        if not pieces:
+            done.dropped.append("no trained token left after truncation")
+        else:
+            verb = "truncated to" if self.cfg.overlong == "truncate" else "split at"
+            done.changed.append(f"{verb} data.seq_len={most:,} tokens")
+        return pieces
+
+
+def find_shape(source: Source, cfg: Data, files: list[Path], tokenizer: Tokenizer, key: str) -> tuple[Shape, Iterator]:
+    """The shape of a source, and all its rows. UserError if it cannot be trained on."""
+    try:
+        places = sources.read_all(files, source.split)
+        seen: list[sources.Place] = []
+        first = None
+        for place in places:  # of a broken file the first row that can be read
+            seen.append(place)
+            if not isinstance(place.row.value, UserError):
+                first = place.row.value
+                break
+            if cfg.on_bad_row == "error" or len(seen) == MOST_BAD_ROWS:
+                raise place.row.value
+        if first is None:
+            raise seen[0].row.value
+        shape = choose_shape(first, source.format, source.columns, source.roles, key, cfg.train_on)
+    except UserError as error:
+        raise UserError(error.what, where=error.where or f"{key}.path", fix=error.fix) from None
+    if kind(shape.format) != "train":
+        fits = [name for name in FORMATS if kind(name) == "train" and FORMATS[name].match(first, source.columns)]
+        fix = f"name another format: {key}.format={fits[0]}" if fits else "give rows with messages, answers or text"
+        what = f"format {shape.format} ({shape.evidence}): this is {_USES[kind(shape.format)]}"
+        raise UserError(what, where=key, fix=fix)
+    plain = shape.format in _TEMPLATE_FREE or isinstance(first.get("completion", first.get("canonical_solution")), str)
+    if not plain and not tokenizer.chat_template:
+        raise UserError(
+            f"{files[0]} holds conversations, but the tokenizer has no chat template",
+            where="data.template",
+            fix="name one: data.template=chatml, or a .jinja file",
+        )
+    return shape, chain(seen, places)
+
+
+def collect(job: Job, places: Iterable[sources.Place], report: SourceReport, writer: MemoryWriter) -> None:
+    """Tokenise every row into `writer` and count in `report`. UserError for the bad rows, unless they are skipped."""
+    bad: list[UserError] = []
+    numbers = {file: number for number, file in enumerate(job.files)}
+    rows = ((numbers[place.file], place.row.line, place.row.value) for place in places)
+    for done in _outcomes(job, rows):
+        report.rows += 1
+        if done.error is not None:
+            bad.append(done.error)
+            if job.cfg.on_bad_row == "error" and len(bad) == MOST_BAD_ROWS:
+                break
+            continue
+        report.lengths.extend(done.lengths)
+        report.dropped.update(done.dropped)
+        report.changed.update(done.changed)
+        for ids, trained, example in done.documents:
+            writer.add(ids, trained, done.file_id, done.line, example)
+    if bad and job.cfg.on_bad_row == "error":
+        raise _summary(bad, report.rows)
+    if bad:
+        report.dropped[BROKEN] = len(bad)
+    if job.cfg.on_bad_row == "report":
+        report.bad = [f"{error.where}: {error.what}" for error in bad[:LISTED]]
+
+
+_job: Job | None = None  # of a worker process
+
+
+def _outcomes(job: Job, rows: Iterator[tuple[int, int, Any]]) -> Iterator[Outcome]:
+    if job.cfg.workers < 1:
+        yield from (job.row(*row) for row in rows)
+        return
+    global _job
+    _job = job
+    chunks = iter(lambda: list(islice(rows, CHUNK)), [])
+    # Forked, so that a tokenizer need not be sent; nothing of CUDA lives yet when data are loaded.
+    with multiprocessing.get_context("fork").Pool(job.cfg.workers, _start) as pool:
+        waiting = []
+        for chunk in chunks:
+            waiting.append(pool.apply_async(_work, (chunk,)))
+            if len(waiting) > 2 * job.cfg.workers:  # memory stays bounded
+                yield from waiting.pop(0).get()
+        for result in waiting:
+            yield from result.get()
+    _job = None
+
+
+def _start() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _work(rows: Sequence[tuple[int, int, Any]]) -> list[Outcome]:
+    return [_job.row(*row) for row in rows]
+
+
+def _summary(bad: list[UserError], rows: int) -> UserError:
+    """One error for all bad rows of a source: the first in full, the next two in short."""
+    first, more = bad[0], bad[1:3]
+    if not more:
+        return first
+    few = "; ".join(f"{error.where}: {error.what}" for error in more)
+    what = f"{first.what}\n{len(bad):,} of {rows:,} rows read have a problem, the next: {few}"
+    return UserError(what, where=first.where, fix=first.fix)
+
+
+def examples(source: Source, key: str = "source") -> tuple[Shape, Iterator[Example]]:
+    """The records of a source of any kind, untokenised: for preferences, prompts, references."""
+    files = sources.files_of(source)
+    places = sources.read_all(files, source.split)
+    first = next(places)
+    if isinstance(first.row.value, UserError):
+        raise first.row.value
+    shape = choose_shape(first.row.value, source.format, source.columns, source.roles, key)
+
+    def each() -> Iterator[Example]:
+        for file, row in chain([first], places):
+            if isinstance(row.value, UserError):
+                raise row.value
+            yield from read_examples(row.value, shape, f"{file}:{row.line}")
+
+    return shape, each()

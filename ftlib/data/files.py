@@ -1,0 +1,232 @@
+"""One file -> its rows with their line numbers. The kind is told by the content, but for text and CSV: by the name.
+
+A line that cannot be read is a row whose value is its UserError, so that the caller may go on; what is wrong with the
+whole file is raised.
+"""
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ftlib.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+CSV_SUFFIXES = (".csv", ".tsv")
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", *CSV_SUFFIXES, *TEXT_SUFFIXES)
+PACKED = (".gz", ".zst")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_SIGNS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the data itself", "run `git lfs pull` in its repository"),
+    (b"<!doctype html", "an HTML page, not data", "download the raw file, not the page that shows it"),
+    (b"<html", "an HTML page, not data", "download the raw file, not the page that shows it"),
+    (b"\xff\xfe", "UTF-16, not UTF-8", "convert it: iconv -f UTF-16 -t UTF-8 {path} > utf8-{path}"),
+    (b"\xfe\xff", "UTF-16, not UTF-8", "convert it: iconv -f UTF-16 -t UTF-8 {path} > utf8-{path}"),
+    (b"pk\x03\x04", "a zip archive", "unpack it first: unzip {path}"),
+)
+
+
+class Row(NamedTuple):
+    """One row of a file and the line it starts at (from 1), or what is wrong with that line."""
+
+    line: int
+    value: dict | UserError
+
+
+def stem(file: Path) -> str:
+    """The name of a file without what says how it is packed and written."""
+    name = file.name
+    for suffix in PACKED:
+        name = name.removesuffix(suffix)
+    return name.rsplit(".", 1)[0]
+
+
+def read_file(file: Path) -> Iterator[Row]:
+    """Rows of one file, lazily."""
+    name = file.name
+    for suffix in PACKED:
+        name = name.removesuffix(suffix)
+    try:
+        with _open(file) as stream:
+            head = stream.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
+            _check_signs(file, head)
+            if head[:4] == b"PAR1" or head[:6] == b"ARROW1" or name.endswith(".arrow"):
+                from ftlib.data import tables  # pyarrow, only where it is needed
+
+                yield from tables.read(file, parquet=head[:4] == b"PAR1")
+            elif b"\0" in head:
+                what = f"{file} holds binary data, or text that is not UTF-8"
+                raise UserError(what, fix="rows are JSON, JSON lines or UTF-8 text")
+            elif name.endswith(TEXT_SUFFIXES):
+                yield from _text_rows(file, stream)
+            elif name.endswith(CSV_SUFFIXES):
+                yield from _csv_rows(file, stream, "\t" if name.endswith(".tsv") else ",")
+            elif head[:1] == b"[":
+                yield from _json_rows(file, stream.read())
+            elif head[:1] == b"{" or not head:
+                yield from _line_rows(file, stream)
+            else:
+                raise UserError(
+                    f"{file} holds neither JSON objects nor a list of them; it begins with {head[:20]!r}",
+                    fix=f"rows are JSON lines, a JSON list, or plain text in a file called {', '.join(TEXT_SUFFIXES)}",
+                )
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{file} cannot be read: {error}", fix="check its permissions; fetch it again if it is cut off"
+        ) from None
+
+
+def _open(file: Path) -> BinaryIO:
+    with open(file, "rb") as stream:
+        sign = stream.read(4)
+    if sign[:2] == b"\x1f\x8b":
+        return gzip.open(file, "rb")
+    if sign == b"\x28\xb5\x2f\xfd":
+        import pyarrow  # its codec; Python has one of its own from 3.14 on
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd"))
+    return open(file, "rb")
+
+
+def _check_signs(file: Path, head: bytes) -> None:
+    for sign, what, fix in _SIGNS:
+        if head[: len(sign)].lower() == sign:
+            raise UserError(f"{file} is {what}", fix=fix.format(path=file.name))
+
+
+def _decode(file: Path, raw: bytes, line: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        column = error.start - raw.rfind(b"\n", 0, error.start)
+        raise UserError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x}",
+            where=f"{file}:{line}:{column}",
+            fix=f"convert the file, for example: iconv -f LATIN1 -t UTF-8 {file.name} > utf8-{file.name}",
+        ) from None
+
+
+def _line_rows(file: Path, stream: BinaryIO) -> Iterator[Row]:
+    for line, raw in enumerate(stream, 1):
+        try:
+            text = _decode(file, raw, line).rstrip()  # columns count from the start of the line
+            if line == 1 and text.strip() == "{":  # one object over several lines
+                yield Row(line, _line_row(file, line, _decode(file, raw + stream.read(), line)))
+            elif text.strip():
+                yield Row(line, _line_row(file, line, text))
+        except UserError as error:
+            yield Row(line, error)
+
+
+def _line_row(file: Path, line: int, text: str) -> dict:
+    try:
+        return _object(file, line, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        if line == 1 and text.startswith("{\n") and "Extra data" in str(error):
+            raise UserError(
+                f"{file} is not rows: its objects run over several lines",
+                where=f"{file}:1",
+                fix="write one object a line, or put the objects into a list [ … ]",
+            ) from None
+        raise _bad_json(file, line, text, error) from None
+
+
+def _csv_rows(file: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
+    import csv
+
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader((_decode(file, raw, n) for n, raw in enumerate(stream, 1)), delimiter=delimiter, strict=True)
+    names, line = None, 1
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            fix = "mend the quotes of this row"
+            yield Row(line, UserError(f"broken CSV: {error}", where=f"{file}:{line}", fix=fix))
+            return  # where the next row begins is not known
+        if cells is None:
+            return
+        if names is None:
+            names = [name.strip() for name in cells]
+            double = next((name for name in names if names.count(name) > 1 or not name), None)
+            if double is not None:
+                what = f"two columns are called {double!r}" if double else "a column has no name"
+                raise UserError(what, where=f"{file}:1", fix="the first line of a CSV file names its columns")
+        elif len(cells) == len(names):
+            yield Row(line, dict(zip(names, cells, strict=True)))
+        elif cells:
+            what = f"{len(cells)} cells, but the file has {len(names)} columns"
+            yield Row(line, UserError(what, where=f"{file}:{line}", fix="put texts that hold commas in quotes"))
+        line = reader.line_num + 1
+
+
+def _json_rows(file: Path, raw: bytes) -> Iterator[Row]:
+    text, decoder = _decode(file, raw, 1), json.JSONDecoder()
+
+    def skip(at: int) -> int:
+        return _SPACE.match(text, at).end()
+
+    def fail(message: str) -> UserError:
+        return _bad_json(file, line, text, json.JSONDecodeError(message, text, at))
+
+    at = skip(skip(0) + 1)
+    line, counted, more = 1, 0, text[at : at + 1] != "]"
+    while more:
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise _bad_json(file, line, text, error) from None
+        yield Row(line, _object(file, line, value))
+        at = skip(end)
+        more = text[at : at + 1] == ","
+        if more:
+            at = skip(at + 1)
+        elif text[at : at + 1] != "]":
+            raise fail("expected ',' or ']' after a row" if at < len(text) else "the list is not closed by ']'")
+    at = skip(at + 1)
+    if at < len(text):
+        raise fail("something follows the list")
+
+
+def _bad_json(file: Path, line: int, text: str, error: Exception) -> UserError:
+    """`line`: where the row begins, for errors that know no position of their own."""
+    if not isinstance(error, json.JSONDecodeError):  # nested too deeply, or a number of thousands of digits
+        return UserError(f"invalid JSON: {error}", where=f"{file}:{line}", fix="mend or remove this row")
+    near = text[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ")
+    line = error.lineno if "\n" in text else line
+    return UserError(
+        f"invalid JSON: {error.msg}, near `{near}`",
+        where=f"{file}:{line}:{error.colno}",
+        fix="mend or remove this row",
+    )
+
+
+def _object(file: Path, line: int, value: object) -> dict:
+    if isinstance(value, dict):
+        return value
+    kind = {list: "a list", str: "a string", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+    raise UserError(f"a row must be an object with named columns, this one is {kind}", where=f"{file}:{line}")
+
+
+def _text_rows(file: Path, stream: BinaryIO) -> Iterator[Row]:
+    """Paragraphs, that is what blank lines set apart; in a file without any, lines. One is in memory at a time."""
+    with _open(file) as scan:
+        paragraphs = _has_paragraphs(scan)
+    lines = ((n, _decode(file, raw, n).rstrip("\r\n")) for n, raw in enumerate(stream, 1))
+    for key, group in groupby(lines, key=lambda line: bool(line[1].strip()) and (paragraphs or line[0])):
+        if key:
+            part = list(group)
+            yield Row(part[0][0], {"text": "\n".join(line for _, line in part)})
+
+
+def _has_paragraphs(lines: BinaryIO) -> bool:
+    """Whether a blank line has text before and behind it."""
+    texts = (text for text, _ in groupby(lines, key=lambda line: bool(line.strip())) if text)
+    return next(texts, False) and next(texts, False)

@@ -1,0 +1,160 @@
+"""Rows of other kinds: without a template, and those that supervised training has no use for, such as preferences."""
+
+import re
+from typing import Any
+
+from ftlib.data.examples import Example, Shape, shown
+from ftlib.data.messages import MESSAGES, add_turns, read_tools
+from ftlib.data.pairs import opening
+from ftlib.errors import UserError
+
+CHOSEN = (
+    ("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("chosen_response", "rejected_response"),
+)  # fmt: skip
+_HH = re.compile(r"\n\n(Human|Assistant): ?")
+_ANSWERS = ("chosen", "rejected", "completion", "label", "completions", "labels", "answers")
+_PROMPTS = (*MESSAGES, "prompt", "question", "instruction", "input")
+
+
+def read_text(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    return Example(where, text=shape.text(row, "text", where))
+
+
+def read_segments(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """segments: [{text, label}]; what is labelled true is trained, and nothing is added."""
+    segments = shape.value(row, "segments", where)
+    good = isinstance(segments, list) and segments and all(
+        isinstance(s, dict) and isinstance(s.get("text"), str) and isinstance(s.get("label"), bool) for s in segments
+    )
+    if not good:
+        raise UserError("column 'segments' must be a list of {text: …, label: true or false}", where=where)
+    return Example(where, segments=[(s["text"], s["label"]) for s in segments])
+
+
+def read_pretokenized(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """input_ids, and where they are there labels (-100: not trained; else the token itself) and attention_mask."""
+    ids = shape.value(row, "input_ids", where)
+    labels, mask = (row.get(shape.column(name)) for name in ("labels", "attention_mask"))
+    for name, value in (("input_ids", ids), ("labels", labels), ("attention_mask", mask)):
+        if value is not None and (not isinstance(value, list) or not all(type(i) is int for i in value)):
+            raise UserError(f"column {shape.column(name)!r} must be a list of whole numbers", where=where)
+        if value is not None and len(value) != len(ids):
+            raise UserError(f"{shape.column(name)!r} has {len(value)} entries, input_ids has {len(ids)}", where=where)
+    kept = [i for i in range(len(ids)) if mask is None or mask[i]]
+    trained = [labels is None or labels[i] != -100 for i in kept]
+    wrong = next((i for i in kept if labels and labels[i] not in (-100, ids[i])), None)
+    if wrong is not None:
+        what = f"labels[{wrong}] is {labels[wrong]}, neither -100 nor the token {ids[wrong]}"
+        raise UserError(what, where=where, fix="labels must not be shifted: that is done in training")
+    return Example(where, ids=[ids[i] for i in kept], trained_ids=trained)
+
+
+def read_oasst(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """A tree of messages: the conversation along the best-ranked replies that nobody deleted."""
+    example, node = shape.example(where), shape.value(row, "prompt", where)
+    while node:
+        if not isinstance(node, dict) or not isinstance(node.get("text"), str):
+            raise UserError("a message of the tree has no text", where=where)
+        example.add("user" if node.get("role") == "prompter" else "assistant", node["text"])
+        replies = [reply for reply in node.get("replies") or () if not reply.get("deleted")]
+        node = min(replies, key=lambda r: r["rank"] if r.get("rank") is not None else len(replies), default=None)
+    return example
+
+
+def read_preference(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """`messages`: the prompt; `record`: chosen and rejected, each a list of messages that follows it."""
+    sides = []
+    for name in ("chosen", "rejected"):
+        value = shape.value(row, name, where)
+        if isinstance(value, str):
+            turns = _HH.split(value)
+            value = [{"role": "assistant", "content": value}]
+            if len(turns) > 2:
+                roles = {"Human": "user", "Assistant": "assistant"}
+                said = zip(turns[1::2], turns[2::2], strict=True)
+                value = [{"role": roles[who], "content": text.strip()} for who, text in said]
+        sides.append(add_turns(shape.example(where), value, shape, shape.column(name)).messages)
+    chosen, rejected = sides
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    example = _prompt(row, shape, where)
+    if not common or not example.messages:
+        for message in chosen[:common]:
+            example.add(**message)
+    example.record = {"chosen": chosen[common:], "rejected": rejected[common:]}
+    return example
+
+
+def read_ranked(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """answers: [{answer, rank}]: the best against the worst."""
+    answers = shape.value(row, "answers", where)
+    good = isinstance(answers, list) and all(isinstance(a, dict) and "rank" in a for a in answers)
+    if not good or len(answers) < 2:
+        raise UserError("column 'answers' must be a list of at least two {answer, rank}", where=where)
+    best, *_, worst = sorted(answers, key=lambda a: a["rank"])
+    example = _prompt(row, shape, where)
+    sides = (("chosen", best), ("rejected", worst))
+    example.record = {name: [{"role": "assistant", "content": a.get("answer")}] for name, a in sides}
+    return example
+
+
+def read_unpaired(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """An answer and whether it is a good one: `record` has `completion` (messages) and `label`."""
+    example = _prompt(row, shape, where)
+    completion = row.get(shape.column("completion"))
+    if completion is None:
+        completion = [example.messages.pop()] if example.messages else None
+        del example.trained[-1:]
+    elif isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(completion, list):
+        raise UserError("it has no answer that the label could be about", where=where)
+    label = shape.value(row, "label", where)
+    if label not in (0, 1, True, False):
+        what = f"column {shape.column('label')!r} must be true or false, here it is {shown(label)}"
+        raise UserError(what, where=where)
+    example.record = {"completion": completion, "label": bool(label)}
+    return example
+
+
+def read_stepwise(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """Steps of an answer, each right or wrong: `record` has `completions` and `labels`."""
+    steps, labels = (shape.value(row, name, where) for name in ("completions", "labels"))
+    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels):
+        raise UserError("columns 'completions' and 'labels' must be lists of one length", where=where)
+    example = _prompt(row, shape, where)
+    example.record = {"completions": steps, "labels": labels}
+    return example
+
+
+def read_prompt(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """A question without its answer; whatever else the row has is in `extra`, for the reward."""
+    example = _prompt(row, shape, where)
+    if not example.messages:
+        raise UserError("it has no prompt", where=where)
+    example.record = {}
+    return example
+
+
+def read_fields(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """Rows for evaluation that hold no conversation: their columns as they are."""
+    return Example(where, record=dict(row))
+
+
+def _prompt(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    example = opening(row, shape, where)
+    example.tools = read_tools(row.get("tools", row.get("function")), where)
+    columns = [shape.columns["prompt"]] if "prompt" in shape.columns else [c for c in _PROMPTS if row.get(c)]
+    for column in columns[:1]:
+        value = row[column]
+        while isinstance(value, list) and value and isinstance(value[0], list):  # turns of a benchmark
+            value = [turn for part in value for turn in part]
+        if isinstance(value, str) and column not in MESSAGES:
+            more = row.get("input") if column == "instruction" else None
+            example.add("user", "\n".join(filter(None, (value, more))))
+        else:
+            add_turns(example, value, shape, column)
+    used = {*columns[:1], *map(shape.column, _ANSWERS), "tools", "function", "input", "history", "system", "system_prompt"}
+    example.extra = {key: value for key, value in row.items() if key not in used}
+    return example
