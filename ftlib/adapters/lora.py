@@ -37,7 +37,8 @@ class LoraFactors(nn.Module):
         self.scale = alpha / math.sqrt(rank) if cfg.rslora else alpha / rank
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **made))
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, **made))
-        self.magnitude = nn.Parameter(torch.empty(linear.out_features, **made)) if cfg.dora else None
+        magnitude = nn.Parameter(torch.empty(linear.out_features, **made)) if cfg.dora else None
+        self.register_parameter("magnitude", magnitude)
         moved = cfg.init in initial.FROM_WEIGHT
         self.register_buffer("start_A", torch.empty_like(self.lora_A, requires_grad=False) if moved else None)
         self.register_buffer("start_B", torch.empty_like(self.lora_B, requires_grad=False) if moved else None)
