@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ftlib import data, plugins, tokenizers
+from ftlib import data, plugins, preflight, tokenizers
 from ftlib.adapters import freeze
 from ftlib.adapters import setup as adapters
 from ftlib.adapters.fuse import fuse
@@ -68,14 +68,16 @@ def check(cfg: Any, world: int = 1) -> None:
 
     `cfg` is a recipe's Config: sections it does not have are not checked.
     """
-    problems = []
+    problems, found = [], []
     for part in (lambda: _check_model(cfg), lambda: _check_parallel(cfg, world)):
         try:
-            part()
+            found.append(part())
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise Problems(problems)
+    built, shards = found
+    preflight.check(built, cfg, shards)
 
 
 def check_data(cfg: Any) -> None:
@@ -84,7 +86,7 @@ def check_data(cfg: Any) -> None:
         datasets(cfg, tokenizer(cfg))
 
 
-def _check_model(cfg: Any) -> None:
+def _check_model(cfg: Any) -> LanguageModel:
     folder = hub.resolve(cfg.model.path)
     built = load.build(folder, DTYPES[cfg.dtype], _decoder(cfg.model.code))
     choose_backend(cfg.model.attention, default_device(), DTYPES[cfg.dtype])
@@ -94,9 +96,11 @@ def _check_model(cfg: Any) -> None:
         adapters.attach(built, cfg.lora)
     elif hasattr(cfg, "train"):
         freeze.apply(built, cfg.train)
+    return built
 
 
-def _check_parallel(cfg: Any, world: int) -> None:
+def _check_parallel(cfg: Any, world: int) -> int:
+    """How many processes share one copy of the parameters."""
     replicate, shard, cp, tp = sizes(cfg.parallel, world)
     if cfg.memory.offload and default_device().type != "cuda":
         raise UserError("offload needs a GPU to offload from", where="memory.offload", fix="set memory.offload=false")
@@ -110,6 +114,7 @@ def _check_parallel(cfg: Any, world: int) -> None:
             where="batch",
             fix=f"set batch.rows to a multiple of {per_forward}",
         )
+    return shard * cp * tp
 
 
 def _decoder(code: str | None) -> type | None:

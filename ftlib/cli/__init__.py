@@ -1,21 +1,32 @@
 """`tune`: one small module per verb, imported when the verb is used."""
 
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from ftlib import __version__
 from ftlib.errors import UserError, did_you_mean
 
 VERBS = {
+    "init": "write a config for a file of rows and a model",
     "run": "run a recipe, on one device or on many",
     "validate": "check a recipe and its config without training",
     "ls": "list the recipes and configs that ship with ftlib",
     "cp": "copy a recipe or a config, to edit it",
     "diff": "compare a copy with the version that ships now",
+    "update": "bring what has changed in the shipped version into a copy",
+    "preview": "show rendered rows and which of their tokens are trained",
     "generate": "answer a prompt with a model, with or without an adapter",
-    "merge": "write a model with its adapter merged in",
+    "chat": "talk to a model in the terminal",
+    "merge": "write a model with its adapter merged in, or any checkpoint as a model",
+    "gguf": "write a model as one file for llama.cpp and Ollama",
+    "download": "fetch a model from the Hugging Face Hub",
+    "push": "upload an adapter or a model with a card to the Hugging Face Hub",
+    "env": "show versions and devices, and what to install",
+    "completion": "print the completion script of a shell",
     "help": "explain a verb, or every key of a config",
 }
 
@@ -49,9 +60,14 @@ def _dispatch(argv: list[str]) -> int:
         kind = "option" if verb.startswith("-") else "verb"
         raise UserError(f"unknown {kind} {verb!r}{did_you_mean(verb, VERBS)}", fix=f"one of {', '.join(VERBS)}")
     else:
-        code = importlib.import_module(f"ftlib.cli.{verb}").main(rest)
+        code = module(verb).main(rest)
     sys.stdout.flush()
     return code
+
+
+def module(verb: str) -> ModuleType:
+    """The module of a verb; one that Python keeps for itself has a `_` behind it."""
+    return importlib.import_module(f"ftlib.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}")
 
 
 def overview() -> str:

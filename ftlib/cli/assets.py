@@ -10,6 +10,7 @@ import ftlib
 from ftlib.errors import UserError, did_you_mean
 
 _SUFFIX = {"recipes": ".py", "configs": ".yaml"}
+_SCHEMA = "# yaml-language-server: $schema="
 
 
 def source_root() -> Path | None:
@@ -72,6 +73,21 @@ def suggestion(kind: str, name: str) -> str:
     return f" (did you mean {stems[near[0]]!r}?)" if near else ""
 
 
+def schema_line(recipe: str) -> str:
+    """The comment that tells an editor which keys a config of `recipes/<recipe>.py` may have."""
+    return f"{_SCHEMA}{_schemas()}/{recipe}.json"
+
+
+def as_copied(path: Path) -> str:
+    """The text of a shipped file as it reads in another folder: a config names its schema by a whole address."""
+    return path.read_text(encoding="utf-8").replace(f"{_SCHEMA}schema/", f"{_SCHEMA}{_schemas()}/", 1)
+
+
+def _schemas() -> str:
+    root = source_root() or Path(ftlib.__file__).resolve().parent
+    return (root / "configs" / "schema").as_uri()
+
+
 def first_line(path: Path) -> str:
     """What a file says about itself: the first line of a recipe's docstring, or of a config's leading comment."""
     text = path.read_text(encoding="utf-8")
@@ -79,7 +95,7 @@ def first_line(path: Path) -> str:
         doc = ast.get_docstring(ast.parse(text)) or ""
         return doc.split("\n")[0]
     comments = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
-    return next((line for line in comments if line and not line.startswith("from ftlib ")), "")
+    return next((line for line in comments if line and not line.startswith(("from ftlib ", "yaml-language"))), "")
 
 
 def digest(text: str) -> str:

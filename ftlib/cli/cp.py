@@ -3,15 +3,15 @@
     tune cp recipes/lora_sft.py my.py
     tune cp demo_lora my.yaml
 
-The first line of the copy says what it was copied from; `tune diff` reads it.
+The first line of the copy says what it was copied from; `tune diff` reads it. The original is kept beside the copy, as
+`.NAME.orig`, for `tune update`.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ftlib import __version__
-from ftlib.cli import assets
+from ftlib.cli import assets, copies
 from ftlib.cli.arguments import Parser
 from ftlib.errors import UserError
 
@@ -34,10 +34,9 @@ def main(argv: Sequence[str]) -> int:
         dest = dest / source.name
     if dest.exists() and not args.force:
         raise UserError(f"{dest} exists and stays as it is", fix="name another file, or add --force to replace it")
-    text = source.read_text(encoding="utf-8")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        dest.write_text(f"# from ftlib {__version__} {name} sha256:{assets.digest(text)}\n{text}", encoding="utf-8")
+        copies.write(dest, name, source)
     except OSError as error:
         raise UserError(f"{dest} cannot be written: {error.strerror}") from None
     print(f"{name} -> {dest}")

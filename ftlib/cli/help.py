@@ -1,12 +1,15 @@
 """Explain a verb, or every key of a config.
 
     tune help VERB
-    tune help config              the sections that recipes share
-    tune help config RECIPE       every key of one recipe
+    tune help config                  the sections that recipes share
+    tune help config RECIPE           every key of one recipe
+    tune help config RECIPE KEY       one key, or all below it: optim.lr, optim, lr
+    tune help schema RECIPE           the JSON schema of its config, for editors
 """
 
-import importlib
 import inspect
+import json
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -16,27 +19,49 @@ from ftlib.errors import UserError, did_you_mean
 
 
 def main(argv: Sequence[str]) -> int:
-    """`tune help [VERB | config [RECIPE]]`"""
+    """`tune help [VERB | config [RECIPE [KEY]] | schema RECIPE]`"""
     if not argv:
         print(cli.overview())
     elif argv[0] in ("-h", "--help"):
         print(__doc__.strip())
-    elif argv[0] == "config" and len(argv) <= 2:
-        print(_recipe(argv[1]) if len(argv) == 2 else _sections())
+    elif argv[0] == "config" and len(argv) <= 3:
+        print(_recipe(*argv[1:]) if len(argv) > 1 else _sections())
+    elif argv[0] == "schema" and len(argv) == 2:
+        print(json.dumps(schema_of(argv[1]), indent=1, ensure_ascii=False))
     elif argv[0] in cli.VERBS and len(argv) == 1:
-        importlib.import_module(f"ftlib.cli.{argv[0]}").main(["--help"])
+        cli.module(argv[0]).main(["--help"])
     else:
-        topics = [*cli.VERBS, "config"]
+        topics = [*cli.VERBS, "config", "schema"]
         raise UserError(f"tune help: unknown topic {' '.join(argv)!r}{did_you_mean(argv[0], topics)}",
                         fix=f"one of {', '.join(topics)}")
     return 0
 
 
-def _recipe(name: str) -> str:
+def schema_of(name: str) -> dict:
+    """The JSON schema of a recipe's config."""
+    from ftlib.cli import recipe
+    from ftlib.config.schema import json_schema
+
+    path = recipe.find(name)
+    return json_schema(recipe.load(path).Config, f"config of recipes/{path.name}")
+
+
+def _recipe(name: str, key: str | None = None) -> str:
     from ftlib.cli import recipe
     from ftlib.config import describe
+    from ftlib.config.suggest import unknown_key
 
-    return _table(describe(recipe.load(recipe.find(name)).Config))
+    docs = describe(recipe.load(recipe.find(name)).Config)
+    if key is None:
+        return _table(docs)
+    wanted = re.sub(r"\[\d*\]", "[]", key)
+    found = [doc for doc in docs if doc.key == wanted or doc.key.startswith((f"{wanted}.", f"{wanted}[]."))]
+    found = found or [doc for doc in docs if doc.key.rpartition(".")[2] == wanted]
+    if not found:
+        known = [doc.key for doc in docs]
+        sections = dict.fromkeys(name.partition(".")[0] for name in known)
+        raise UserError(f"{key}: {unknown_key(key, [*known, *sections], sections)}", fix=f"tune help config {name}")
+    return _table(found)
 
 
 def _sections() -> str:

@@ -1,6 +1,7 @@
-"""Write a model with a LoRA adapter merged into its weights, as a folder that any library loads.
+"""Write a model with an adapter merged into its weights, as a folder that any library loads. Needs no GPU.
 
     tune merge MODEL ADAPTER OUT
+    tune merge MODEL output/run/checkpoints/step_000100 OUT      any checkpoint of a run on MODEL, LoRA or full
 
 The sum is computed in float32 and stored in the precision of MODEL.
 """
@@ -17,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     """`tune merge MODEL ADAPTER OUT`"""
     parser = Parser("merge", __doc__)
     parser.add_argument("model", metavar="MODEL", help="the base: a folder, a Hub id or ftlib:demo/model")
-    parser.add_argument("adapter", metavar="ADAPTER", help="the folder of a LoRA adapter in PEFT format")
+    parser.add_argument("adapter", metavar="ADAPTER", help="a LoRA adapter in PEFT format, or a run's checkpoint")
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet, or is empty")
     args = parser.parse(argv)
     out = Path(os.path.expanduser(args.out))
@@ -25,12 +26,23 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{out} exists and stays as it is", fix="name a folder that does not exist yet, or is empty")
     from ftlib import models  # imports torch: a wrong argument answers at once
     from ftlib.adapters import merge
-    from ftlib.cli import loading
+    from ftlib.checkpoint.final import publish, staging
+    from ftlib.cli import checkpoints, loading
+    from ftlib.models import hub
 
-    base, adapter = loading.find(args.model, args.adapter)
-    model, tokenizer = loading.load(base, adapter, dtype=loading.stored_dtype(base), device="cpu")
-    count = merge.merge_into(model)
-    models.save_pretrained(model, out)
-    tokenizer.save(out)
-    print(f"merged {count} layers of {adapter} into {base} -> {out}")
+    checkpoint = Path(os.path.expanduser(args.adapter))
+    if checkpoints.is_checkpoint(checkpoint):
+        base = hub.resolve(args.model)
+        model, tokenizer = loading.load(base, None, dtype=loading.stored_dtype(base), device="cpu")
+        count = merge.merge_into(model) if checkpoints.fill(model, checkpoint) else None
+        said = f"{checkpoint} of {base} -> {out}" + (f", {count} adapted layers merged" if count else "")
+    else:
+        base, adapter = loading.find(args.model, args.adapter)
+        model, tokenizer = loading.load(base, adapter, dtype=loading.stored_dtype(base), device="cpu")
+        said = f"merged {merge.merge_into(model)} layers of {adapter} into {base} -> {out}"
+    folder = staging(out)
+    models.save_pretrained(model, folder)
+    tokenizer.save(folder)
+    publish(folder, out)
+    print(said)
     return 0

@@ -1,5 +1,7 @@
 """The plain engine: a dense cache, one forward a token, any model, any device. The oracle of faster ones."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,18 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, *, n: int = 1, seed: int = 0
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        seed: int = 0,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
-        """`n` completions of each prompt; a completion's draws depend on (seed, prompt index, copy) alone."""
+        """`n` completions of each prompt; a completion's draws depend on (seed, prompt index, copy) alone.
+
+        `on_token(prompt index * n + copy, token)` hears of each token as it is drawn.
+        """
         if any(not prompt for prompt in prompts):
             raise UserError("an empty prompt has no last token to continue from", fix="start it with the BOS token")
         training = self.model.training
@@ -29,11 +40,17 @@ class ReferenceEngine:
         jobs.sort(key=lambda job: len(job[1]))  # neighbours of like length waste little padding
         done: dict[int, Completion] = {}
         for start in range(0, len(jobs), self.batch_size):
-            done |= self._batch(jobs[start : start + self.batch_size], params, seed)
+            done |= self._batch(jobs[start : start + self.batch_size], params, seed, on_token)
         self.model.train(training)
         return [[done[i * n + copy] for copy in range(n)] for i in range(len(prompts))]
 
-    def _batch(self, jobs: list[tuple[int, list[int]]], params: SamplingParams, seed: int) -> dict[int, Completion]:
+    def _batch(
+        self,
+        jobs: list[tuple[int, list[int]]],
+        params: SamplingParams,
+        seed: int,
+        on_token: Callable[[int, int], None] | None,
+    ) -> dict[int, Completion]:
         device = self.model.lm_head.weight.device
         lengths = torch.tensor([len(prompt) for _, prompt in jobs], device=device)
         longest = int(lengths.max())
@@ -53,6 +70,8 @@ class ReferenceEngine:
             for row, key in enumerate(live):
                 tokens[key].append(int(drawn[row]))
                 logprobs[key].append(float(drawn_logprobs[row]))
+                if on_token:
+                    on_token(key, tokens[key][-1])
                 stop = tokens[key][-1] in params.stop_ids
                 if stop or count == params.max_new_tokens:
                     done[key] = Completion(tokens[key], logprobs[key], "stop" if stop else "length")

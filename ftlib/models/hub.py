@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 from ftlib.errors import UserError
+from ftlib.models import remote
 
 SHIPPED = Path(__file__).parents[1] / "assets"
-FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.tiktoken", "merges.txt", "vocab*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -26,7 +26,7 @@ def resolve(path: str | Path) -> Path:
     if local.exists():
         return local
     if HUB_ID.fullmatch(text) and not text.startswith((".", "/")):
-        return _download(text)
+        return remote.cached(text)
     parent = next(p for p in [*local.absolute().parents] if p.exists())
     raise UserError(
         f"{text}: no such file or folder (looked in {Path.cwd()})",
@@ -56,37 +56,3 @@ def read_config(folder: Path) -> dict:
 
 def _shipped() -> list[str]:
     return sorted(f"ftlib:{p.relative_to(SHIPPED)}" for p in SHIPPED.glob("*/*") if p.name != "__pycache__")
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repo, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(FILES)))
-    except GatedRepoError:
-        raise UserError(
-            f"{repo} is gated on the Hub",
-            fix="accept its terms on its page, then set HF_TOKEN (or run `hf auth login`)",
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{repo} has no revision {revision!r} on the Hub") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: neither a folder here ({Path.cwd()}) nor a repository on the Hub",
-            fix="check the spelling; for a private repository set HF_TOKEN",
-        ) from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{repo} is not in the local cache and the Hub cannot be reached",
-            fix="connect, unset HF_HUB_OFFLINE, or give a local folder",
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"downloading {repo} failed: {str(error).splitlines()[0]}") from None

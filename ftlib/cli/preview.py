@@ -1,0 +1,82 @@
+"""Show rows as a run would train on them: rendered by the chat template, with the trained tokens marked.
+
+    tune preview RECIPE --config FILE [key=value …] [--rows N]
+
+On a terminal trained tokens are green, elsewhere they stand between [[ and ]]. No weights are read.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from ftlib import config
+from ftlib.cli import recipe
+from ftlib.errors import UserError
+
+if TYPE_CHECKING:
+    from ftlib.data import Document
+    from ftlib.tokenizers import Tokenizer
+
+READ = 500  # rows of each source
+GREEN, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`tune preview RECIPE --config F [k=v] [--rows N]`"""
+    if any(word in ("-h", "--help") for word in argv):
+        print(__doc__.strip())
+        return 0
+    count, argv = take_number(argv, "preview", "--rows", 3)
+    if not argv or argv[0].startswith("-"):
+        raise UserError("tune preview: the recipe comes first", fix="tune preview RECIPE --config FILE [key=value …]")
+    path = recipe.find(argv[0])
+    cfg = config.load(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
+    if not hasattr(cfg, "data") or not hasattr(cfg, "model"):
+        raise UserError(f"{path}: its config has no model and data, so there is nothing to show")
+    from ftlib import build, data  # imports torch
+
+    tokenizer = build.tokenizer(cfg)
+    rows = data.load(_beginning(cfg.data), tokenizer, seed=getattr(cfg, "seed", 0))
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for i in range(min(count, len(rows.train))):
+        print("\n".join(show(rows.train[i], tokenizer, GREEN if colours else PLAIN)))
+    print("\n".join(rows.report.lines()))
+    return 0
+
+
+def show(document: "Document", tokenizer: "Tokenizer", marks: tuple[str, str]) -> Iterator[str]:
+    """A document as text, what is trained between `marks`, after a line that counts."""
+    ids = [int(i) for i in document.input_ids]
+    # Labels are shifted: the token at t + 1 is trained where position t has a label.
+    trained = [False, *(label != -100 for label in document.labels[:-1])]
+    yield f"--- {document.source}: {len(ids)} tokens, {sum(trained)} trained"
+    text = ""
+    for is_trained, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
+        part = tokenizer.decode([i for i, _ in run])
+        text += f"{marks[0]}{part}{marks[1]}" if is_trained else part
+    yield text
+
+
+def _beginning(data: Any) -> Any:
+    """The same data section, its sources cut to their first rows; nothing is held out."""
+    cut = [s if s.split else dataclasses.replace(s, split=f"[:{READ}]") for s in data.sources]
+    return dataclasses.replace(data, sources=tuple(cut), eval=None)
+
+
+def take_number(argv: Sequence[str], verb: str, option: str, default: int) -> tuple[int, list[str]]:
+    """Pull `--option N` out of words that otherwise belong to the recipe."""
+    words, rest, value = list(argv), [], str(default)
+    while words:
+        word = words.pop(0)
+        if word == option:
+            value = words.pop(0) if words else ""
+        elif word.startswith(f"{option}="):
+            value = word.removeprefix(f"{option}=")
+        else:
+            rest.append(word)
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"tune {verb}: {option} needs a number of at least 1, got {value!r}")
+    return int(value), rest

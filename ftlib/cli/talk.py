@@ -1,0 +1,81 @@
+"""A conversation with a model: its messages so far, and answers that appear token by token. Imports torch."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ftlib.cli import loading
+from ftlib.errors import UserError
+from ftlib.generation.engine import SamplingParams
+from ftlib.generation.reference import ReferenceEngine
+from ftlib.tokenizers import Tokenizer
+
+
+@dataclass
+class Talk:
+    """`answer(text, write)` adds two messages: what was said, and what the model made of it."""
+
+    engine: ReferenceEngine
+    tokenizer: Tokenizer
+    params: SamplingParams
+    seed: int
+    device: str
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, args: argparse.Namespace) -> "Talk":
+        """The model that the options of `tune chat` name."""
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = loading.DTYPES[args.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
+        base, adapter = loading.find(args.model, args.adapter)
+        model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device)
+        if tokenizer.chat_template is None:
+            fix = "use a model made for conversations, or `tune generate --raw`"
+            raise UserError(f"{args.model} has no chat template", fix=fix)
+        params = SamplingParams(
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, stop_ids=tokenizer.stop_ids
+        )
+        talk = cls(ReferenceEngine(model), tokenizer, params, args.seed, device)
+        talk.reset(args.system)
+        return talk
+
+    def reset(self, system: str | None = None) -> None:
+        """Forget everything; the system message stays unless there is a new one (an empty text removes it)."""
+        kept = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
+        if system is not None:
+            kept = [{"role": "system", "content": system}] if system else []
+        self.messages = kept
+
+    def undo(self) -> None:
+        """Forget the last question and its answer."""
+        if len(self.messages) >= 2 and self.messages[-1]["role"] == "assistant":
+            del self.messages[-2:]
+
+    def answer(self, said: str, write: Callable[[str], None]) -> str:
+        """The model's answer, also handed to `write` piece by piece. Ctrl-C ends it early; what was said stays."""
+        asked = [*self.messages, {"role": "user", "content": said}]
+        prompt = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+        limit = self.engine.model.arch.max_positions
+        if limit and len(prompt) >= limit:
+            raise UserError(f"the conversation is {len(prompt)} tokens, the model was made for {limit}", fix="/reset")
+        tokens: list[int] = []
+        written = ""
+
+        def on_token(key: int, token: int) -> None:
+            nonlocal written
+            tokens.append(token)
+            text = self.tokenizer.decode(tokens, skip_special=True)
+            if not text.endswith("\ufffd"):  # half a character
+                write(text[len(written) :])
+                written = text
+
+        try:
+            self.engine.generate([prompt], self.params, seed=self.seed + len(self.messages), on_token=on_token)
+        except KeyboardInterrupt:
+            pass
+        answer = self.tokenizer.decode(tokens, skip_special=True)
+        write(answer[len(written) :])
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer

@@ -1,0 +1,150 @@
+"""GGUF files against the format's own reader and quantizer, and against the weights they were made from."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from parity.shrink import reference, shrunk
+from safetensors.torch import load_file
+from shared_data import shared
+from tiny_model import write_model
+
+from ftlib.errors import UserError
+from ftlib.export import gguf as ours
+
+gguf = pytest.importorskip("gguf")
+
+FAMILIES = {"llama": "llama-3.2-1b", "mistral": "mistral-7b-v0.3", "qwen2": "qwen2.5-0.5b", "qwen3": "qwen3-0.6b"}
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|x"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """One folder a family; their tokenizer splits as Qwen's."""
+    folder = tmp_path_factory.mktemp("models")
+    for family, name in FAMILIES.items():
+        write_model(folder / family, name, hidden_size=64, head_dim=16)
+        file = folder / family / "tokenizer.json"
+        settings = json.loads(file.read_text())
+        byte_level = settings["pre_tokenizer"] | {"use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
+        settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+        settings["model"]["vocab"]["ab"] = 256
+        for i, token in enumerate(settings["added_tokens"]):
+            token["id"] = 257 + i
+        settings["model"]["merges"] = [["a", "b"]]
+        file.write_text(json.dumps(settings))
+    return folder
+
+
+def read(file):
+    reader = gguf.GGUFReader(file)
+    return {t.name: t for t in reader.tensors}, {key: field.contents() for key, field in reader.fields.items()}
+
+
+def expected_name(family, key):
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, "LLAMA" if family == "mistral" else family.upper()), 8)
+    return names.get_name(key, try_suffixes=(".weight", ".bias"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_and_the_metadata(models, tmp_path, family):
+    ours.export(models / family, tmp_path / "m.gguf", "f32")
+    tensors, fields = read(tmp_path / "m.gguf")
+    source = load_file(models / family / "model.safetensors")
+    config = json.loads((models / family / "config.json").read_text())
+    if config.get("tie_word_embeddings"):
+        source.pop("lm_head.weight", None)
+    architecture = "llama" if family == "mistral" else family
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for key, tensor in source.items():
+        found = tensors.pop(expected_name(family, key))
+        wanted = tensor.float().numpy()
+        if architecture == "llama" and (count := heads.get(key.split(".")[-2])):  # as llama.cpp's converter turns them
+            wanted = wanted.reshape(count, 2, -1, *wanted.shape[1:]).swapaxes(1, 2).reshape(wanted.shape)
+        assert np.array_equal(found.data, wanted), key
+    assert set(tensors) <= {"rope_freqs.weight"}
+    assert ("rope_freqs.weight" in tensors) == (family == "llama")
+    assert fields["general.architecture"] == architecture
+    wanted = {
+        "block_count": config["num_hidden_layers"], "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"], "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"], "context_length": 512, "vocab_size": 260,
+        "rope.dimension_count": 16, "attention.key_length": 16, "attention.value_length": 16,
+    }  # fmt: skip
+    assert {key: fields[f"{architecture}.{key}"] for key in wanted} == wanted
+    assert fields[f"{architecture}.attention.layer_norm_rms_epsilon"] == pytest.approx(config["rms_norm_eps"])
+    assert fields["general.file_type"] == 0
+
+
+def test_the_byte_level_tokenizer(models, tmp_path):
+    ours.export(models / "qwen3", tmp_path / "m.gguf")
+    _, fields = read(tmp_path / "m.gguf")
+    get = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    assert (get["model"], get["pre"]) == ("gpt2", "qwen2")
+    assert get["merges"] == ["a b"]
+    assert get["tokens"][256:] == ["ab", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+    assert get["token_type"][255:] == [1, 1, 3, 3, 3]
+    assert (get["eos_token_id"], get["padding_token_id"]) == (259, 257)
+    assert get["add_bos_token"] is False
+    assert "generation" in fields["tokenizer.chat_template"]
+
+
+@pytest.mark.parametrize("stored", ["f16", "bf16", "q8_0"])
+def test_storage_is_the_reference_s(models, tmp_path, stored):
+    ours.export(models / "qwen2", tmp_path / "m.gguf", stored)
+    tensors, _ = read(tmp_path / "m.gguf")
+    source = load_file(models / "qwen2" / "model.safetensors")
+    kind = getattr(gguf.GGMLQuantizationType, stored.upper())
+    for key, tensor in source.items():
+        found = tensors.get(expected_name("qwen2", key))
+        if found is None:
+            continue  # the tied head
+        wanted = gguf.GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
+        assert found.tensor_type == wanted
+        values = gguf.quants.quantize(tensor.float().numpy(), wanted)
+        assert found.data.tobytes() == values.tobytes(), key
+
+
+def test_llama3_frequency_factors_slow_rope_as_the_model_does(models, tmp_path):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaConfig
+
+    ours.export(models / "llama", tmp_path / "m.gguf")
+    tensors, _ = read(tmp_path / "m.gguf")
+    config = LlamaConfig(**json.loads((models / "llama" / "config.json").read_text()))
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    theta = config.rope_parameters["rope_theta"]
+    plain = theta ** -(torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(plain / torch.from_numpy(tensors["rope_freqs.weight"].data.copy()), wanted)
+
+
+def test_sentencepiece_keeps_scores_and_kinds(tmp_path):
+    import sentencepiece
+
+    settings = shrunk("llama-2-7b", vocab_size=32000, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    reference(settings).save_pretrained(tmp_path / "m")
+    shutil.copy(shared("tokenizers/llama2/tokenizer.model"), tmp_path / "m")
+    ours.export(tmp_path / "m", tmp_path / "m.gguf")
+    _, fields = read(tmp_path / "m.gguf")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m" / "tokenizer.model"))
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.tokens"] == [model.id_to_piece(i) for i in range(32000)]
+    assert fields["tokenizer.ggml.scores"] == pytest.approx([model.get_score(i) for i in range(32000)])
+    assert fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"]) == (1, 2)
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_what_gguf_cannot_say_is_refused(models, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(models / "qwen3", folder)
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "odd"
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="split pattern is not known: 'odd'"):
+        ours.export(folder, tmp_path / "m.gguf")
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*.part"))
+    ours.export(folder, tmp_path / "m.gguf", pre="qwen2")
