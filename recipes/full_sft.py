@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 
 from ftlib import build, models
-from ftlib.checkpoint import Saver, State, StopFlag, stop_agreed
+from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
-from ftlib.errors import Stopped
 from ftlib.evaluation.evaluate import Evaluation
 from ftlib.launch import launch
+from ftlib.loop import Boundary
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.observe.output import Output
 from ftlib.optim import adamw
@@ -80,9 +80,9 @@ def main(cfg: Config) -> list[dict]:
         return output.already_finished()
     done = saver.resume(state)
 
-    with output.begin(done, rows.report.lines()), StopFlag() as stop:
+    with output.begin(done, rows.report.lines()), Boundary(cfg, run, steps, evaluate, output, saver, state) as boundary:
         if done == 0:
-            output.evaluation(0, evaluate(model), evaluate.samples())
+            boundary.score(0)
 
         for step in range(done + 1, steps + 1):
             batch = next(loader)
@@ -91,23 +91,17 @@ def main(cfg: Config) -> list[dict]:
                 micro = micro.to(run.device, non_blocking=True)
                 hidden = model(micro)
                 # Each micro-batch on each device adds its part of one mean over the step's target tokens.
-                part = next_token_loss(hidden, model.lm_head.weight, micro.labels, micro.target_tokens)
-                part = part / batch.target_tokens
+                head, terms = model.lm_head.weight, model.logit_terms
+                part = next_token_loss(hidden, head, micro.labels, micro.target_tokens, **terms) / batch.target_tokens
                 part.backward()
                 loss += part.detach()
             lr = learning_rate(cfg.schedule, cfg.optim.lr, step, steps)
             grad_norm = adamw.step(optimizer, lr, cfg.optim.max_grad_norm)
             output.step(step, run.total(loss), grad_norm, lr, batch.tokens)
+            if boundary(step):  # evaluates, saves and stops when it is time to
+                break
 
-            if step == steps or (cfg.eval.every and step % cfg.eval.every == 0):
-                output.evaluation(step, evaluate(model), evaluate.samples())
-            stopping = stop_agreed(run, stop)
-            if stopping or saver.due(step, steps):
-                saver.save(step, state)
-                output.saved()
-            if stopping:
-                raise Stopped(f"stopped by {stop.by} after step {step} of {steps}; the same command continues")
-
+        boundary.finish()
         with final_folder(run, cfg.output_dir) as folder:
             models.save_pretrained(model, folder, write=run.is_main)
             if run.is_main:

@@ -17,8 +17,10 @@ def loss(model: nn.Module, batches: Iterable[Batch], run: Run) -> float:
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        batch = batch.to(run.device)
-        nll = next_token_loss(model(batch), model.lm_head.weight, batch.labels, batch.target_tokens)
+        batch = run.share(batch).to(run.device)
+        nll = next_token_loss(
+            model(batch), model.lm_head.weight, batch.labels, batch.target_tokens, **model.logit_terms
+        )
         total += torch.tensor((float(nll), batch.target_tokens), dtype=total.dtype)
     model.train(training)
     total = run.total(total.to(run.device))

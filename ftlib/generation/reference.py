@@ -51,15 +51,9 @@ class ReferenceEngine:
         seed: int,
         on_token: Callable[[int, int], None] | None,
     ) -> dict[int, Completion]:
-        device = self.model.lm_head.weight.device
-        lengths = torch.tensor([len(prompt) for _, prompt in jobs], device=device)
-        longest = int(lengths.max())
-        ids = torch.zeros(len(jobs), longest, dtype=torch.int64, device=device)
-        for row, (_, prompt) in enumerate(jobs):
-            ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
-        positions = torch.arange(longest, device=device).expand(len(jobs), longest)
-        cache = DenseCache(longest + params.max_new_tokens)
-        hidden = self._forward(cache, ids, positions)[torch.arange(len(jobs), device=device), lengths - 1]
+        prompts, device, long_after = dict(jobs), self.model.lm_head.weight.device, self.model.arch.long_after
+        cache = DenseCache(max(map(len, prompts.values())) + params.max_new_tokens)
+        hidden, lengths = self._prefill(cache, list(prompts.values()))
         generators = {key: torch.Generator().manual_seed(seed * 1_000_003 + key) for key, _ in jobs}
         tokens: dict[int, list[int]] = {key: [] for key, _ in jobs}
         logprobs: dict[int, list[float]] = {key: [] for key, _ in jobs}
@@ -81,14 +75,30 @@ class ReferenceEngine:
                 break
             rows = torch.tensor(keep, device=device)
             live, lengths = [live[row] for row in keep], lengths[rows]
+            if long_after is not None and bool((lengths == long_after).any()):
+                cache = DenseCache(cache.slots)  # what it held was turned for a shorter sequence
+                hidden, lengths = self._prefill(cache, [prompts[key] + tokens[key] for key in live])
+                continue
             cache.keep_rows(rows)
-            hidden = self._forward(cache, drawn.to(device)[rows, None], lengths[:, None])[:, 0]
+            hidden = self._forward(cache, drawn.to(device)[rows, None], lengths[:, None], lengths + 1)[:, 0]
             lengths = lengths + 1
         return done
 
-    def _forward(self, cache: DenseCache, ids: Tensor, positions: Tensor) -> Tensor:
+    def _prefill(self, cache: DenseCache, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, D] after the last token of each sequence, and lengths [B]."""
+        device = self.model.lm_head.weight.device
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        longest = int(lengths.max())
+        ids = torch.zeros(len(sequences), longest, dtype=torch.int64, device=device)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence, device=device)
+        positions = torch.arange(longest, device=device).expand(len(sequences), longest)
+        hidden = self._forward(cache, ids, positions, lengths)
+        return hidden[torch.arange(len(sequences), device=device), lengths - 1], lengths
+
+    def _forward(self, cache: DenseCache, ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
         labels = torch.full_like(ids, -100)
-        layout = CachedLayout(cache, positions)
+        layout = CachedLayout(cache, positions, lengths)
         return self.model(Batch(ids, labels, positions, layout, target_tokens=0))
 
     def _draw(self, hidden: Tensor, temperature: float, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:

@@ -11,20 +11,7 @@ from ftlib.errors import UserError
 from ftlib.kernels.varlen_attention import varlen_attention
 from ftlib.layers.linear import Linear, project
 from ftlib.layers.norms import RMSNorm
-from ftlib.layers.rope import Rope, rotate
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueryScale:
-    """Queries grow with their position: 1 + beta * log(1 + position // original_max_positions), as in Llama 4."""
-
-    beta: float
-    original_max_positions: int
-
-    def apply(self, q: Tensor, position_ids: Tensor) -> Tensor:
-        """q [B, T, H, D] scaled by its positions [B, T]."""
-        times = 1 + self.beta * torch.log1p(torch.floor(position_ids / self.original_max_positions))
-        return q * times[:, :, None, None].to(q.dtype)
+from ftlib.layers.rope import Rope, Turns, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +29,6 @@ class Attn:
     scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # scores z become softcap * tanh(z / softcap)
     sinks: bool = False  # a learned score per head takes part in the softmax, and its weight is thrown away
-    query_scale: QueryScale | None = None
 
     @property
     def plain(self) -> bool:
@@ -55,6 +41,7 @@ class AttentionLayout(Protocol):
 
     masks: dict[int | None, Tensor]
     cu_seqlens: Tensor | None  # None: not packed documents
+    lengths: Tensor  # int [B, T]: of each token's document
 
     def prepare(self, backend: str, windows: set[int | None]) -> None:
         """Make what `backend` needs for layers with these windows, before the first layer runs."""
@@ -81,6 +68,9 @@ def attend(
     `softcap`: scores z become softcap * tanh(z / softcap). `sinks` [heads]: one more score in each head's softmax, with
     no value. Both need the backend `reference`.
     """
+    spread = getattr(layout, "attend", None)
+    if spread is not None:  # the tokens of a row lie on several processes (ftlib.parallel.context)
+        return spread(q, k, v, backend=backend, window=window, scale=scale, softcap=softcap, sinks=sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "varlen" and layout.cu_seqlens is not None and not (layout.dense and window is None):
         flat = (t.flatten(0, 1) for t in (q, k, v))
@@ -137,7 +127,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
 class Attention(nn.Module):
     """The module of an `Attn`."""
 
-    def __init__(self, spec: Attn, dim: int, norm_eps: float, layer: int) -> None:
+    def __init__(self, spec: Attn, dim: int, norm_eps: float, layer: int, zero_centered: bool = False) -> None:
         super().__init__()
         self.spec, self.layer, self.backend = spec, layer, "sdpa"
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -145,19 +135,27 @@ class Attention(nn.Module):
         self.k_proj = Linear(dim, kv, bias=spec.qkv_bias)
         self.v_proj = Linear(dim, kv, bias=spec.qkv_bias)
         self.o_proj = Linear(q, dim, bias=spec.out_bias)
-        if spec.qk_norm == "head":
-            self.q_norm = RMSNorm(spec.head_dim, norm_eps)
-            self.k_norm = RMSNorm(spec.head_dim, norm_eps)
+        if spec.qk_norm != "none":
+            widths = (q, kv) if spec.qk_norm == "all" else (spec.head_dim, spec.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(width, norm_eps, zero_centered) for width in widths)
+        if spec.sinks:
+            self.sinks = nn.Parameter(torch.zeros(spec.heads))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, layout: AttentionLayout) -> Tensor:
+    def forward(self, x: Tensor, rope: Turns | None, layout: AttentionLayout) -> Tensor:
+        spec = self.spec
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x)
+        if spec.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
         # -1 heads: under tensor parallelism a rank holds only its own.
-        q, k, v = (t.unflatten(-1, (-1, self.spec.head_dim)) for t in (q, k, v))
-        if self.spec.qk_norm == "head":
+        q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in (q, k, v))
+        if spec.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = (rotate(t, rope.cos, rope.sin, spec.rope.interleaved) for t in (q, k))
+            if rope.query is not None:
+                q = q * rope.query[..., None, None].to(q.dtype)
         k, v = layout.extend(self.layer, k, v)
-        y = attend(q, k, v, layout, backend=self.backend, window=self.spec.window)
+        terms = {"scale": spec.scale, "softcap": spec.softcap, "sinks": self.sinks if spec.sinks else None}
+        y = attend(q, k, v, layout, backend=self.backend, window=spec.window, **terms)
         (y,) = project((self.o_proj,), y.flatten(2))
         return y

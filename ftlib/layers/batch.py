@@ -49,6 +49,11 @@ class Layout:
             self._document_ids = ids.view(self.shape)
         return self._document_ids
 
+    @property
+    def lengths(self) -> Tensor:
+        """int32 [B, T]: tokens of the document each token belongs to."""
+        return self.cu_seqlens.diff()[self.document_ids.long()]
+
     def prepare(self, backend: str, windows: set[int | None]) -> None:
         """Fill `masks`, bool [B, 1, T, T] (True: the key is seen), for layers with these sliding windows.
 
@@ -68,6 +73,10 @@ class Layout:
         """The same layout on `device`; what was derived is derived again there."""
         cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
         return replace(self, cu_seqlens=cu_seqlens, masks={}, _document_ids=None)
+
+    def pin_memory(self) -> "Layout":
+        """The same layout in page-locked memory."""
+        return replace(self, cu_seqlens=self.cu_seqlens.pin_memory())
 
     def _mask(self, window: int | None) -> Tensor:
         at = torch.arange(self.shape[1], device=self.cu_seqlens.device)
@@ -106,8 +115,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from where a copy to the GPU need not wait."""
-        layout = replace(self.layout, cu_seqlens=self.layout.cu_seqlens.pin_memory())
-        return self._each(Tensor.pin_memory, layout)
+        return self._each(Tensor.pin_memory, self.layout.pin_memory())
 
     def _each(self, move: Callable[[Tensor], Tensor], layout: Layout) -> "Batch":
         tensors = (move(t) for t in (self.input_ids, self.labels, self.position_ids))

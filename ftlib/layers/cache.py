@@ -35,8 +35,11 @@ class CachedLayout:
 
     cu_seqlens = None
 
-    def __init__(self, cache: DenseCache, position_ids: Tensor) -> None:
+    def __init__(self, cache: DenseCache, position_ids: Tensor, lengths: Tensor | None = None) -> None:
+        """`lengths` [B]: tokens of each sequence so far; by default up to its last query."""
         self.cache, self.position_ids = cache, position_ids
+        last = position_ids[:, -1] + 1 if lengths is None else lengths
+        self.lengths = last[:, None].expand_as(position_ids)
         self.masks: dict[int | None, Tensor] = {}
 
     def prepare(self, backend: str, windows: set[int | None]) -> None:

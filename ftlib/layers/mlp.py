@@ -1,13 +1,18 @@
 """Gated feed-forward layer."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlib.layers.linear import Linear, project
 
-ACTIVATIONS = {"silu": F.silu}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

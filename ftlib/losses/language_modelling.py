@@ -5,12 +5,22 @@ from torch import Tensor
 from ftlib.kernels.linear_cross_entropy import linear_cross_entropy
 
 
-def next_token_loss(hidden: Tensor, head: Tensor, labels: Tensor, targets: int | None = None) -> Tensor:
+def next_token_loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    targets: int | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
     """Sum of -log p(label) over targets, float32 scalar.
 
     hidden [B, T, D]; head [V, D], the output embedding; labels [B, T], already shifted, -100 = no target; `targets`,
-    the number of others, saves a wait for the device when it is known (`Batch.target_tokens`).
+    the number of others, saves a wait for the device when it is known (`Batch.target_tokens`). `scale` and `softcap`
+    are the model's (`LanguageModel.logit_terms`).
     Divide by the target tokens of the whole optimizer step (all micro-batches, all ranks): the gradient is then the
     same for every split of the batch.
     """
-    return linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), targets=targets)
+    terms = {"targets": targets, "scale": scale, "softcap": softcap}
+    return linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), **terms)

@@ -5,9 +5,12 @@ from typing import Literal
 
 from ftlib.layers.attention import Attn
 from ftlib.layers.mlp import Mlp
+from ftlib.layers.moe import Moe
 
 NormSlot = Literal["attn_pre", "attn_post", "mlp_pre", "mlp_post"]
 PRE_NORM: frozenset[NormSlot] = frozenset({"attn_pre", "mlp_pre"})
+POST_NORM: frozenset[NormSlot] = frozenset({"attn_post", "mlp_post"})
+SANDWICH: frozenset[NormSlot] = PRE_NORM | POST_NORM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +18,9 @@ class Layer:
     """One block: a mixer, a feed-forward part, and where norms sit around them."""
 
     mixer: Attn
-    ffn: Mlp
+    ffn: Mlp | Moe
     norms: frozenset[NormSlot] = PRE_NORM
+    residual_scale: float = 1.0  # what a branch is multiplied with before it is added
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,5 +31,15 @@ class Arch:
     dim: int
     layers: tuple[Layer, ...]
     norm_eps: float
+    zero_centered_norms: bool = False  # norms scale by 1 + weight
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # logits z become softcap * tanh(z / softcap)
     tied: bool = False  # the output head is the embedding matrix
     max_positions: int | None = None  # the longest sequence the checkpoint was made for, if it says
+
+    @property
+    def long_after(self) -> int | None:
+        """The length past which every token of a sequence is turned differently (LongRoPE): a cache is void then."""
+        ropes = [layer.mixer.rope for layer in self.layers]
+        return next((r.scaling.original_max_positions for r in ropes if r is not None and r.needs_lengths), None)

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from ftlib.layers.attention import Attention, AttentionLayout
 from ftlib.layers.batch import Batch
 from ftlib.layers.mlp import GatedMlp
+from ftlib.layers.moe import Moe, MoeMlp
 from ftlib.layers.norms import RMSNorm
-from ftlib.layers.rope import Rope
+from ftlib.layers.rope import Rope, Turns
 from ftlib.models.arch import Arch, Layer, NormSlot
 
 
@@ -27,21 +28,27 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(slot: NormSlot) -> nn.Module:
-            return RMSNorm(arch.dim, arch.norm_eps) if slot in layer.norms else nn.Identity()
+            if slot not in layer.norms:
+                return nn.Identity()
+            return RMSNorm(arch.dim, arch.norm_eps, arch.zero_centered_norms)
 
         self.attn_pre, self.attn_post = norm("attn_pre"), norm("attn_post")
         self.mlp_pre, self.mlp_post = norm("mlp_pre"), norm("mlp_post")
-        self.self_attn = Attention(layer.mixer, arch.dim, arch.norm_eps, index)
-        self.mlp = GatedMlp(layer.ffn, arch.dim)
+        self.self_attn = Attention(layer.mixer, arch.dim, arch.norm_eps, index, arch.zero_centered_norms)
+        self.mlp = (MoeMlp if isinstance(layer.ffn, Moe) else GatedMlp)(layer.ffn, arch.dim)
+        self.scale = layer.residual_scale
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, layout: AttentionLayout) -> Tensor:
+    def forward(self, x: Tensor, rope: Turns | None, layout: AttentionLayout) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.compute, x, rope, layout, use_reentrant=False)
         return self.compute(x, rope, layout)
 
-    def compute(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, layout: AttentionLayout) -> Tensor:
-        x = x + self.attn_post(self.self_attn(self.attn_pre(x), rope, layout))
-        return x + self.mlp_post(self.mlp(self.mlp_pre(x)))
+    def compute(self, x: Tensor, rope: Turns | None, layout: AttentionLayout) -> Tensor:
+        x = x + self.scaled(self.attn_post(self.self_attn(self.attn_pre(x), rope, layout)))
+        return x + self.scaled(self.mlp_post(self.mlp(self.mlp_pre(x))))
+
+    def scaled(self, branch: Tensor) -> Tensor:
+        return branch if self.scale == 1.0 else branch * self.scale
 
 
 class Decoder(nn.Module):
@@ -52,25 +59,31 @@ class Decoder(nn.Module):
         self.arch = arch
         self.embed_tokens = nn.Embedding(arch.vocab, arch.dim)
         self.layers = nn.ModuleList(Block(arch, layer, i) for i, layer in enumerate(arch.layers))
-        self.norm = RMSNorm(arch.dim, arch.norm_eps)
-        self.backend = "sdpa"
+        self.norm = RMSNorm(arch.dim, arch.norm_eps, arch.zero_centered_norms)
+        self.use_attention("sdpa")
         self.saving: Callable[[], AbstractContextManager] = nullcontext  # what blocks keep for backward, and where
 
     def use_attention(self, backend: str) -> None:
-        """Set the attention backend of every layer (a name from `ftlib.layers.attention.choose_backend`)."""
-        self.backend = backend
+        """Set the attention backend of every layer (a name from `ftlib.layers.attention.choose_backend`).
+
+        A model with a soft-cap or sinks, which no kernel here has, takes `reference` whatever is asked for.
+        """
+        self.backend = backend if all(layer.mixer.plain for layer in self.arch.layers) else "reference"
         for block in self.layers:
-            block.self_attn.backend = backend
+            block.self_attn.backend = self.backend
 
     def embed(self, batch: Batch) -> Tensor:
         """[B, T, D] embeddings of `batch.input_ids`."""
-        return self.embed_tokens(batch.input_ids)
+        x = self.embed_tokens(batch.input_ids)
+        # Rounded to the embedding's dtype first, as Gemma was trained.
+        return x if self.arch.embed_scale == 1.0 else x * torch.tensor(self.arch.embed_scale, dtype=x.dtype)
 
     def body(self, embeds: Tensor, batch: Batch) -> Tensor:
         """Blocks and the last norm over embeddings [B, T, D]."""
         mixers = [layer.mixer for layer in self.arch.layers]
         ropes: set[Rope] = {mixer.rope for mixer in mixers if mixer.rope is not None}
-        tables = {rope: rope.table(batch.position_ids) for rope in ropes}
+        lengths = batch.layout.lengths if any(rope.needs_lengths for rope in ropes) else None
+        tables = {rope: rope.table(batch.position_ids, lengths) for rope in ropes}
         batch.layout.prepare(self.backend, {mixer.window for mixer in mixers})
         x = embeds
         with self.saving():
@@ -84,14 +97,14 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fresh weights: N(0, 0.02), output projections scaled down by sqrt(2 * layers) (GPT-2), norms 1, biases 0."""
+        """Fresh weights: N(0, 0.02), output projections over sqrt(2 * layers) (GPT-2), norms neutral, biases 0."""
         generator = torch.Generator(device=self.embed_tokens.weight.device).manual_seed(seed)
         residual = (2 * len(self.layers)) ** -0.5
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "sinks")):
                 parameter.zero_()
             elif parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if self.arch.zero_centered_norms else 1.0)
             else:
                 std = 0.02 * (residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
                 parameter.normal_(0.0, std, generator=generator)

@@ -1,12 +1,12 @@
 """Checkpoint keys <-> parameter names, as a table read in both directions.
 
-A parameter that no row names keeps its Hugging Face name. A row may name a whole tensor, or a part of one that
-the checkpoint stores fused. Every checkpoint key is used, `keep` (carried to an export) or `drop`; anything else is
-an error.
+A parameter that no row names keeps its Hugging Face name. A row may name a whole tensor, a part of one that the
+checkpoint stores fused, or a stack of tensors that it stores one expert at a time. Every checkpoint key is used, `keep`
+(carried to an export) or `drop`; anything else is an error.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,16 @@ class Part:
     stop: int
 
 
-Row = Rename | Part
+@dataclass(frozen=True)
+class Stack:
+    """`ours` [experts, rows, columns]: for each expert `{e}` the checkpoint tensors `hf`, one below the other."""
+
+    ours: str
+    hf: tuple[str, ...]
+    experts: int
+
+
+Row = Rename | Part | Stack
 
 
 @dataclass(frozen=True)
@@ -43,28 +52,35 @@ class Table:
     rows: tuple[Row, ...] = ()
     keep: tuple[str, ...] = ()  # stays in an export as it was
     drop: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)  # recomputed, never written
+    prefix: str = ""  # of every key of the language model, in a checkpoint that holds more than one
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a parameter comes from: a checkpoint key, and its rows there (None: all)."""
+    """Where a parameter comes from: a checkpoint key, and its rows there (None: all); or the keys of each expert."""
 
     hf: str
     rows: tuple[int, int] | None = None
+    experts: tuple[tuple[str, ...], ...] = ()
 
-
-def _fill(pattern: str, text: str, target: str) -> str | None:
-    """`target` with the layer number that makes `pattern` equal `text`, or None when nothing does."""
-    match = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)"), text)
-    return target.format(**match.groupdict()) if match else None
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every checkpoint key it needs."""
+        return tuple(key for expert in self.experts for key in expert) or (self.hf,)
 
 
 def piece(name: str, table: Table) -> Piece:
-    """The checkpoint tensor, or part of one, that holds our parameter `name`."""
+    """The checkpoint tensor, part of one, or tensors that hold our parameter `name`."""
     for row in table.rows:
-        if (hf := _fill(row.ours, name, row.hf)) is not None:
-            return Piece(hf, (row.start, row.stop) if isinstance(row, Part) else None)
-    return Piece(name)
+        match = re.fullmatch(re.escape(row.ours).replace(r"\{i\}", r"(?P<i>\d+)"), name)
+        if match is None:
+            continue
+        layer, prefix = match.groupdict(), table.prefix
+        if isinstance(row, Stack):
+            at = [tuple(prefix + hf.format(e=e, **layer) for hf in row.hf) for e in range(row.experts)]
+            return Piece(at[0][0], experts=tuple(at))
+        return Piece(prefix + row.hf.format(**layer), (row.start, row.stop) if isinstance(row, Part) else None)
+    return Piece(table.prefix + name)
 
 
 def plan(names: Iterable[str], table: Table) -> dict[str, Piece]:
@@ -75,13 +91,14 @@ def plan(names: Iterable[str], table: Table) -> dict[str, Piece]:
 def check_keys(pieces: dict[str, Piece], found: Iterable[str], table: Table, tied: bool) -> list[str]:
     """Keys of a checkpoint to carry along (`keep`); raises UserError naming what is missing or unexplained."""
     found = set(found)
-    wanted = {p.hf for p in pieces.values()}
+    wanted = {key for p in pieces.values() for key in p.keys}
+    head = f"{table.prefix}lm_head.weight"
     if tied:
-        wanted.discard("lm_head.weight")
+        wanted.discard(head)
     missing = sorted(wanted - found)
     other = [key for key in sorted(found - wanted) if not any(re.fullmatch(p, key) for p in table.drop)]
     if tied:
-        other = [key for key in other if key != "lm_head.weight"]
+        other = [key for key in other if key != head]
     kept = [key for key in other if any(re.fullmatch(p, key) for p in table.keep)]
     unknown = [key for key in other if key not in kept]
     lines = []
@@ -102,23 +119,31 @@ def from_hf(tensors: dict[str, Tensor], names: Iterable[str], table: Table) -> d
     """Our state dict out of a checkpoint's tensors."""
     out = {}
     for name, p in plan(names, table).items():
-        out[name] = tensors[p.hf] if p.rows is None else tensors[p.hf][slice(*p.rows)]
+        if p.experts:
+            out[name] = torch.stack([torch.cat([tensors[key] for key in expert]) for expert in p.experts])
+        else:
+            out[name] = tensors[p.hf] if p.rows is None else tensors[p.hf][slice(*p.rows)]
     return out
 
 
-def hf_layout(names: Iterable[str], table: Table) -> dict[str, list[str]]:
-    """Checkpoint key -> our parameters that make it up, in the order of its rows."""
-    parts: dict[str, list[tuple[int, str]]] = {}
-    for name, p in plan(names, table).items():
-        parts.setdefault(p.hf, []).append((p.rows[0] if p.rows else 0, name))
-    return {hf: [name for _, name in sorted(found)] for hf, found in parts.items()}
-
-
-def join(parts: list[Tensor]) -> Tensor:
-    """One checkpoint tensor out of the parameters that make it up."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def to_hf(state: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
+def to_hf(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
     """A checkpoint's tensors out of our state dict: the inverse of `from_hf`."""
-    return {hf: join([state[name] for name in names]) for hf, names in hf_layout(state, table).items()}
+    return dict(hf_tensors(state, table, lambda name: state[name]))
+
+
+def hf_tensors(
+    names: Iterable[str], table: Table, read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint key and tensor, out of our parameters `read(name)`, each asked for once and let go soon after."""
+    fused: dict[str, list[tuple[int, str]]] = {}
+    pieces = plan(names, table)
+    for name, p in pieces.items():
+        fused.setdefault(p.hf, []).append((p.rows[0] if p.rows else 0, name))
+    for hf, parts in fused.items():
+        experts = pieces[parts[0][1]].experts
+        if not experts:
+            tensors = [read(name) for _, name in sorted(parts)]
+            yield hf, tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            continue
+        for keys, matrix in zip(experts, read(parts[0][1]), strict=True):
+            yield from zip(keys, matrix.chunk(len(keys)), strict=True)

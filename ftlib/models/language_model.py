@@ -49,4 +49,13 @@ class LanguageModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states [..., D]. For training use ftlib.losses, which works in tiles."""
-        return self.lm_head(hidden)
+        logits = self.lm_head(hidden)
+        if self.arch.logit_scale != 1.0:
+            logits = logits * self.arch.logit_scale
+        cap = self.arch.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def logit_terms(self) -> dict[str, float | None]:
+        """What ftlib.losses and the head kernels need beside `lm_head.weight`: `scale` and `softcap`."""
+        return {"scale": self.arch.logit_scale, "softcap": self.arch.logit_softcap}

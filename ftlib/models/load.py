@@ -33,10 +33,14 @@ def check_weights(model: LanguageModel, folder: Path) -> Weights:
     for name, piece in pieces.items():
         if piece.hf not in weights.shapes:
             continue  # the tied head
-        found = weights.shapes[piece.hf]
-        rows = found[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
-        if (rows, *found[1:]) != tuple(state[name].shape):
-            wrong.append(f"{piece.hf}: config.json gives {list(state[name].shape)}, the file has {list(found)}")
+        wanted = list(state[name].shape)
+        if piece.experts:
+            wanted = [wanted[1] // len(piece.experts[0]), wanted[2]]
+        for key in piece.keys:
+            found = list(weights.shapes[key])
+            rows = found[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
+            if [rows, *found[1:]] != wanted:
+                wrong.append(f"{key}: config.json gives {wanted}, the file has {found}")
     if wrong:
         listed = "\n  ".join(wrong[:5]) + (f"\n  … and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(f"weights do not fit config.json:\n  {listed}", where=str(folder))
@@ -56,10 +60,10 @@ def load_weights(model: LanguageModel, weights: Weights) -> None:
         if model.arch.tied and name == "lm_head.weight":
             continue
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        local.copy_(_read(weights, pieces[name], _local_index(tensor)))
+        local.copy_(_read(weights, pieces[name], local_index(tensor)))
 
 
-def _local_index(tensor: Tensor) -> tuple[slice, ...]:
+def local_index(tensor: Tensor) -> tuple[slice, ...]:
     """The part of the whole tensor that this process holds."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, n) for n in tensor.shape)
@@ -68,7 +72,21 @@ def _local_index(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def _read(weights: Weights, piece: Piece, index: tuple[slice, ...]) -> Tensor:
+    if piece.experts:
+        return torch.stack([_read_rows(weights, keys, *index[1:]) for keys in piece.experts[index[0]]])
     if piece.rows is not None:
         first = index[0]
         index = (slice(first.start + piece.rows[0], first.stop + piece.rows[0]), *index[1:])
     return weights.read(piece.hf, index)
+
+
+def _read_rows(weights: Weights, keys: tuple[str, ...], rows: slice, columns: slice) -> Tensor:
+    """Rows of the matrices `keys`, one below the other."""
+    parts, start = [], 0
+    for key in keys:
+        count = weights.shapes[key][0]
+        first, last = max(rows.start - start, 0), min(rows.stop - start, count)
+        if first < last:
+            parts.append(weights.read(key, (slice(first, last), columns)))
+        start += count
+    return torch.cat(parts)

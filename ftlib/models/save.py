@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ftlib.models.keys import hf_layout, join
+from ftlib.models import keys
 from ftlib.models.language_model import LanguageModel
 from ftlib.models.load import base_state
 
@@ -54,8 +54,8 @@ def hf_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     state = base_state(model)
     if model.arch.tied:
         state.pop("lm_head.weight")
-    for key, names in hf_layout(state, model.table).items():
-        yield key, join([_whole(state[name]) for name in names])
+    for key, tensor in keys.hf_tensors(state, model.table, lambda name: _whole(state[name])):
+        yield key, tensor.contiguous()
     for key, file in getattr(model, "kept", {}).items():
         with safe_open(file, framework="pt") as opened:
             yield key, opened.get_tensor(key)
@@ -85,9 +85,9 @@ def _name_shards(folder: Path, shards: list[tuple[Path, list[str]]], total: int)
         shards[0][0].rename(folder / "model.safetensors")
         return
     weight_map = {}
-    for i, (path, keys) in enumerate(shards):
+    for i, (path, held) in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         path.rename(folder / name)
-        weight_map |= dict.fromkeys(keys, name)
+        weight_map |= dict.fromkeys(held, name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

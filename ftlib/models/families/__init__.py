@@ -1,26 +1,55 @@
 """Model families: config.json -> Arch, and how checkpoint keys map to parameters. One file each."""
 
+from dataclasses import replace
+
 from ftlib.errors import UserError, did_you_mean
 from ftlib.models.arch import Arch
-from ftlib.models.families import llama, mistral, qwen2, qwen3
+from ftlib.models.families import (
+    gemma,
+    glm4,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from ftlib.models.families.common import Family
+from ftlib.models.families.flags import Watched, check_flags
 from ftlib.models.keys import Table
 
+MODULES = (glm4, gpt_oss, granite, llama, mistral, mixtral, olmo, phi3, qwen2, qwen3, qwen3_moe, smollm3)
 FAMILIES: dict[str, Family] = {
     model_type: family
-    for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+    for family in (*(module.FAMILY for module in MODULES), gemma.GEMMA2_FAMILY, gemma.GEMMA3_FAMILY)
     for model_type in family.model_types
 }
+# Checkpoints of a vision model around a language model: we train the latter and carry the rest along.
+WRAPPED = ("gemma3", "mistral3")
+AROUND = Table(prefix="language_model.", keep=(r"vision_tower\..*", r"multi_modal_projector\..*"))
 
 
 def read(config: dict, where: str = "config.json") -> tuple[Arch, Table]:
     """Architecture and key table of a config.json; UserError for anything that is not supported, never a guess."""
+    if config.get("model_type") in WRAPPED and isinstance(config.get("text_config"), dict):
+        inner = dict(config["text_config"])
+        inner.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", config["model_type"] == "gemma3"))
+        arch, table = read(inner, where)
+        return arch, replace(table, prefix=AROUND.prefix, keep=AROUND.keep)
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(
             f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), FAMILIES)}",
             where=where,
-            fix=f"supported: {', '.join(sorted(FAMILIES))}",
+            fix=f"supported: {', '.join(sorted([*FAMILIES, *WRAPPED]))}",
         )
     family = FAMILIES[model_type]
-    return family.arch(config), family.table(config)
+    watched = Watched(family.defaults | {k: v for k, v in config.items() if v is not None or k not in family.defaults})
+    arch, table = family.arch(watched), family.table(watched)
+    check_flags(watched, where)
+    return arch, table

@@ -1,19 +1,25 @@
-"""What family files share: reading both dialects of config.json, and refusing what would change the maths."""
+"""What family files share: sizes, flags and layers out of config.json."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from ftlib.errors import UserError
 from ftlib.layers.attention import Attn
 from ftlib.layers.mlp import ACTIVATIONS, Mlp
-from ftlib.layers.rope import LinearScaling, Llama3Scaling, Rope
 from ftlib.models.arch import Arch, Layer
-from ftlib.models.keys import Rename, Table
+from ftlib.models.families.ropes import rope
+from ftlib.models.keys import Part, Rename, Row, Stack, Table
 
-PRE_NORM_KEYS = (
-    Rename("model.layers.{i}.attn_pre.weight", "model.layers.{i}.input_layernorm.weight"),
-    Rename("model.layers.{i}.mlp_pre.weight", "model.layers.{i}.post_attention_layernorm.weight"),
-)
+L = "model.layers.{i}."
+
+
+def norm_keys(**slots: str) -> tuple[Row, ...]:
+    """Rows for a block's norms: slot (`attn_pre` …) = the checkpoint's name for it."""
+    return tuple(Rename(f"{L}{slot}.weight", f"{L}{hf}.weight") for slot, hf in slots.items())
+
+
+PRE_NORM_KEYS = norm_keys(attn_pre="input_layernorm", mlp_pre="post_attention_layernorm")
+POST_NORM_KEYS = norm_keys(attn_post="post_attention_layernorm", mlp_post="post_feedforward_layernorm")
 
 
 @dataclass(frozen=True)
@@ -23,17 +29,17 @@ class Family:
     model_types: tuple[str, ...]
     arch: Callable[[dict], Arch]
     table: Callable[[dict], Table] = lambda config: Table(rows=PRE_NORM_KEYS)
+    defaults: dict = field(default_factory=dict)  # of keys that published configs leave out
 
 
-def require(config: dict, **expected: object) -> None:
-    """Refuse a flag whose other values would change the maths and are not implemented for the family."""
-    for key, value in expected.items():
-        if key in config and config[key] != value:
-            raise UserError(
-                f"{key}={config[key]!r} is not supported for model_type {config['model_type']!r}",
-                where="config.json",
-                fix=f"supported: {value!r}",
-            )
+def supported(config: dict, key: str, *values: object) -> None:
+    """Refuse values of a flag that would change the maths and are not implemented for the family."""
+    if key in config and config[key] not in values:
+        raise UserError(
+            f"{key}={config[key]!r} is not supported for model_type {config['model_type']!r}",
+            where="config.json",
+            fix=f"supported: {', '.join(map(repr, values))}",
+        )
 
 
 def number(config: dict, key: str) -> int:
@@ -47,63 +53,82 @@ def head_dim(config: dict) -> int:
     return config.get("head_dim") or number(config, "hidden_size") // number(config, "num_attention_heads")
 
 
-def rope(config: dict) -> Rope:
-    """Rope of either dialect: `rope_theta` + `rope_scaling` (Hub) or `rope_parameters` (transformers 5)."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    dim = head_dim(config)
-    if kind == "default":
-        return Rope(dim=dim, theta=theta)
-    if kind == "linear":
-        return Rope(dim=dim, theta=theta, scaling=LinearScaling(factor=scaling["factor"]))
-    if kind == "llama3":
-        return Rope(
-            dim=dim,
-            theta=theta,
-            scaling=Llama3Scaling(
-                factor=scaling["factor"],
-                low_freq_factor=scaling["low_freq_factor"],
-                high_freq_factor=scaling["high_freq_factor"],
-                original_max_positions=scaling["original_max_position_embeddings"],
-            ),
-        )
-    raise UserError(
-        f"rope type {kind!r} is not supported", where="config.json", fix="supported: default, linear, llama3"
-    )
-
-
 def attn(config: dict, **changes: object) -> Attn:
+    """Attention as most families have it; `changes` are fields of `Attn`."""
     heads = number(config, "num_attention_heads")
     spec = {
         "heads": heads,
         "kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": head_dim(config),
-        "rope": rope(config),
     }
+    if "rope" not in changes:
+        spec["rope"] = rope(config, head_dim(config))
     return Attn(**(spec | changes))
 
 
-def mlp(config: dict) -> Mlp:
-    act = config.get("hidden_act", "silu")
+def activation(config: dict, key: str = "hidden_act") -> str:
+    act = config.get(key) or "silu"
     if act not in ACTIVATIONS:
         raise UserError(
             f"activation {act!r} is not supported",
             where="config.json",
             fix=f"supported: {', '.join(ACTIVATIONS)}",
         )
-    return Mlp(hidden=number(config, "intermediate_size"), act=act, bias=config.get("mlp_bias", False))
+    return act
 
 
-def window_per_layer(config: dict) -> list[int | None]:
-    """Qwen's rule: layers from `max_window_layers` on slide, when `use_sliding_window` says so; or `layer_types`."""
+def mlp(config: dict, act: str = "hidden_act") -> Mlp:
+    return Mlp(
+        hidden=number(config, "intermediate_size"), act=activation(config, act), bias=config.get("mlp_bias", False)
+    )
+
+
+def windows(config: dict, pattern: int) -> Iterator[tuple[str, int | None]]:
+    """(layer type, window) of each layer: `layer_types`, or full attention on every `pattern`-th, others sliding."""
     count = number(config, "num_hidden_layers")
-    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
-    if window is None:
+    types = config.get("layer_types") or [
+        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)
+    ]
+    if len(types) != count or (unknown := set(types) - {"full_attention", "sliding_attention"}):
+        what = f"layer_types has {len(types)} entries" if len(types) != count else f"layer type {unknown.pop()!r}"
+        fix = f"supported: {count} of full_attention, sliding_attention"
+        raise UserError(f"{what}: not supported", where="config.json", fix=fix)
+    for kind in types:
+        yield kind, number(config, "sliding_window") if kind == "sliding_attention" else None
+
+
+def late_windows(config: dict) -> list[int | None]:
+    """Qwen's rule: layers from `max_window_layers` on slide, when `use_sliding_window` says so; or `layer_types`."""
+    count, window = number(config, "num_hidden_layers"), config.get("sliding_window")
+    if window is None or not config.get("use_sliding_window", False):
         return [None] * count
     first = config.get("max_window_layers", 28)
     types = config.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
     return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def fused_rows(hf: str, **parts: int) -> tuple[Row, ...]:
+    """Rows of a fused checkpoint tensor: our name of each part, in order, = its rows."""
+    rows, start = [], 0
+    for ours, size in parts.items():
+        folder = hf.rpartition(".")[0]
+        rows.append(Part(f"{L}{folder}.{ours}.weight", f"{L}{hf}.weight", start, start + size))
+        start += size
+    return tuple(rows)
+
+
+def gate_up_rows(config: dict) -> tuple[Row, ...]:
+    size = number(config, "intermediate_size")
+    return fused_rows("mlp.gate_up_proj", gate_proj=size, up_proj=size)
+
+
+def expert_rows(config: dict, count: int, folder: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Stacks of experts that the checkpoint keeps one by one under `folder`."""
+    one = f"{L}{folder}.experts.{{e}}."
+    return (
+        Stack(f"{L}mlp.experts.gate_up_proj.weight", (f"{one}{gate}.weight", f"{one}{up}.weight"), count),
+        Stack(f"{L}mlp.experts.down_proj.weight", (f"{one}{down}.weight",), count),
+    )
 
 
 def arch(config: dict, layers: list[Layer], **changes: object) -> Arch:

@@ -1,14 +1,14 @@
 """Qwen3 dense: RMSNorm on each head's query and key, no biases; later layers may slide."""
 
 from ftlib.models.arch import Arch, Layer
-from ftlib.models.families.common import Family, arch, attn, mlp, window_per_layer
+from ftlib.models.families.common import Family, arch, attn, late_windows, mlp
 
 
 def qwen3(config: dict) -> Arch:
     bias, feed_forward = config.get("attention_bias", False), mlp(config)
     layers = [
         Layer(mixer=attn(config, qk_norm="head", qkv_bias=bias, out_bias=bias, window=window), ffn=feed_forward)
-        for window in window_per_layer(config)
+        for window in late_windows(config)
     ]
     return arch(config, layers)
 

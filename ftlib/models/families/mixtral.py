@@ -1,0 +1,37 @@
+"""Mixtral 8x7B and 8x22B: Mistral with eight wide experts, two for each token."""
+
+from ftlib.layers.moe import Moe
+from ftlib.models.arch import Arch, Layer
+from ftlib.models.families.common import (
+    PRE_NORM_KEYS,
+    Family,
+    L,
+    activation,
+    arch,
+    attn,
+    expert_rows,
+    number,
+    supported,
+)
+from ftlib.models.keys import Rename, Table
+
+
+def mixtral(config: dict) -> Arch:
+    supported(config, "router_jitter_noise", 0, None)
+    moe = Moe(
+        hidden=number(config, "intermediate_size"),
+        experts=number(config, "num_local_experts"),
+        top_k=number(config, "num_experts_per_tok"),
+        act=activation(config),
+    )
+    layer = Layer(mixer=attn(config, window=config.get("sliding_window")), ffn=moe)
+    return arch(config, [layer] * number(config, "num_hidden_layers"))
+
+
+def table(config: dict) -> Table:
+    router = Rename(f"{L}mlp.gate.weight", f"{L}block_sparse_moe.gate.weight")
+    rows = expert_rows(config, number(config, "num_local_experts"), "block_sparse_moe", "w1", "w3", "w2")
+    return Table(rows=(*PRE_NORM_KEYS, router, *rows))
+
+
+FAMILY = Family(model_types=("mixtral",), arch=mixtral, table=table)
