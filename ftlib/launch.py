@@ -32,8 +32,10 @@ def launch(schema: type[Schema], main: Callable[[Schema], object], argv: Sequenc
         return
     _leave_note(f"pid.{os.getpid()}")
     warnings.formatwarning = plain_warning
+    cfg = None
     try:
-        main(config.load(schema, argv))
+        cfg = config.load(schema, argv)
+        main(cfg)
     except (UserError, Stopped) as error:
         code = _report(error)
     except Hung as error:
@@ -42,10 +44,15 @@ def launch(schema: type[Schema], main: Callable[[Schema], object], argv: Sequenc
         os._exit(error.exit_code)  # a thread stuck in a collective would keep the interpreter from ending
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BaseException:
+    except BaseException as error:
+        known = _explained(error, cfg)
+        if known is not None:
+            code = _report(known, everyone=True)
         if _world() == 1:  # with others waiting in a collective, leaving it could block and hide the traceback
             _close()
-        raise
+        if known is None:
+            raise
+        sys.exit(code)
     else:
         code = 0
     _close()
@@ -76,9 +83,17 @@ def plain_warning(message: Warning | str, *place: object, **more: object) -> str
     return f"warning: {message}\n"
 
 
-def _report(error: UserError | Stopped | Hung) -> int:
+def _explained(error: BaseException, cfg: object) -> UserError | None:
+    if cfg is None or not isinstance(error, Exception):
+        return None
+    from ftlib.observe.diagnose import explain  # imports torch, which a recipe that failed has done already
+
+    return explain(error, cfg)
+
+
+def _report(error: UserError | Stopped | Hung, everyone: bool = False) -> int:
     text = config.redact(message(error))
-    if _rank() == 0:
+    if _rank() == 0 or everyone:
         print(text, file=sys.stderr, flush=True)
     _leave_note(f"message.{_rank()}", text)
     return error.exit_code

@@ -123,11 +123,13 @@ def discard(temporary: Path) -> None:
         pass  # the failure that brought us here is the one to report; the next start sweeps
 
 
-def prune(root: Path, keep: int, newest: int, unwanted: set[str], say: Say) -> None:
-    """Keep the `keep` newest checkpoints up to step `newest`. Later ones and `unwanted` belong to an abandoned line."""
+def prune(root: Path, keep: int, newest: int, unwanted: set[str], say: Say, best: str | None = None) -> None:
+    """Keep the `keep` newest checkpoints up to step `newest`, and `best`. Later ones and `unwanted` belong to an
+    abandoned line."""
     names = listing(root)
     line = [name for name, step in names.items() if step <= newest and name not in unwanted]
-    for name in [*sorted(names.keys() - set(line)), *line[:-keep], *listing(root, ".del_")]:
+    old = [name for name in line[:-keep] if name != best]
+    for name in [*sorted(names.keys() - set(line)), *old, *listing(root, ".del_")]:
         victim = root / (name if name.startswith(".") else f".del_{name}")
         try:
             if victim.name != name:

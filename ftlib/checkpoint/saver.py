@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 import ftlib
 from ftlib.checkpoint import format, rng, tensors
-from ftlib.checkpoint.agree import Ranks, exchange, together
+from ftlib.checkpoint.agree import Ranks, exchange, together, wire_device
 from ftlib.checkpoint.verify import newest_good, read_state, verify
 from ftlib.errors import UserError
 from ftlib.sections import Checkpoint
 
 FINISHED, LOCK = ".finished.json", ".lock"  # in output_dir; hidden, as neither is a result
+SAVE = "SAVE"  # a file of this name in output_dir asks for a checkpoint after the step that is running
 
 
 class Position(Protocol):
@@ -64,6 +67,7 @@ class Saver:
         self.root = Path(output_dir) / "checkpoints"
         self.final = Path(output_dir) / "final"
         self.marker = Path(output_dir) / FINISHED
+        self._request = Path(output_dir) / SAVE
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self._say = say if run.is_main else lambda text: None
         self._initial: list[dict[str, Any]] | None = None  # optimizer settings before the first step
@@ -71,8 +75,14 @@ class Saver:
         self._unwanted: set[str] = set()  # damaged, or of a run that is started over: gone after the next save
 
     def due(self, step: int, last_step: int) -> bool:
-        """Whether to save after `step`: every `checkpoint.every` steps and at the end, never if that is 0."""
-        return self.cfg.every > 0 and (step % self.cfg.every == 0 or step == last_step)
+        """Whether to save after `step`: every `checkpoint.every` steps and at the end, never if that is 0, and when
+        someone has made a file `<output_dir>/SAVE` (the save removes it). Collective."""
+        asked = self.run.is_main and self._request.exists()
+        if self.run.world > 1:
+            flag = torch.tensor(int(asked), dtype=torch.int32, device=wire_device(self.run))
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            asked = bool(flag.item())
+        return asked or (self.cfg.every > 0 and (step % self.cfg.every == 0 or step == last_step))
 
     def resume(self, state: State) -> int:
         """Fill `state` from the newest whole checkpoint; steps done, 0 for a fresh start.
@@ -135,8 +145,44 @@ class Saver:
             raise
         with together(self.run, "removing old checkpoints"):
             if self.run.is_main:
-                format.prune(self.root, self.cfg.keep, step, self._unwanted - {name}, self._say)
+                format.prune(self.root, self.cfg.keep, step, self._unwanted - {name}, self._say, self._best(state))
+                self._request.unlink(missing_ok=True)
         self._unwanted.clear()
+
+    def roll_back(self, state: State) -> int:
+        """Fill model and optimizer from the newest whole checkpoint; data, counters and generators go on. Its step."""
+        name = None
+        with together(self.run, "going back to a checkpoint"):
+            if self.run.is_main:
+                name, _ = newest_good(self.root, self._say)
+                if name is None:
+                    fix = "lower checkpoint.every, or set optim.nonfinite or optim.spike to something else"
+                    raise UserError("there is no checkpoint to go back to", where=str(self.root), fix=fix)
+        return self._fill(exchange(self.run, name)[0], state)
+
+    def load_best(self, state: State) -> int | None:
+        """With `checkpoint.keep_best`: fill model and optimizer from the best evaluation's checkpoint. Its step."""
+        name = self._best(state)
+        return None if name is None else self._fill(name, state)
+
+    def _best(self, state: State) -> str | None:
+        best = state.extra.get("best") if self.cfg.keep_best else None
+        return None if best is None else format.step_name(best["step"])
+
+    def _fill(self, name: str, state: State) -> int:
+        with together(self.run, f"reading {name}"):
+            broken = verify(self.root / name) if self.run.is_main else None
+            if broken:
+                raise UserError(f"{name} is damaged: {broken}", where=str(self.root))
+            saved = read_state(self.root / name)
+            numbers = saved["optimizer"]["state"]
+            wanted = tensors.targets(self.root / name, state.model, state.optimizers, numbers)
+        with together(self.run, f"reading {name}"):
+            tensors.fill(self.root / name, wanted, state.model, state.optimizers, numbers)
+        for module in state.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # whole copies of the weights before would be used once more
+        return saved["step"]
 
     def finish(self, step: int) -> None:
         """Note that the run is over at `step` and its `final` folder published."""

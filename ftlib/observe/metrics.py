@@ -10,10 +10,11 @@ NAME = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Rows of `<output_dir>/metrics.jsonl`. With `enabled=False` (ranks other than 0) nothing is read or written."""
+    """Rows of `<output_dir>/metrics.jsonl`, or of another file of rows with a `step`. With `enabled=False` (ranks other
+    than 0) nothing is read or written."""
 
-    def __init__(self, output_dir: Path, enabled: bool = True) -> None:
-        self.path = Path(output_dir) / NAME
+    def __init__(self, output_dir: Path, enabled: bool = True, name: str = NAME) -> None:
+        self.path = Path(output_dir) / name
         self.enabled = enabled
 
     def write(self, row: dict[str, Any]) -> None:
@@ -38,7 +39,7 @@ class MetricsFile:
         if not (self.enabled and self.path.exists()):
             return
         kept = [line for line, row in self._lines() if row.get("step", step) <= step]
-        temporary = self.path.with_name(f".{NAME}.tmp")
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in kept)
             file.flush()

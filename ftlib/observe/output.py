@@ -1,5 +1,6 @@
 """All that a run leaves in its output folder and on the screen: config, metrics, progress, the last words."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ from torch import Tensor, nn
 
 from ftlib import config
 from ftlib.errors import UserError
+from ftlib.observe import report, sinks
+from ftlib.observe.environment import environment
 from ftlib.observe.flops import count_weights, device_peak, flops_per_token
 from ftlib.observe.meter import Devices, Meter
 from ftlib.observe.metrics import MetricsFile
 from ftlib.observe.progress import Progress
+from ftlib.observe.watch import Watch
 
 
 class Output:
@@ -24,7 +28,11 @@ class Output:
         self.cfg, self.run, self.steps = cfg, run, steps
         self.folder = Path(cfg.output_dir)
         self.metrics = MetricsFile(self.folder, enabled=run.is_main)
+        self.samples = MetricsFile(self.folder, enabled=run.is_main, name="samples.jsonl")
         self.counters: dict[str, Any] = {"tokens": 0}
+        self.watch = Watch(cfg.optim, self.counters, self.say)
+        self.must_go_back = False  # what `watch` said about the last step
+        self._sinks: list[sinks.Sink] = []
         mixers = [(layer.mixer.heads * layer.mixer.head_dim, layer.mixer.window) for layer in model.arch.layers]
         peak = None
         if run.device.type == "cuda":
@@ -53,7 +61,9 @@ class Output:
         if self.run.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(config.dump(self.cfg), encoding="utf-8")
-        self.metrics.truncate_after(done if done else -1)
+            self._sinks = sinks.open_sinks(self.cfg, self.folder, done, self.counters)
+        for file in (self.metrics, self.samples):
+            file.truncate_after(done if done else -1)
         self._meter.tokens = self.counters["tokens"]
         for line in report:
             self.say(line)
@@ -62,21 +72,50 @@ class Output:
         return self
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int) -> None:
-        """The row of one optimizer step; `tokens` are the step's, over all devices."""
+        """The row of one optimizer step; `tokens` are the step's, over all devices. Raises UserError where the config
+        says that numbers like these end a run."""
         row = self._meter.row(step, loss.item(), grad_norm.item(), lr, tokens)
         self.counters["tokens"] = row["tokens"]
-        self.metrics.write(row)
+        self._write(row)
         self._progress.step(row)
+        self.must_go_back = self.watch(step, row["loss"], row["grad_norm"])
 
     def evaluation(self, step: int, row: dict[str, float], samples: Sequence[str]) -> None:
         """The row of a held-out evaluation after `step` steps (0: before the first), and answers to look at."""
         if row:
-            self.metrics.write({"step": step, **row})
+            self._write({"step": step, **row})
+            if samples:
+                self.samples.write({"step": step, "samples": list(samples)})
+            if step:
+                self._compare(step, row)
             numbers = "  ".join(f"{key.replace('_', ' ')} {_number(key, value)}" for key, value in row.items())
             self.say(f"held out, after step {step}:  {numbers}")
             for line in samples:
                 self.say(line)
         self._meter.start()
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best evaluation so far: its `step`, the `value` of eval.metric, evaluations `since` without a better."""
+        return self.counters.get("best")
+
+    def _compare(self, step: int, row: dict[str, float]) -> None:
+        key = self.cfg.eval.metric
+        if key not in row:
+            if self.cfg.eval.patience or self.cfg.checkpoint.keep_best:
+                raise UserError(f"an evaluation has no {key!r}", where="eval.metric", fix=f"it has {', '.join(row)}")
+            return
+        value, best = row[key], self.best
+        sign = -1 if "loss" in key or "perplexity" in key else 1
+        if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
+            self.counters["best"] = {"step": step, "value": value, "since": 0}
+        elif best is not None:
+            best["since"] += 1
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        for sink in self._sinks:
+            sink.write(row)
 
     def saved(self) -> None:
         """A checkpoint was written: its time is not training time."""
@@ -89,10 +128,21 @@ class Output:
             if key != "step":
                 before, after = (_number(key, row[key]) for row in (scores[0], scores[-1]))
                 self.say(f"{key.replace('_', ' ')}: {before} before, {after} after")
-        self.say(f"finished {self.steps} steps; results in {self.folder / 'final'}")
+        if self.run.is_main:
+            self._report()
+        self.say(f"finished; results in {self.folder / 'final'}, curves and samples in {self.folder / report.NAME}")
         self.say("next:")
         for command in commands:
             self.say(f"  {command}")
+
+    def _report(self) -> None:
+        counted = {"bad_steps": "steps left out: no finite gradient", "rollbacks": "returns to a checkpoint"}
+        notes = [f"{self.counters[key]} {text}." for key, text in counted.items() if self.counters.get(key)]
+        if self.best is not None:
+            notes.append(f"Best {self.cfg.eval.metric}: {self.best['value']:.4g}, after step {self.best['step']}.")
+        name, text = self.folder.resolve().name, config.dump(self.cfg)
+        rows, samples = self.rows(), self.samples.rows()
+        report.write(self.folder / report.NAME, name, rows, samples, text, environment(), notes)
 
     def already_finished(self) -> list[dict[str, Any]]:
         """The run of this folder is over: say so, with its numbers; nothing is done again."""
@@ -109,8 +159,17 @@ class Output:
     def __enter__(self) -> "Output":
         return self
 
-    def __exit__(self, *ended: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *ended: object) -> None:
         self._progress.close()
+        for sink in self._sinks:
+            sink.close(kind is not None)
+
+
+def trained_share(model: nn.Module) -> str:
+    """How much of a model is trained, for the user; sharded parameters count whole."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    everything, trained = sum(n for n, _ in sizes), sum(n for n, on in sizes if on)
+    return f"{trained:,} of {everything:,} parameters are trained ({trained / everything:.1%})"
 
 
 def _number(key: str, value: float) -> str:

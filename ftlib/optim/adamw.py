@@ -40,12 +40,20 @@ def lr_scales(model: nn.Module) -> dict[nn.Parameter, float]:
 
 
 def step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float | None) -> Tensor:
-    """Clip, step, clear gradients; returns the global gradient norm before clipping, float32 scalar."""
+    """Clip, step, clear gradients; returns the global gradient norm before clipping, float32 scalar.
+
+    A norm that is not finite leaves parameters and optimizer state as they were (`ftlib.observe.watch` decides what
+    then). On a GPU the optimizer's kernel looks at it, so that nobody waits.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = clip(parameters, max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    optimizer.step()
+    if optimizer.defaults.get("fused") and not any(isinstance(p, DTensor) for p in parameters):
+        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        optimizer.step()
+    elif norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 

@@ -14,6 +14,8 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.0  # decoupled; not applied to biases, norms and other vectors
     max_grad_norm: float | None = 1.0  # clip the global gradient norm to this; null: no clipping
+    nonfinite: Literal["raise", "skip", "rollback"] = "raise"  # NaN gradients, never applied: stop, go on, go back
+    spike: Literal["ignore", "warn", "raise", "rollback"] = "warn"  # a loss far above the last 50
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

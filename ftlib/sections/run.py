@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ftlib.errors import did_you_mean
+
+LOGS = ("console", "tensorboard", "wandb", "mlflow")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -36,6 +40,7 @@ class Checkpoint:
 
     every: int = 100  # steps between two saves; 0: only on a signal
     keep: int = 2  # newest checkpoints kept
+    keep_best: bool = False  # also keep the state of the best evaluation (eval.metric); final/ is made from it
     resume: Literal["auto", "required", "never"] = "auto"  # auto: continue if there is a good checkpoint
 
     def __post_init__(self) -> None:
@@ -52,11 +57,15 @@ class Eval:
     every: int = 0  # steps between evaluations; 0: only before the first step and after the last
     exact_match: int = 0  # held-out conversations answered greedily and compared with their reference answer
     max_new_tokens: int = 64  # length limit of such an answer
-    samples: int = 3  # of those, how many are printed before and after
+    samples: int = 3  # of those, how many are printed, and written to samples.jsonl and report.html
+    metric: str = "eval_loss"  # the best evaluation has the lowest (of a loss) or highest value of this key
+    patience: int = 0  # end the run after so many evaluations in a row without a better `metric`; 0: never
 
     def __post_init__(self) -> None:
-        if min(self.every, self.exact_match, self.samples) < 0 or self.max_new_tokens < 1:
-            raise ValueError("every, exact_match, samples: not negative; max_new_tokens: at least 1")
+        if min(self.every, self.exact_match, self.samples, self.patience) < 0 or self.max_new_tokens < 1:
+            raise ValueError("every, exact_match, samples, patience: not negative; max_new_tokens: at least 1")
+        if self.patience and not self.every:
+            raise ValueError("patience: counts evaluations, so every must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +73,13 @@ class Log:
     """What is reported while training. metrics.jsonl always has one row a step."""
 
     every: int = 1  # steps between two printed lines
-    to: tuple[str, ...] = ("console",)  # where rows also go: `console`
+    to: tuple[str, ...] = ("console",)  # where rows also go: `console`, `tensorboard`, `wandb`, `mlflow`
+    project: str = "ftlib"  # W&B project or MLflow experiment
+    name: str | None = None  # of the run there; null: the name of output_dir
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError("every: must be at least 1")
+        for name in self.to:
+            if name not in LOGS:
+                raise ValueError(f"to: there is no {name!r}{did_you_mean(name, LOGS)}; there are {', '.join(LOGS)}")

@@ -1,0 +1,75 @@
+"""What every training loop does between two steps, in one order: go back, evaluate, save, stop."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from ftlib.checkpoint import Saver, State, StopFlag, stop_agreed
+from ftlib.checkpoint.agree import Ranks
+from ftlib.errors import Stopped, UserError
+from ftlib.observe.output import Output
+
+
+class Boundary:
+    """`with Boundary(…) as boundary:` around the loop; in it, `if boundary(step): break` after each step.
+
+    `evaluate(model)` gives a row of numbers and `evaluate.samples()` lines to print. Inside the block a signal that
+    asks the run to end is obeyed after the step: the state is saved and `Stopped` raised.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        run: Ranks,
+        steps: int,
+        evaluate: Callable[[Any], dict[str, float]],
+        output: Output,
+        saver: Saver,
+        state: State,
+    ) -> None:
+        self.cfg, self.run, self.steps = cfg, run, steps
+        self.evaluate, self.output, self.saver, self.state = evaluate, output, saver, state
+        self._flag, self._step = StopFlag(), 0
+        if cfg.checkpoint.keep_best and not cfg.eval.every:
+            raise UserError("there is no evaluation to pick the best by", where="eval.every", fix="set it above 0")
+
+    def __call__(self, step: int) -> bool:
+        """After step `step`; True when the run should end here, as evaluations no longer improve (eval.patience)."""
+        cfg, output, saver, self._step = self.cfg, self.output, self.saver, step
+        if output.must_go_back:
+            saver.roll_back(self.state)
+        if step == self.steps or (cfg.eval.every and step % cfg.eval.every == 0):
+            self.score(step)
+        best = output.best
+        best_now = cfg.checkpoint.keep_best and best is not None and best["step"] == step
+        stopping = stop_agreed(self.run, self._flag)
+        if stopping or saver.due(step, self.steps) or best_now:
+            saver.save(step, self.state)
+            output.saved()
+        if stopping:
+            raise Stopped(f"stopped by {self._flag.by} after step {step} of {self.steps}; the same command continues")
+        stale = bool(cfg.eval.patience and best is not None and best["since"] >= cfg.eval.patience)
+        if stale and step < self.steps:
+            best_yet = f"{cfg.eval.metric} has not improved on {best['value']:.4g} since step {best['step']}"
+            output.say(f"{best_yet}: ending after step {step} of {self.steps}")
+        return stale
+
+    def score(self, step: int) -> None:
+        """Evaluate after `step` steps, 0 before the first."""
+        self.output.evaluation(step, self.evaluate(self.state.model), self.evaluate.samples())
+
+    def finish(self) -> None:
+        """After the last step: with `checkpoint.keep_best` the model becomes the best one there was."""
+        best = self.output.best
+        if self.cfg.checkpoint.keep_best and best is not None and best["step"] != self._step:
+            step = self.saver.load_best(self.state)
+            self.output.say(f"final/ is the model of step {step}, the best by {self.cfg.eval.metric}")
+
+    def __enter__(self) -> "Boundary":
+        self._flag.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flag.__exit__(kind, error, trace)
