@@ -53,7 +53,7 @@ def test_loss_falls_and_rows_are_as_promised(run):
     assert rows[0]["step"] == 0 and rows[-1] is evaluated[-1]
     assert evaluated[-1]["eval_loss"] < 0.6 * evaluated[0]["eval_loss"]
     assert {path.name for path in out.iterdir() if path.name[0] != "."} == {
-        "config.yaml", "metrics.jsonl", "final", "checkpoints",
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "final", "checkpoints",
     }  # fmt: skip
 
 
