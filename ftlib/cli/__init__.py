@@ -25,6 +25,7 @@ VERBS = {
     "gguf": "write a model as one file for llama.cpp and Ollama",
     "download": "fetch a model from the Hugging Face Hub",
     "push": "upload an adapter or a model with a card to the Hugging Face Hub",
+    "import": "turn a config of Axolotl, torchtune or LLaMA-Factory into one of ours",
     "env": "show versions and devices, and what to install",
     "completion": "print the completion script of a shell",
     "help": "explain a verb, or every key of a config",

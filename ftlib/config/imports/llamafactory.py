@@ -1,0 +1,181 @@
+"""LLaMA-Factory: flat keys, the arguments of its `train`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ftlib.config.imports.axolotl import shares
+from ftlib.config.imports.rules import (
+    Imported,
+    Library,
+    choice,
+    holds,
+    listed,
+    lost,
+    optimizer,
+    precision,
+    recompute,
+    rows_of,
+    to,
+)
+
+_AUTO = holds("the fastest that is right is chosen: model.attention")
+_QUANTIZED = lost("a quantized base: train LoRA on the bf16 base")
+_TEMPLATES = choice(
+    default=None, empty=None, qwen=None, qwen3=None, llama2=None, llama3=None, mistral=None, chatml="chatml"
+)
+
+RULES = {
+    "model_name_or_path": to("model.path"),
+    "adapter_name_or_path": to("lora.start_from"),
+    "lora_rank": to("lora.rank"),
+    "lora_alpha": to("lora.alpha", float),
+    "lora_dropout": to("lora.dropout", float),
+    "lora_target": to("lora.targets", lambda names: "all-linear" if names == "all" else listed(names)),
+    "additional_target": to("lora.modules_to_save", listed),
+    "use_rslora": to("lora.rslora"),
+    "use_dora": to("lora.dora"),
+    "loraplus_lr_ratio": to("lora.lr_ratio", float),
+    "pissa_init": to("lora.init", lambda on: "pissa" if on else None),
+    "cutoff_len": to("data.seq_len"),
+    "packing": to("data.pack"),
+    "template": to("data.template", _TEMPLATES, "the tokenizer's own; chatml by name"),
+    "val_size": to("data.eval", lambda size: float(size) if size else None),
+    "num_train_epochs": to("epochs", float),
+    "max_steps": to("steps", lambda steps: steps if steps > 0 else None),
+    "learning_rate": to("optim.lr", float),
+    "optim": to("optim.name", optimizer),
+    "weight_decay": to("optim.weight_decay", float),
+    "adam_epsilon": to("optim.eps", float),
+    "max_grad_norm": to("optim.max_grad_norm", float),
+    "lr_scheduler_type": to(
+        "schedule.name", choice(cosine="cosine", linear="linear", constant="constant", constant_with_warmup="constant")
+    ),
+    "warmup_steps": to("schedule.warmup_steps"),
+    "bf16": to("dtype", precision),
+    "disable_gradient_checkpointing": to("memory.recompute", lambda off: "none" if off else "full"),
+    "gradient_checkpointing": to("memory.recompute", recompute),
+    "torch_compile": to("memory.compile"),
+    "logging_steps": to("log.every"),
+    "eval_steps": to("eval.every", int),
+    "save_steps": to("checkpoint.every", int),
+    "save_total_limit": to("checkpoint.keep"),
+    "output_dir": to("output_dir"),
+    "seed": to("seed"),
+    "do_train": holds("tune run trains"),
+    "do_eval": holds("data.eval is evaluated"),
+    "flash_attn": _AUTO,
+    "dataset_dir": holds("looked at for dataset_info.json"),
+    "eval_strategy": holds("eval.every"),
+    "evaluation_strategy": holds("eval.every"),
+    "save_strategy": holds("checkpoint.every"),
+    "preprocessing_num_workers": holds("automatic"),
+    "dataloader_num_workers": holds("rows are tokenised before training"),
+    "overwrite_cache": holds("the cache knows what it was made of"),
+    "tokenized_path": holds("cached by itself"),
+    "overwrite_output_dir": holds("checkpoint.resume: never starts over"),
+    "per_device_eval_batch_size": holds("batch.micro_rows"),
+    "resume_from_checkpoint": holds("checkpoint.resume is auto: same output_dir, same command"),
+    "plot_loss": holds("metrics.jsonl has every step"),
+    "ddp_timeout": holds("10 minutes"),
+    "deepspeed": holds("more than one process shards by itself: parallel.dp_shard"),
+    "fsdp": holds("more than one process shards by itself: parallel.dp_shard"),
+    "neat_packing": holds("packed rows never mix"),
+    "use_fast_tokenizer": holds("told from the tokenizer's files"),
+    "enable_liger_kernel": holds("own kernels"),
+    "ddp_find_unused_parameters": holds("never needed"),
+    "pure_bf16": holds("dtype: bf16"),
+    "save_only_model": holds("final/"),
+    "trust_remote_code": lost("code of a repository is never run"),
+    "fp16": lost("bf16 or fp32"),
+    "quantization_bit": _QUANTIZED,
+    "quantization_method": _QUANTIZED,
+    "double_quantization": _QUANTIZED,
+    "train_on_prompt": lost("only assistants are trained; a row's `train: true` marks more"),
+    "mask_history": lost("every answer is trained"),
+    "neftune_noise_alpha": lost("no noise on embeddings"),
+    "freeze_trainable_layers": lost("train.only and train.freeze take patterns"),
+    "use_galore": lost("optim.name is adamw"),
+    "use_badam": lost("optim.name is adamw"),
+    "rope_scaling": lost("read from config.json"),
+    "shift_attn": lost("no shifted attention"),
+    "use_unsloth": lost("own kernels are always used"),
+    "interleave_probs": lost("data.sources[].weight"),
+    "mix_strategy": lost("data.sources[].weight"),
+    "report_to": lost("trackers are named in log.to"),
+    "run_name": lost("trackers are named in log.to"),
+    "export_dir": lost("tune merge"),
+    "push_to_hub": lost("tune push"),
+    "predict_with_generate": lost("eval.exact_match"),
+    "streaming": lost("rows are read before training"),
+    "resize_vocab": lost("the vocabulary is not extended"),
+    "pref_beta": lost("preference recipes: tune ls"),
+    "pref_loss": lost("preference recipes: tune ls"),
+}
+TOGETHER = {
+    "stage": "picks the recipe: sft, pt is pretrain",
+    "finetuning_type": "picks the recipe: lora is lora_sft, full is full_sft",
+    "dataset": "data.sources, through dataset_info.json",
+    "eval_dataset": "data.eval, through dataset_info.json",
+    "per_device_train_batch_size": "batch.micro_rows",
+    "gradient_accumulation_steps": "batch.rows = per_device_train_batch_size x gradient_accumulation_steps x devices",
+    "adam_beta1": "optim.betas[0]",
+    "adam_beta2": "optim.betas[1]",
+    "warmup_ratio": "schedule.warmup_steps = warmup_ratio x steps, where steps is set",
+    "max_samples": "data.sources[].split: '[:N]'",
+}
+
+
+def finish(theirs: dict[str, Any], made: Imported) -> None:
+    """Recipe, sources, batch, betas, warm-up."""
+    stage, kind = theirs.get("stage", "sft"), theirs.get("finetuning_type", "lora")
+    made.recipe = "pretrain" if stage == "pt" else "lora_sft" if kind == "lora" else "full_sft"
+    if stage not in ("sft", "pt"):
+        made.lost.append(("stage", f"{stage!r} is a recipe of its own: tune ls"))
+    if kind not in ("lora", "full"):
+        made.lost.append(("finetuning_type", f"{kind!r}: lora or full; train.only and train.freeze take patterns"))
+    folder = Path(theirs.get("__folder__") or ".") / str(theirs.get("dataset_dir") or "data")
+    for key, ours in (("dataset", "data.sources"), ("eval_dataset", "data.eval")):
+        if theirs.get(key):
+            made.set(ours, [_source(name, folder, key, theirs, made) for name in listed(theirs[key])])
+    rows_of(made, theirs.get("per_device_train_batch_size"), theirs.get("gradient_accumulation_steps"))
+    if theirs.get("adam_beta1") or theirs.get("adam_beta2"):
+        made.set("optim.betas", [theirs.get("adam_beta1") or 0.9, theirs.get("adam_beta2") or 0.999])
+    shares(theirs, made, "warmup_ratio", "schedule.warmup_steps")
+
+
+def _source(name: str, folder: Path, key: str, theirs: dict[str, Any], made: Imported) -> dict[str, Any]:
+    info = folder / "dataset_info.json"
+    entry = json.loads(info.read_text(encoding="utf-8")).get(name) if info.is_file() else None
+    if entry is None:
+        made.lost.append((key, f"{name!r} is not in {info}: put the file's path in data.sources"))
+        return {"path": name}
+    source: dict[str, Any] = {
+        "path": str(folder / entry["file_name"]) if "file_name" in entry else entry.get("hf_hub_url", name)
+    }
+    source["format"] = "messages" if entry.get("formatting") == "sharegpt" else "alpaca"
+    names = {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "history": "history",
+        "system": "system",
+        "messages": "messages",
+        "tools": "tools",
+    }
+    columns = {names[theirs]: ours for theirs, ours in (entry.get("columns") or {}).items() if theirs in names}
+    tags = entry.get("tags") or {}
+    columns |= {ours: tags[tag] for tag, ours in (("role_tag", "role"), ("content_tag", "content")) if tag in tags}
+    columns = {ours: name for ours, name in columns.items() if ours != name}
+    if columns:
+        source["columns"] = columns
+    ours = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool"}
+    roles = {tags[tag]: role for tag, role in ours.items() if tag in tags and tags[tag] != role}
+    if roles:
+        source["roles"] = roles
+    if theirs.get("max_samples"):
+        source["split"] = f"[:{theirs['max_samples']}]"
+    return source
+
+
+LLAMA_FACTORY = Library("LLaMA-Factory", ("model_name_or_path",), RULES, TOGETHER, finish)

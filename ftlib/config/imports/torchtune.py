@@ -1,0 +1,166 @@
+"""torchtune: sections with `_component_: dotted.path`. The path is read as a name, nothing of it is imported."""
+
+from typing import Any
+
+from ftlib.config.imports.rules import Imported, Library, choice, holds, listed, lost, precision, recompute, rows_of, to
+
+_TRACKER = lost("trackers are named in log.to")
+_KERNELS = holds("the loss never forms all logits")
+
+RULES = {
+    "model.lora_rank": to("lora.rank"),
+    "model.lora_alpha": to("lora.alpha", float),
+    "model.lora_dropout": to("lora.dropout", float),
+    "model.use_dora": to("lora.dora"),
+    "tokenizer.max_seq_len": to("data.seq_len"),
+    "tokenizer.prompt_template": lost("data.template takes a .jinja file"),
+    "dataset.packed": to("data.pack"),
+    "epochs": to("epochs", float),
+    "max_steps_per_epoch": to("steps", note="steps of the whole run"),
+    "optimizer.lr": to("optim.lr", float),
+    "optimizer.weight_decay": to("optim.weight_decay", float),
+    "optimizer.betas": to("optim.betas", lambda betas: [float(beta) for beta in betas]),
+    "optimizer.eps": to("optim.eps", float),
+    "clip_grad_norm": to("optim.max_grad_norm", float),
+    "lr_scheduler.num_warmup_steps": to("schedule.warmup_steps"),
+    "lr_scheduler._component_": to(
+        "schedule.name",
+        lambda path: choice(
+            get_cosine_schedule_with_warmup="cosine",
+            get_linear_schedule_with_warmup="linear",
+            get_constant_schedule_with_warmup="constant",
+        )(path.rpartition(".")[2]),
+    ),
+    "dtype": to("dtype", precision),
+    "enable_activation_checkpointing": to("memory.recompute", recompute),
+    "enable_activation_offloading": to("memory.offload"),
+    "compile": to("memory.compile"),
+    "log_every_n_steps": to("log.every"),
+    "output_dir": to("output_dir"),
+    "seed": to("seed"),
+    "save_every_n_steps": to("checkpoint.every"),
+    "keep_last_n_checkpoints": to("checkpoint.keep"),
+    "run_val_every_n_steps": to("eval.every"),
+    "tensor_parallel_dim": to("parallel.tp"),
+    "context_parallel_dim": to("parallel.cp"),
+    "data_parallel_shard_dim": to("parallel.dp_shard"),
+    "data_parallel_replicate_dim": to("parallel.dp_replicate"),
+    "tokenizer._component_": holds("told from the tokenizer's files"),
+    "checkpointer._component_": holds("Hugging Face folders are read and written"),
+    "checkpointer.checkpoint_files": holds("read from the folder"),
+    "checkpointer.model_type": holds("read from config.json"),
+    "checkpointer.output_dir": holds("output_dir"),
+    "checkpointer.recipe_checkpoint": holds("checkpoint.resume is auto"),
+    "checkpointer.adapter_checkpoint": holds("checkpoint.resume is auto"),
+    "resume_from_checkpoint": holds("checkpoint.resume is auto: same output_dir, same command"),
+    "save_adapter_weights_only": holds("lora_sft writes the adapter"),
+    "loss._component_": _KERNELS,
+    "loss.num_output_chunks": _KERNELS,
+    "device": holds("the GPU if there is one"),
+    "shuffle": holds("rows are shuffled"),
+    "optimizer.fused": holds("automatic"),
+    "optimizer_in_bwd": lost("the optimizer steps after the backward pass"),
+    "custom_sharded_layers": holds("every block is sharded"),
+    "fsdp_cpu_offload": lost("memory.offload is for activations"),
+    "fsdp_reshard_after_forward": holds("blocks are resharded"),
+    "log_peak_memory_stats": holds("metrics.jsonl has it"),
+    "log_level": lost("no equivalent"),
+    "metric_logger._component_": _TRACKER,
+    "metric_logger.log_dir": _TRACKER,
+    "metric_logger.project": _TRACKER,
+    "model.quantize_base": lost("a quantized base: train LoRA on the bf16 base"),
+    "enable_async_checkpointing": lost("a save is finished before training goes on"),
+    "cudnn_deterministic_mode": to("deterministic", bool),
+    "metric_logger.name": _TRACKER,
+}
+TOGETHER = {
+    "model._component_": "picks the recipe: lora_… is lora_sft, others full_sft",
+    "model.lora_attn_modules": "lora.targets",
+    "model.apply_lora_to_mlp": "lora.targets: gate_proj, up_proj, down_proj",
+    "model.apply_lora_to_output": "lora.targets: lm_head",
+    "checkpointer.checkpoint_dir": "model.path",
+    "tokenizer.path": "model.path has it; tokenizer.path",
+    "tokenizer.merges_file": "model.path has it; tokenizer.path",
+    "dataset._component_": "data.sources[].format",
+    "dataset.source": "data.sources[].path",
+    "dataset.data_files": "data.sources[].path",
+    "dataset.split": "data.sources[].split",
+    "dataset.column_map": "data.sources[].columns",
+    "dataset.conversation_column": "data.sources[].columns",
+    "dataset.conversation_style": "told from the rows",
+    "dataset.column": "data.sources[].columns",
+    "dataset.train_on_input": "only assistants are trained",
+    "dataset.new_system_prompt": "write it in the rows",
+    "dataset_val._component_": "data.eval",
+    "dataset_val.source": "data.eval",
+    "dataset_val.data_files": "data.eval",
+    "dataset_val.split": "data.eval",
+    "batch_size": "batch.micro_rows",
+    "gradient_accumulation_steps": "batch.rows = batch_size x gradient_accumulation_steps x devices",
+    "optimizer._component_": "optim.name",
+}
+_FORMATS = {
+    "alpaca_dataset": "alpaca",
+    "alpaca_cleaned_dataset": "alpaca",
+    "instruct_dataset": "alpaca",
+    "chat_dataset": "messages",
+    "text_completion_dataset": "text",
+    "slimorca_dataset": "messages",
+}
+_OURS = {"instruction": "instruction", "input": "input", "output": "output"}
+
+
+def finish(theirs: dict[str, Any], made: Imported) -> None:
+    """Recipe, model, targets, sources, batch, optimizer."""
+    component = str(theirs.get("model._component_", "")).rpartition(".")[2]
+    made.recipe = "lora_sft" if component.startswith(("lora_", "qlora_", "dora_")) else "full_sft"
+    if component.startswith("qlora_"):
+        made.lost.append(("model._component_", "a quantized base: LoRA on the bf16 base"))
+    made.set("model.path", str(theirs.get("checkpointer.checkpoint_dir", "")).rstrip("/"))
+    targets = [
+        {"output_proj": "o_proj"}.get(name, name) for name in listed(theirs.get("model.lora_attn_modules") or [])
+    ]
+    targets += ["gate_proj", "up_proj", "down_proj"] if theirs.get("model.apply_lora_to_mlp") else []
+    targets += ["lm_head"] if theirs.get("model.apply_lora_to_output") else []
+    if targets and made.recipe == "lora_sft":
+        made.set("lora.targets", targets)
+    made.set("data.sources", [_source(theirs, "dataset", made)])
+    if theirs.get("dataset_val._component_"):
+        made.set("data.eval", [_source(theirs, "dataset_val", made)])
+    if theirs.get("dataset.train_on_input"):
+        made.lost.append(("dataset.train_on_input", "only assistants are trained"))
+    if theirs.get("dataset.new_system_prompt"):
+        made.lost.append(("dataset.new_system_prompt", "write it in the rows"))
+    rows_of(made, theirs.get("batch_size"), theirs.get("gradient_accumulation_steps"))
+    optimizer = str(theirs.get("optimizer._component_", "torch.optim.AdamW")).rpartition(".")[2]
+    if optimizer != "AdamW":
+        made.lost.append(("optimizer._component_", f"{optimizer!r} has no equivalent; optim.name is adamw"))
+
+
+def _source(theirs: dict[str, Any], key: str, made: Imported) -> dict[str, Any]:
+    entry = {name.removeprefix(f"{key}."): value for name, value in theirs.items() if name.startswith(f"{key}.")}
+    kind = str(entry.get("_component_", "")).rpartition(".")[2]
+    source: dict[str, Any] = {
+        "path": entry.get("data_files") or entry.get("source") or {"alpaca_dataset": "tatsu-lab/alpaca"}.get(kind)
+    }
+    if kind in _FORMATS:
+        source["format"] = _FORMATS[kind]
+    elif kind:
+        made.lost.append((f"{key}._component_", f"{kind!r} has no equivalent; the format is told from the columns"))
+    columns = {k: v for k, v in (entry.get("column_map") or {}).items() if k in _OURS and k != v}
+    if entry.get("conversation_column") not in (None, "messages", "conversations"):
+        columns["messages"] = entry["conversation_column"]
+    if entry.get("column") not in (None, "text"):
+        columns["text"] = entry["column"]
+    if columns:
+        source["columns"] = columns
+    if entry.get("split") not in (None, "train"):
+        source["split"] = (
+            entry["split"].removeprefix("train") if str(entry["split"]).startswith("train[") else entry["split"]
+        )
+    return source
+
+
+TORCHTUNE = Library(
+    "torchtune", ("model._component_", "checkpointer._component_"), RULES, TOGETHER, finish, ("profiler",)
+)
