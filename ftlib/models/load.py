@@ -11,6 +11,7 @@ from ftlib.errors import UserError
 from ftlib.models import families, hub
 from ftlib.models.keys import Piece, check_keys, plan
 from ftlib.models.language_model import LanguageModel
+from ftlib.models.quantized import dequantized
 from ftlib.models.weights import Weights, open_folder
 
 
@@ -25,7 +26,8 @@ def build(folder: Path, dtype: torch.dtype, decoder: type[nn.Module] | None = No
 
 def check_weights(model: LanguageModel, folder: Path) -> Weights:
     """Headers of every weight file against the model: names and shapes. Raises UserError listing what differs."""
-    weights = open_folder(folder)
+    packed = model.config.get("quantization_config") or model.config.get("text_config", {}).get("quantization_config")
+    weights = dequantized(open_folder(folder), packed, folder)
     state = base_state(model)
     pieces = plan(state, model.table)
     model.kept = {key: weights.files[key] for key in check_keys(pieces, weights.files, model.table, model.arch.tied)}
