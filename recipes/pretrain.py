@@ -80,9 +80,9 @@ def main(cfg: Config) -> list[dict]:
     done = saver.resume(state)
 
     with output.begin(done, rows.report.lines()), Boundary(cfg, run, steps, evaluate, output, saver, state) as boundary:
-        output.say(f"{'fresh' if cfg.from_scratch else 'loaded'} weights: {trained_share(model)}")
         if done == 0:
             boundary.score(0)
+        output.say(f"{'fresh' if cfg.from_scratch else 'loaded'} weights: {trained_share(model)}")
 
         for step in range(done + 1, steps + 1):
             batch = next(loader)

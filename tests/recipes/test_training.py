@@ -162,6 +162,16 @@ def test_recompute_does_not_change_a_bit(tiny, tmp_path):
     assert losses(runs[0]) == losses(runs[1])
 
 
+def test_evaluating_does_not_change_training(tiny, tmp_path):
+    """Dropout draws after each evaluation what it would have drawn without."""
+    file = tiny.config(tmp_path, steps=5, lora={"dropout": 0.2}, eval={"every": 2, "exact_match": 2})
+    often = train("lora_sft", "--config", file, f"output_dir={tmp_path}/often")
+    off = ("eval.every=0", "eval.exact_match=0")
+    never = train("lora_sft", "--config", file, f"output_dir={tmp_path}/never", "data.eval=null", *off)
+    assert sum("eval_loss" in row for row in often) == 4 and not any("eval_loss" in row for row in never)
+    assert losses(often) == losses(never)
+
+
 def test_shuffled_answers_teach_nothing_about_held_out_rows(tiny, tmp_path):
     settings = {"steps": 60, "batch": {"rows": 4, "micro_rows": 4}, "eval": {"exact_match": 12, "max_new_tokens": 8}}
     file = tiny.config(tmp_path, **settings)
