@@ -55,10 +55,15 @@ def their_examples(base, file):
     return found
 
 
+def line_numbers(documents):
+    """The line of the file that each document was made from."""
+    return [int(documents.where(index).rsplit(":", 1)[1]) for index in range(len(documents))]
+
+
 def our_examples(documents):
     """The same from our documents, for a tokenizer that transformers cannot make of the files."""
     found = {}
-    for index, line in enumerate(documents.lines.tolist()):
+    for index, line in enumerate(line_numbers(documents)):
         tokens, labels = (torch.from_numpy(part).long() for part in documents.tokens(index))
         found[line] = tokens, labels.roll(1)
     return found
@@ -78,7 +83,7 @@ def peft_curve(cfg, loader, adapter, examples):
     optimizer = torch.optim.AdamW(
         trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
-    lines, curve = loader.plan.documents.lines, []
+    lines, curve = line_numbers(loader.plan.documents), []
     for step in range(1, cfg.steps + 1):
         rows = next(loader).packs
         loss = examples_loss(model, [examples[lines[index]] for row in rows for index in row])

@@ -72,7 +72,7 @@ CONFIGS = {
 ROWS = {
     "broken line": (f"{GOOD_ROW}{GOOD_ROW}{GOOD_ROW[:-3]}\n", "rows.jsonl:3", "invalid JSON"),
     "unknown role": (GOOD_ROW + chat("a", "b", roles=("user", "asistant")), "rows.jsonl:2", "asistant"),
-    "another shape": ('{"question": "a", "answer": "b"}\n', "data.sources[0]", "no known format", "[question, answer]"),
+    "another shape": ('{"first": "a", "second": "b"}\n', "data.sources[0]", "no known format", "[first, second]"),
     "too long": (chat("a" * 99, "b"), "rows were dropped", "longer than data.seq_len=64"),
     "not text": (GOOD_ROW + chat("a", 5), "rows.jsonl:2", "content"),
     "no rows": ("", "rows.jsonl is empty"),
