@@ -18,6 +18,8 @@ VERBS = {
     "cp": "copy a recipe or a config, to edit it",
     "diff": "compare a copy with the version that ships now",
     "update": "bring what has changed in the shipped version into a copy",
+    "prepare": "fetch and tokenise the data of a run, so that it starts from disk",
+    "doctor": "look a data set over: shape, lengths, masks, repeats, broken rows",
     "preview": "show rendered rows and which of their tokens are trained",
     "generate": "answer a prompt with a model, with or without an adapter",
     "chat": "talk to a model in the terminal",

@@ -79,7 +79,7 @@ class _Guess:
         for i, message in enumerate(messages):
             text += " " * 32
             start = len(text)
-            text += str(message["content"] or "")
+            text += str(message["content"] or "") + "</s>"
             spans += [SimpleNamespace(start=start, end=len(text), message_index=i)]
         return SimpleNamespace(text=text, spans=spans)
 

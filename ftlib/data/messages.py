@@ -71,6 +71,8 @@ def _message(example: Example, turn: Any, shape: Shape) -> None:
     if turn[role_key] in CALLS and turn[role_key] not in ROLES:
         content, found = None, {"tool_calls": _calls(content)}
     rest |= found
+    if isinstance(rest.get("tool_calls"), list):
+        rest["tool_calls"] = [_parsed(call) for call in rest["tool_calls"]]
     if content is None and (role != "assistant" or not rest.keys() - {"name"}):
         raise UserError(f"it has no {content_key!r}; it has {listed(turn)}")
     if "train_detail" in turn:
@@ -155,6 +157,17 @@ def _calls(value: Any) -> list[dict[str, Any]]:
                 pass  # some tools take plain text
         calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
     return calls
+
+
+def _parsed(call: Any) -> Any:
+    """A call whose arguments are JSON text, as some APIs write them, parsed for the templates."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except ValueError:
+        return call
 
 
 def _detail(detail: Any, content: str) -> Parts:

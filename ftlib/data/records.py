@@ -5,7 +5,7 @@ from typing import Any
 
 from ftlib.data.examples import Example, Shape, shown
 from ftlib.data.messages import MESSAGES, add_turns, read_tools
-from ftlib.data.pairs import opening
+from ftlib.data.pairs import SYSTEM, opening
 from ftlib.errors import UserError
 
 CHOSEN = (
@@ -155,6 +155,6 @@ def _prompt(row: dict[str, Any], shape: Shape, where: str) -> Example:
             example.add("user", "\n".join(filter(None, (value, more))))
         else:
             add_turns(example, value, shape, column)
-    used = {*columns[:1], *map(shape.column, _ANSWERS), "tools", "function", "input", "history", "system", "system_prompt"}
+    used = {*columns[:1], *map(shape.column, _ANSWERS), "tools", "function", "input", "history", *SYSTEM}
     example.extra = {key: value for key, value in row.items() if key not in used}
     return example

@@ -10,7 +10,7 @@ from ftlib.config import LocalOrHub, MaybeFile
 class Source:
     """One place rows come from."""
 
-    path: LocalOrHub  # file, folder, pattern (`x/*.jsonl`), https:// or s3:// address, Hub id `org/name[@revision]`, `ftlib:…`
+    path: LocalOrHub  # file, folder, pattern `x/*.jsonl`, https:// or s3:// address, Hub id `org/name[@revision]`
     format: MaybeFile = "auto"  # `messages`, `alpaca`, `text`, …; `auto`: by its columns; `./file.py:name`: a function
     weight: float = 1.0  # share of this source in the mix: 2 shows its rows twice as often as 1
     split: str | None = None  # part of the source: `train`, `[:90%]`, `test[1000:]`

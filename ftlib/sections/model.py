@@ -20,3 +20,4 @@ class Tokenizer:
     """The tokenizer; by default the one in the model's folder."""
 
     path: LocalOrHub | None = None  # folder or file of the tokenizer; null: the model's own
+    add_tokens: tuple[str, ...] = ()  # more special tokens, at the ids behind all others

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ftlib.errors import UserError
 
@@ -15,7 +15,7 @@ class Backend(Protocol):
     size: int  # highest id + 1
     matches_added: bool  # `encode` finds the declared added tokens itself
 
-    def encode(self, text: str) -> tuple[list[int], list[Span]]: ...
+    def encode(self, text: str, first: bool = True) -> tuple[list[int], list[Span]]: ...
     def encode_plain(self, text: str) -> tuple[list[int], list[Span]]: ...
     def decode(self, ids: list[int], skip: frozenset[int]) -> str: ...
     def token_id(self, token: str) -> int | None: ...
@@ -31,6 +31,7 @@ class JsonBackend:
 
         try:
             settings = json.loads(content)
+            self._original = json.loads(content)
             for part in ("pre_tokenizer", "post_processor", "decoder"):
                 _keep_spaces(settings.get(part))
             self._content = settings
@@ -54,7 +55,7 @@ class JsonBackend:
         built.decoder = decoders.ByteLevel()
         return cls(built.to_str(), vocab)
 
-    def encode(self, text: str) -> tuple[list[int], list[Span]]:
+    def encode(self, text: str, first: bool = True) -> tuple[list[int], list[Span]]:
         found = self.tokenizer.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
@@ -65,6 +66,21 @@ class JsonBackend:
             self._plain = Tokenizer.from_str(json.dumps({**self._content, "added_tokens": []}))
         found = self._plain.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
+
+    def add(self, tokens: dict[str, int]) -> None:
+        """More special tokens, at the ids given."""
+        entry = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        more = [{"id": i, "content": token, **entry} for token, i in tokens.items()]
+        self._content["added_tokens"] = [*self._content.get("added_tokens", ()), *more]
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_str(json.dumps(self._content))
+        self.size = max(self.size, *(i + 1 for i in tokens.values()))
+
+    def content(self) -> str:
+        """tokenizer.json with the tokens that were added."""
+        whole = {**self._original, "added_tokens": self._content["added_tokens"]}
+        return json.dumps(whole, ensure_ascii=False, indent=2)
 
     def decode(self, ids: list[int], skip: frozenset[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i not in skip], skip_special_tokens=False)
@@ -85,13 +101,18 @@ def _keep_spaces(part: dict | None) -> None:
 
 
 class SentencePieceBackend:
-    """A sentencepiece model; characters it spells in bytes are spans of all their byte tokens."""
+    """A sentencepiece model; characters it spells in bytes are spans of all their byte tokens.
+
+    `prefix`: which parts of a text, cut at special tokens, begin with a space of the model's own. None: all, as
+    sentencepiece itself does. As transformers does: `always`, or `first` of a text, and never in front of a space.
+    """
 
     matches_added = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prefix: str | None = None) -> None:
         import sentencepiece
 
+        self.prefix, self._bare = prefix, None
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -103,21 +124,34 @@ class SentencePieceBackend:
         except (TypeError, ValueError):  # sentencepiece before 0.2.3
             self._has_offsets = False
 
-    def encode(self, text: str) -> tuple[list[int], list[Span]]:
-        ids, spans = self._pieces(text)
+    def encode(self, text: str, first: bool = True) -> tuple[list[int], list[Span]]:
+        ids, spans = self._pieces(text, self._without_prefix() if self._is_bare(text, first) else self.model)
         for i in range(len(spans) - 2, -1, -1):  # only the last byte of a character has its extent
             if spans[i][0] == spans[i][1] and self.model.is_byte(ids[i]):
                 spans[i] = spans[i + 1]
         return ids, spans
 
-    def _pieces(self, text: str) -> tuple[list[int], list[Span]]:
+    def _is_bare(self, text: str, first: bool) -> bool:
+        return self.prefix is not None and (text[:1] in (" ", "▁") or (self.prefix == "first" and not first))
+
+    def _without_prefix(self) -> Any:
+        if self._bare is None:
+            import sentencepiece
+
+            # Protocol buffers merge what comes twice: normalizer_spec (3) with add_dummy_prefix (3) = false.
+            proto = self.model.serialized_model_proto() + b"\x1a\x02\x18\x00"
+            self._bare = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        return self._bare
+
+    def _pieces(self, text: str, model: Any) -> tuple[list[int], list[Span]]:
         if self._has_offsets:
-            found = self.model.encode(text, return_type="offset_mapping")
+            found = model.encode(text, return_type="offset_mapping")
             return list(found["ids"]), [tuple(span) for span in found["offsets"]]
-        pieces = self.model.encode(text, out_type="immutable_proto").pieces
+        pieces = model.encode(text, out_type="immutable_proto").pieces
         return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
 
-    encode_plain = encode
+    def encode_plain(self, text: str) -> tuple[list[int], list[Span]]:
+        return self.encode(text)
 
     def decode(self, ids: list[int], skip: frozenset[int]) -> str:
         return self.model.decode([i for i in ids if i not in skip and i < self.size])

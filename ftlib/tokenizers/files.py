@@ -56,6 +56,8 @@ def _main(folder: Path) -> Files:
     for vocab, merges in VOCABULARIES:
         if (folder / vocab).exists() and (folder / merges).exists():
             return Files("vocab", folder / vocab, folder / merges)
+    if (folder / "tekken.json").exists():
+        return Files(_kind(folder / "tekken.json"), folder / "tekken.json")
     patterns = ("tokenizer.model*", "*.tiktoken*", "*.model", "*.model.v*")
     for candidate in (file for pattern in patterns for file in sorted(folder.glob(pattern))):
         return Files(_kind(candidate), candidate)
@@ -74,7 +76,7 @@ def _kind(path: Path) -> Kind:
     if text[:1] == b"<":
         raise UserError("this is an HTML page, not a tokenizer", where=str(path), fix="download the file again")
     if text[:1] == b"{":
-        return "json"
+        return "ranks" if b"default_num_special_tokens" in head else "json"
     first = head.split(b"\n", 1)[0].split()
     if len(first) == 2 and first[1].isdigit():
         return "ranks"

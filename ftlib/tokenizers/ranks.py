@@ -9,6 +9,8 @@ from pathlib import Path
 from ftlib.errors import UserError
 from ftlib.tokenizers.backends import Span
 from ftlib.tokenizers.files import read_bytes
+from ftlib.tokenizers.tekken import TEKKEN_NAMES, Tekken
+from ftlib.tokenizers.tekken import read as read_tekken
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,8 +37,13 @@ class RanksBackend:
     def __init__(self, path: Path) -> None:
         import tiktoken
 
-        ranks = _read(path)
-        pattern = PATTERNS.get(len(ranks))
+        self.added: dict[str, int] = {}
+        self.named: dict[str, str] = {}
+        ranks, pattern, self._shift = _read(path), None, 0
+        if isinstance(ranks, Tekken):
+            self.added, self.named, pattern = ranks.special, TEKKEN_NAMES, ranks.pattern
+            ranks, self._shift = ranks.ranks, ranks.first
+        pattern = pattern or PATTERNS.get(len(ranks))
         if pattern is None:
             warnings.warn(
                 f"{path.name} has {len(ranks)} ranks, which no split pattern is known for: using cl100k's", stacklevel=2
@@ -45,11 +52,11 @@ class RanksBackend:
         self.encoding = tiktoken.Encoding(
             path.name, pat_str=pattern or CL100K, mergeable_ranks=ranks, special_tokens={}
         )
-        self.size = max(ranks.values()) + 1
+        self.size = max(ranks.values()) + 1 + self._shift
         self._bytes = {rank: token for token, rank in ranks.items()}
         self._ranks = ranks
 
-    def encode(self, text: str) -> tuple[list[int], list[Span]]:
+    def encode(self, text: str, first: bool = True) -> tuple[list[int], list[Span]]:
         composed, origin = _compose(text) if self.compose else (text, None)
         ids = self.encoding.encode_ordinary(composed)
         ends, at = [], 0  # byte at which each character ends
@@ -62,18 +69,23 @@ class RanksBackend:
             first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, stop)
             spans.append((first, last + 1) if origin is None else (origin[first][0], origin[last][1]))
             start = stop
-        return ids, spans
+        return [i + self._shift for i in ids] if self._shift else ids, spans
 
-    encode_plain = encode
+    def encode_plain(self, text: str) -> tuple[list[int], list[Span]]:
+        return self.encode(text)
 
     def decode(self, ids: list[int], skip: frozenset[int]) -> str:
-        return b"".join(self._bytes[i] for i in ids if i not in skip and i in self._bytes).decode(errors="replace")
+        kept = (i - self._shift for i in ids if i not in skip)
+        return b"".join(self._bytes[i] for i in kept if i in self._bytes).decode(errors="replace")
 
     def token_id(self, token: str) -> int | None:
-        return self._ranks.get(token.encode())
+        rank = self._ranks.get(token.encode())
+        return self.added.get(token, None if rank is None else rank + self._shift)
 
 
-def _read(path: Path) -> dict[bytes, int]:
+def _read(path: Path) -> "dict[bytes, int] | Tekken":
+    if read_bytes(path)[:4096].lstrip()[:1] == b"{":
+        return read_tekken(path)
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line.strip():

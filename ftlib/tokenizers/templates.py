@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ftlib.errors import UserError, did_you_mean
+from ftlib.tokenizers.classic import STYLES, template
 
 CHATML = """\
 {%- for message in messages -%}
@@ -103,7 +104,7 @@ VICUNA = """\
 
 BUILTIN = {
     "chatml": CHATML, "llama3": LLAMA3, "llama2": LLAMA2, "zephyr": ZEPHYR, "gemma": GEMMA, "alpaca": ALPACA,
-    "vicuna": VICUNA,
+    "vicuna": VICUNA, **{name: template(style) for name, style in STYLES.items()},
 }  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """Text to ids and back, special tokens, conversations through a chat template: one interface for every file kind."""
 
 import hashlib
+import json
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,44 @@ class Tokenizer:
         self.backend = _backend(files)
         self.chat_template: str | None = files.template
         self.special_tokens = self._declared()
-        self.names = {name: _text(files.config.get(name)) for name in NAMED}
+        known = getattr(self.backend, "named", {})
+        self.names = {name: _text(files.config.get(name)) or known.get(name) for name in NAMED}
         self.bos_id, self.eos_id, self.pad_id = (self._id(name) for name in ("bos", "eos", "pad"))
-        self._names = {i: token for token, i in self.special_tokens.items()}
         self._warned = False
+        self._added: dict[str, int] = {}
+        self._index()
+
+    def _index(self) -> None:
+        self._names = {i: token for token, i in self.special_tokens.items()}
         tokens = sorted(self.special_tokens, key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+    def add_tokens(self, tokens: Sequence[str]) -> list[int]:
+        """Declare more special tokens; returns the ids of those that are new, behind all others.
+
+        A model needs `vocab_size` embedding rows then (ftlib.models.resize).
+        """
+        new = [token for token in dict.fromkeys(tokens) if token not in self.special_tokens]
+        if not all(new):
+            raise UserError("an empty text cannot be a token", where="tokenizer.add_tokens")
+        ids = {token: self.vocab_size + i for i, token in enumerate(new)}
+        if ids and isinstance(self.backend, JsonBackend):
+            self.backend.add(ids)
+        self.special_tokens |= ids
+        self._added |= ids
+        self._index()
+        return list(ids.values())
 
     @property
     def vocab_size(self) -> int:
         """Rows an embedding needs: the highest id + 1."""
         return max([self.backend.size, *(i + 1 for i in self.special_tokens.values())])
+
+    @property
+    def filler_id(self) -> int:
+        """An id for padding, which nothing reads: the pad token, else unknown, else 0; never EOS, which is trained."""
+        known = (self.pad_id, self.special_tokens.get(self.names["unk_token"] or ""))
+        return next((i for i in known if i is not None and i != self.eos_id), 0)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -51,6 +80,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides which ids a text becomes."""
         digest = hashlib.sha256(self.files.main.read_bytes())
+        digest.update(str(getattr(self.backend, "prefix", None)).encode())
         if self.files.merges:
             digest.update(self.files.merges.read_bytes())
         digest.update(repr((sorted(self.special_tokens.items()), self.chat_template, self.names)).encode())
@@ -68,14 +98,14 @@ class Tokenizer:
         if not special:
             return self.backend.encode_plain(text)
         if self.backend.matches_added or self._split is None:
-            return self.backend.encode(text)
+            return self.backend.encode(text)  # the library cuts at special tokens itself, or there are none
         ids: list[int] = []
         spans: list[Span] = []
         at = 0
         for match in [*self._split.finditer(text), None]:
             end = match.start() if match else len(text)
             if end > at:
-                found, places = self.backend.encode(text[at:end])
+                found, places = self.backend.encode(text[at:end], at == 0)
                 ids += found
                 spans += [(start + at, stop + at) for start, stop in places]
             if match:
@@ -129,8 +159,21 @@ class Tokenizer:
         for file in (self.files.main, self.files.merges, *self.files.companions):
             if file is not None and file.parent.resolve() != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
+        if self._added:
+            self._save_added(folder)
         if self.chat_template is not None and self.chat_template != self.files.template:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+    def _save_added(self, folder: Path) -> None:
+        if isinstance(self.backend, JsonBackend):
+            (folder / self.files.main.name).unlink(missing_ok=True)
+            (folder / "tokenizer.json").write_text(self.backend.content(), encoding="utf-8")
+        file = folder / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        entry = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        declared = {str(i): {"content": token, **entry} for token, i in self._added.items()}
+        config["added_tokens_decoder"] = {**config.get("added_tokens_decoder", {}), **declared}
+        file.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
     def _template(self) -> str:
         if self.chat_template is None:
@@ -190,8 +233,15 @@ def _backend(files: Files) -> Backend:
     if files.kind == "vocab":
         return JsonBackend.from_vocab(files.main, files.merges)
     if files.kind == "sentencepiece":
-        return SentencePieceBackend(files.main)
+        return SentencePieceBackend(files.main, _prefix(files.config))
     return RanksBackend(files.main)
+
+
+def _prefix(config: dict[str, Any]) -> str | None:
+    """Where transformers lets this model's texts begin with a space (SentencePieceBackend)."""
+    if "legacy" not in config and "Llama" not in str(config.get("tokenizer_class")):
+        return None
+    return "always" if config.get("legacy") else "first"
 
 
 def _text(entry: Any) -> str | None:

@@ -114,7 +114,12 @@ def test_spans_of_real_templates(path):
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_spans_of_built_in_templates(name):
-    ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
+    ends = {
+        "chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>",
+        "phi4": "<|im_end|>",
+        "openchat": "<|end_of_turn|>", "command_r": "<|END_OF_TURN_TOKEN|>", "deepseek": "<｜end▁of▁sentence｜>",
+        "granite": "<|end_of_text|>",
+    }  # fmt: skip
     found = assistant_texts(load_template(name))
     assert [i for _, i in found] == [1, 3]
     assert all(t.strip() == f"{TALK[i]['content']}{ends.get(name, '</s>')}" or name == "llama2" for t, i in found)
@@ -190,3 +195,50 @@ def test_markers_that_are_no_token_warn_once():
         tokenizer.apply_chat_template(TALK)
         tokenizer.apply_chat_template(TALK)
     assert len(caught) == 1
+
+
+REAL_STYLES = [("phi3", "trl/phi3"), ("tulu", "open_instruct/tulu"), ("chatml", "axolotl/chatml")]
+
+
+@pytest.mark.parametrize("name,path", REAL_STYLES)
+def test_built_in_templates_equal_real_ones(name, path):
+    theirs = shared(f"chat_templates/{path}.jinja").read_text()
+    talk = [{"role": "system", "content": "S"}, *TALK]
+    for messages in (talk, talk[:-1]):
+        prompt = len(messages) % 2 == 0
+        wanted = render_chat_template(theirs, messages, None, prompt, **SPECIAL)
+        got = render_chat_template(load_template(name), messages, None, prompt, **SPECIAL)
+        assert got.strip() == wanted.removesuffix(SPECIAL["eos_token"] if name == "phi3" else "").strip()
+
+
+def test_classic_prompt_styles_by_name():
+    wanted = {
+        "vicuna": "<s>S USER: Hi ASSISTANT: Yes</s>USER: Bye ASSISTANT:",
+        "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST] Yes </s><s>[INST] Bye [/INST]",
+        "mistral": "<s>[INST] S[/INST][INST] Hi[/INST] Yes</s>[INST] Bye[/INST]",
+        "metharme": "<s><|system|>S<|user|>Hi<|model|>Yes</s><|user|>Bye<|model|>",
+        "openchat": "<s>S<|end_of_turn|>GPT4 Correct User: Hi<|end_of_turn|>GPT4 Correct Assistant: Yes<|end_of_turn|>"
+        "GPT4 Correct User: Bye<|end_of_turn|>GPT4 Correct Assistant:",
+        "falcon": "System: S\n\nUser: Hi\n\nFalcon: Yes</s>\n\nUser: Bye\n\nFalcon:",
+    }
+    roles = ("system", "user", "assistant", "user")
+    talk = [{"role": r, "content": c} for r, c in zip(roles, ("S", "Hi", "Yes", "Bye"), strict=True)]
+    for name, text in wanted.items():
+        assert render_chat_template(load_template(name), talk, None, True, **SPECIAL) == text, name
+    with pytest.raises(UserError, match="no role tool"):
+        render_chat_template(load_template("mistral"), [{"role": "tool", "content": "x"}], None, **SPECIAL)
+
+
+def test_a_prompt_is_the_beginning_of_the_whole():
+    for name in BUILTIN:
+        if name != "llama2":  # its answer is cut from the prompt by white space that tokenizers swallow
+            prompt = render_chat_template(load_template(name), TALK[:3], None, True, **SPECIAL)
+            assert render_chat_template(load_template(name), TALK, None, **SPECIAL).startswith(prompt), name
+
+
+def test_spans_of_other_roles():
+    for name in ("chatml", "llama3", "phi3", "vicuna"):
+        talk = [{"role": "system", "content": "S"}, *TALK]
+        rendered = render_with_spans(load_template(name), talk, SPECIAL, ("assistant", "user", "system"))
+        assert [i for _, _, i in rendered.spans] == [0, 1, 2, 3, 4]
+        assert all(talk[i]["content"] in rendered.text[s:e] for s, e, i in rendered.spans)

@@ -8,7 +8,7 @@ import pytest
 from shared_data import shared
 
 from ftlib.errors import UserError
-from ftlib.tokenizers import from_pretrained
+from ftlib.tokenizers import from_pretrained, load_template
 
 TEXTS = [
     "", "a", " a", "Hello, world!", "  two  spaces ", "tabs\tand\nnewlines\r\n\r\n", "naïve café — 東京 👩‍👩‍👧 \u200b",
@@ -181,3 +181,160 @@ def test_missing_and_empty_folders(tmp_path):
         from_pretrained(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds no tokenizer"):
         from_pretrained(tmp_path)
+
+
+SP_TEXTS = [
+    "Hello", "<s>Hello</s>", "hi <|im_start|>user\nx<|im_end|> there", "a<|im_end|>b", "<|im_start|> x", "x</s>\ny", "",
+    "<s> hi</s> yo", "emoji 👩 \n\n<|im_end|>",
+]  # fmt: skip
+
+
+@pytest.fixture(params=[True, False, None], ids=["legacy", "not-legacy", "unsaid"])
+def llama_folder(request, tmp_path):
+    """Llama 2's sentencepiece model as a Hugging Face folder, with two more special tokens."""
+    (tmp_path / "tokenizer.model").write_bytes(shared("tokenizers/llama2/tokenizer.model").read_bytes())
+    names = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<|im_start|>", 32001: "<|im_end|>"}
+    rest = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    config = {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "added_tokens_decoder": {str(i): {"content": name, **rest} for i, name in names.items()},
+    }  # fmt: skip
+    if request.param is not None:
+        config["legacy"] = request.param
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_sentencepiece_folder_equals_transformers(llama_folder, tmp_path):
+    """Also as tokenizer.json with Metaspace and byte fallback, which transformers writes of it."""
+    pytest.importorskip("google.protobuf", reason="transformers reads sentencepiece models through protobuf")
+    from transformers import AutoTokenizer
+
+    ours, theirs = from_pretrained(llama_folder), AutoTokenizer.from_pretrained(llama_folder)
+    theirs.save_pretrained(tmp_path / "json")
+    converted = from_pretrained(tmp_path / "json")
+    assert ours.vocab_size == len(theirs) == 32002
+    for text in SP_TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == converted.encode(text) == ids, text
+        check_offsets(converted, text)
+
+
+def test_sentencepiece_folder_frozen(llama_folder):
+    """Written down from transformers 5.17 with protobuf, for machines without it."""
+    legacy = json.loads((llama_folder / "tokenizer_config.json").read_text()).get("legacy")
+    ours = from_pretrained(llama_folder)
+    user, hello = (1404, 15043) if legacy else (1792, 10994)
+    assert ours.encode("hi <|im_start|>user\nx<|im_end|> there") == [
+        7251, 29871, 32000, user, 13, 29916, 32001, 727,
+    ]  # fmt: skip
+    assert ours.encode("<s>Hello</s>") == [1, hello, 2]
+    assert ours.encode("<|im_start|> x") == [32000, 921]
+
+
+def test_mistral_conversations_equal_mistral_common(tmp_path):
+    model = shared("tokenizers/mistral/mistral_instruct_tokenizer_240323.model.v3")
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+             "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>",
+              "added_tokens_decoder": {str(i): {"content": name} for i, name in enumerate(names)}}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = from_pretrained(tmp_path)
+    tokenizer.chat_template = shared("chat_templates/mistral_common/v3_spm.jinja").read_text()
+    case = shared("chat_templates/golden_mistral_common/no_tools")
+    messages = json.loads((case / "sample.json").read_text())["messages"]
+    wanted = json.loads((case / "tokens_v3.json").read_text())["tokens"]
+    assert tokenizer.apply_chat_template(messages) == wanted
+    tokenizer.chat_template = load_template("mistral")
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True) == wanted
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_tekken(tmp_path, listed):
+    """Ranks and pattern as tiktoken applies them, behind the special tokens."""
+    import base64
+
+    import tiktoken
+
+    words = [b"he", b"ll", b"hell", b"hello", b" w", b"\xc3\xa9"]
+    ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), *words])}
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(t).decode(), "token_str": None} for t, i in ranks.items()]
+    vocab.append({"rank": len(ranks), "token_bytes": base64.b64encode(b"cut off").decode(), "token_str": None})
+    pattern = r"\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+    config = {"pattern": pattern, "default_vocab_size": len(ranks) + 30, "default_num_special_tokens": 30}
+    content = {"config": config, "vocab": vocab}
+    if listed:
+        names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+        content["special_tokens"] = [{"rank": i, "token_str": n, "is_control": True} for i, n in enumerate(names)]
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    ours = from_pretrained(tmp_path)
+    theirs = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    for text in TEXTS:
+        plain = [i + 30 for i in theirs.encode_ordinary(text)]
+        assert ours.encode(text, special=False) == plain
+        if "<|im_start|>" not in text:
+            check_offsets(ours, text)
+        assert ours.decode(plain) == text
+    assert ours.encode("[INST]hello[/INST]") == [3, 30 + ranks[b"hello"], 4]
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, len(ranks) + 30)
+    assert ours.special_tokens["<SPECIAL_25>"] == 25
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": {"default_num_special_tokens": 1}}))
+    with pytest.raises(UserError, match="cannot be read"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["json", "sentencepiece"])
+def test_added_tokens_are_saved(byte_level, tmp_path, kind):
+    source = byte_level if kind == "json" else shared("tiny_models/stories260K/hf/tokenizer.model")
+    ours = from_pretrained(source)
+    size, before = ours.vocab_size, ours.fingerprint
+    assert ours.add_tokens(["<call>", "</call>", "<call>"]) == [size, size + 1]
+    assert ours.add_tokens(["<call>"]) == [] and ours.vocab_size == size + 2
+    ids, spans = ours.encode_with_offsets("x <call>hi</call>")
+    assert ids.count(size) == ids.count(size + 1) == 1 and spans[ids.index(size)] == (2, 8)
+    assert ours.decode([size]) == "<call>" and size not in ours.encode("<call>", special=False)
+    ours.save(tmp_path)
+    again = from_pretrained(tmp_path)
+    assert again.encode("x <call>hi</call>") == ids and again.vocab_size == size + 2 and ours.fingerprint != before
+    if kind == "json":
+        from transformers import AutoTokenizer
+
+        assert AutoTokenizer.from_pretrained(tmp_path).encode("x <call>hi</call>", add_special_tokens=False) == ids
+
+
+def test_padding_is_never_the_end(byte_level):
+    ours = from_pretrained(byte_level)
+    assert ours.filler_id == ours.pad_id
+    ours.pad_id = ours.eos_id
+    assert ours.filler_id != ours.eos_id
+
+
+def test_resized_embeddings_learn_in_their_new_rows_only(tmp_path):
+    import torch
+    from tiny_model import write_model
+
+    from ftlib import models
+    from ftlib.models.resize import resize_embeddings, train_rows
+
+    for tied in (True, False):
+        folder = tmp_path / str(tied)
+        folder.mkdir()
+        model = models.from_pretrained(write_model(folder, tie_word_embeddings=tied), dtype=torch.float32)
+        old = model.model.embed_tokens.weight.detach().clone()
+        logits = model.logits(torch.arange(5)[None]).detach()
+        rows = resize_embeddings(model, len(old) + 2, multiple_of=2)
+        assert rows.start == len(old) and (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        torch.testing.assert_close(model.logits(torch.arange(5)[None])[..., : len(old)], logits)
+        torch.testing.assert_close(model.model.embed_tokens.weight[rows.start], old.mean(0))
+        assert model.config["vocab_size"] == model.arch.vocab == model.model.embed_tokens.weight.shape[0]
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        weights = train_rows(model, rows)
+        before = [w.detach().clone() for w in weights]
+        ids = torch.tensor([[1, rows.start, 2]])
+        model.logits(ids).logsumexp(-1).sum().backward()
+        torch.optim.AdamW(weights, lr=0.1, weight_decay=0.0).step()
+        for weight, then in zip(weights, before, strict=True):
+            assert torch.equal(weight[: rows.start], then[: rows.start]) and not torch.equal(weight, then)
+        assert resize_embeddings(model, 3).start == resize_embeddings(model, 3).stop

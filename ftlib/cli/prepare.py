@@ -1,0 +1,39 @@
+"""Fetch and tokenise the data of a run, so that it starts from disk, offline. Needs no GPU and reads no weights.
+
+    tune prepare RECIPE --config FILE [key=value …] [data.workers=8]
+
+Remote sources are fetched anew. What is kept is found again by its content: the bytes of the files, the chat template,
+the tokenizer, the settings of `data` and our code. It lies in data.cache: by default $FTLIB_CACHE or ~/.cache/ftlib.
+"""
+
+import time
+from collections.abc import Sequence
+
+from ftlib import config
+from ftlib.cli import recipe
+from ftlib.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """`tune prepare RECIPE --config F [k=v]`"""
+    if any(word in ("-h", "--help") for word in argv):
+        print(__doc__.strip())
+        return 0
+    if not argv or argv[0].startswith("-"):
+        raise UserError("tune prepare: the recipe comes first", fix="tune prepare RECIPE --config FILE [key=value …]")
+    path = recipe.find(argv[0])
+    cfg = config.load(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
+    if not hasattr(cfg, "data") or not hasattr(cfg, "model"):
+        raise UserError(f"{path}: its config has no model and data, so there is nothing to prepare")
+    if cfg.data.cache == "none":
+        raise UserError("data.cache is none, so nothing would be kept", where="data.cache", fix="name a folder, or auto")
+    from ftlib import build, data  # imports torch
+    from ftlib.data import cache
+
+    start = time.monotonic()
+    rows = data.load(cfg.data, build.tokenizer(cfg), seed=getattr(cfg, "seed", 0), prepare=True)
+    print("\n".join(rows.report.lines()))
+    tokens = sum(int(documents.lengths.sum()) for documents in (rows.train, *rows.eval.values()))
+    seconds = time.monotonic() - start
+    print(f"ready in {cache.folder_of(cfg.data)}: {tokens:,} tokens, {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)")
+    return 0

@@ -1,0 +1,177 @@
+"""What is in a data set, row by row: for `tune doctor`, and for anyone who wants to know before training."""
+
+import csv
+import html
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ftlib.data import sources
+from ftlib.data.collect import Job, Outcome, find_shape
+from ftlib.data.documents import Documents
+from ftlib.data.masks import Tokenizer
+from ftlib.data.preview import merged, preview
+from ftlib.data.report import UNTRAINED, spread
+from ftlib.data.store import MemoryWriter
+from ftlib.errors import UserError
+from ftlib.sections import Data, Source
+
+LISTED = 20  # broken rows that are printed
+SHOWN = 5  # rows on the page, rendered with their trained tokens marked
+COLUMNS = ("where", "tokens", "trained", "state", "repeat_of", "held_out")
+
+
+@dataclass
+class Row:
+    """One row of the data: `state` is ok, or why it would not be trained on."""
+
+    where: str
+    tokens: int
+    trained: int
+    state: str = "ok"
+    repeat_of: str = ""
+    held_out: bool = False
+
+
+@dataclass
+class Findings:
+    """All rows of a data set, and what they amount to."""
+
+    path: str
+    shape: str
+    rows: list[Row]
+    roles: Counter[str] = field(default_factory=Counter)
+    samples: list[tuple[str, list[tuple[str, bool]]]] = field(default_factory=list)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Name and value of each number."""
+        rows = self.rows
+        good = [row for row in rows if row.tokens]
+        tokens, trained = sum(row.tokens for row in good), sum(row.trained for row in good)
+        facts = [("rows", f"{len(rows):,}"), ("format", self.shape), ("tokens", f"{tokens:,}")]
+        if good:
+            facts.append(("trained", f"{trained:,} ({trained / tokens:.1%})"))
+            facts.append(("length of a row", spread([row.tokens for row in good])))
+            facts.append(("trained tokens of a row", spread([row.trained for row in good])))
+            longest = sorted(good, key=lambda row: -row.trained)[: max(1, len(good) // 100)]
+            share = sum(row.trained for row in longest) / max(trained, 1)
+            facts.append(("imbalance", f"the 1 % of rows with most trained tokens hold {share:.0%} of them"))
+        if self.roles:
+            facts.append(("messages", ", ".join(f"{count:,} {role}" for role, count in self.roles.most_common())))
+        facts += [(state, f"{count:,} rows") for state, count in self.states().items() if state != "ok"]
+        facts.append(("exact repeats", f"{sum(bool(row.repeat_of) for row in rows):,} rows"))
+        both = sum(row.held_out for row in rows)
+        return [*facts, ("held out as well", f"{both:,} rows")] if both else facts
+
+    def states(self) -> Counter[str]:
+        """How many rows are in which state; broken ones counted together."""
+        return Counter("broken" if row.state.startswith("broken") else row.state for row in self.rows)
+
+    def lines(self) -> list[str]:
+        """Human lines: the facts, then the first broken rows."""
+        broken = [f"  {row.where}: {row.state}" for row in self.rows if row.state.startswith("broken")]
+        more = [f"  … and {len(broken) - LISTED:,} more"] if len(broken) > LISTED else []
+        return [self.path, *(f"  {name}: {value}" for name, value in self.facts()), *broken[:LISTED], *more]
+
+
+def examine(
+    path: str, tokenizer: Tokenizer, *, seq_len: int, format: str = "auto", held_out: str | None = None
+) -> Findings:
+    """Read every row of `path` as training would. UserError where no row can be read at all."""
+    shape, outcomes, documents = _read(path, tokenizer, seq_len, format)
+    rows, first_seen = [], {}
+    known = set(_read(held_out, tokenizer, seq_len, format)[2].hashes.tolist()) if held_out else set()
+    roles: Counter[str] = Counter()
+    number = 0
+    for where, outcome in outcomes:
+        if outcome.error is not None:
+            rows.append(Row(where, 0, 0, f"broken: {outcome.error.what}"))
+        for length in outcome.lengths if outcome.error is None and not outcome.documents else ():
+            rows.append(Row(where, length, 0, UNTRAINED))
+        for ids, trained, example in outcome.documents:
+            state = "ok" if len(ids) <= seq_len else f"longer than {seq_len:,} tokens"
+            row = Row(where, len(ids), int(trained[1:].sum()), state, held_out=int(documents.hashes[number]) in known)
+            row.repeat_of = first_seen.setdefault(int(documents.hashes[number]), where)
+            row.repeat_of = "" if row.repeat_of == where else row.repeat_of
+            roles.update(message["role"] for message in example.messages or ())
+            rows.append(row)
+            number += 1
+    chosen = np.linspace(0, len(documents) - 1, min(SHOWN, len(documents)), dtype=int)
+    samples = [(documents.where(i), merged(preview(documents, tokenizer, i))) for i in chosen]
+    return Findings(path, shape, rows, roles, samples)
+
+
+def _read(path: str, tokenizer: Tokenizer, seq_len: int, format: str) -> tuple[str, list[tuple[str, Outcome]], Documents]:
+    source = Source(path=path, format=format)
+    cfg = Data(sources=(source,), seq_len=1 << 30, on_bad_row="skip")
+    files = sources.files_of(source)
+    shape, places = find_shape(source, cfg, files, tokenizer, "DATA")
+    job, writer = Job(shape, tokenizer, cfg, files, True), MemoryWriter([str(file) for file in files])
+    numbers, outcomes = {file: i for i, file in enumerate(files)}, []
+    for file, row in places:
+        outcome = job.row(numbers[file], row.line, row.value)
+        outcomes.append((f"{file}:{row.line}", outcome))
+        for ids, trained, _ in outcome.documents:
+            writer.add(ids, trained, outcome.file_id, outcome.line, None)
+    if not any(outcome.documents for _, outcome in outcomes):
+        error = next((o.error for _, o in outcomes if o.error), None)
+        raise error or UserError(f"{path} has nothing to train on", fix="look at the roles and weights of its messages")
+    return f"{shape.format} ({shape.evidence})", outcomes, Documents([writer.finish()], sources=())
+
+
+def write(found: Findings, folder: Path) -> Path:
+    """rows.csv and report.html (no other file, no script, no network) into `folder`; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(row, name) for name in COLUMNS] for row in found.rows)
+    page = folder / "report.html"
+    page.write_text(_page(found), encoding="utf-8")
+    return page
+
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
+    "table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}"
+    "pre{white-space:pre-wrap;background:#f6f6f6;padding:1rem}mark{background:#bfe8c5}"
+    ".bar{background:#4a7fb5;height:1rem;min-width:1px}"
+)
+
+
+def _page(found: Findings) -> str:
+    facts = "".join(f"<tr><th>{html.escape(n)}<td>{html.escape(v)}" for n, v in found.facts())
+    parts = [f"<h1>{html.escape(found.path)}</h1><table>{facts}</table>"]
+    lengths = [row.tokens for row in found.rows if row.tokens]
+    parts.append(f"<h2>Lengths in tokens</h2>{_histogram(lengths)}")
+    bad = [row for row in found.rows if row.state != "ok" or row.repeat_of or row.held_out][:1000]
+    if bad:
+        cells = "".join(
+            f"<tr><td>{html.escape(row.where)}<td>{html.escape(_complaint(row))}" for row in bad
+        )
+        parts.append(f"<h2>Rows to look at</h2><table><tr><th>row<th>what{cells}</table>")
+    parts.append("<h2>Samples</h2><p>Trained tokens are <mark>marked</mark>.</p>")
+    for where, pieces in found.samples:
+        text = "".join(f"<mark>{html.escape(t)}</mark>" if trained else html.escape(t) for t, trained in pieces)
+        parts.append(f"<h3>{html.escape(where)}</h3><pre>{text}</pre>")
+    head = f"<meta charset=utf-8><title>{html.escape(found.path)}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _complaint(row: Row) -> str:
+    said = [row.state] if row.state != "ok" else []
+    said += [f"repeats {row.repeat_of}"] if row.repeat_of else []
+    return "; ".join([*said, *(["held out as well"] if row.held_out else [])])
+
+
+def _histogram(lengths: list[int]) -> str:
+    edges = [2**n for n in range(int(np.log2(max(lengths))) + 2)]
+    counts, _ = np.histogram(lengths, edges)
+    rows = [
+        f"<tr><td>{low:,} to {high - 1:,}<td>{count:,}<td style='width:60%'>"
+        f"<div class=bar style='width:{100 * count / max(counts):.1f}%'></div>"
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+    return f"<table><tr><th>tokens<th>rows<th>{''.join(rows)}</table>"
