@@ -6,6 +6,7 @@ from typing import Any
 
 from ftlib.checkpoint import Saver, State, StopFlag, stop_agreed
 from ftlib.checkpoint.agree import Ranks
+from ftlib.checkpoint.tensors import reshard
 from ftlib.errors import Stopped, UserError
 from ftlib.observe.output import Output
 
@@ -57,6 +58,7 @@ class Boundary:
     def score(self, step: int) -> None:
         """Evaluate after `step` steps, 0 before the first."""
         self.output.evaluation(step, self.evaluate(self.state.model), self.evaluate.samples())
+        reshard(self.state.model)
 
     def finish(self) -> None:
         """After the last step: with `checkpoint.keep_best` the model becomes the best one there was."""

@@ -13,7 +13,6 @@ from typing import Any, Protocol, TextIO
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 import ftlib
@@ -118,6 +117,7 @@ class Saver:
         checkpoints before it as they were."""
         name = format.step_name(step)
         temporary = self.root / f".tmp_{name}"
+        tensors.reshard(state.model)
         with together(self.run, f"preparing {name}"):
             slots, numbers = tensors.optimizer_state(state.model, state.optimizers)
             everything = tensors.model_tensors(state.model) | slots
@@ -170,6 +170,7 @@ class Saver:
         return None if best is None else format.step_name(best["step"])
 
     def _fill(self, name: str, state: State) -> int:
+        tensors.reshard(state.model)
         with together(self.run, f"reading {name}"):
             broken = verify(self.root / name) if self.run.is_main else None
             if broken:
@@ -179,9 +180,6 @@ class Saver:
             wanted = tensors.targets(self.root / name, state.model, state.optimizers, numbers)
         with together(self.run, f"reading {name}"):
             tensors.fill(self.root / name, wanted, state.model, state.optimizers, numbers)
-        for module in state.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # whole copies of the weights before would be used once more
         return saved["step"]
 
     def finish(self, step: int) -> None:

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -21,6 +22,16 @@ from ftlib.errors import UserError
 
 FILE_BYTES = 512 << 20  # of one file: each is built in host memory before it is written, and checked in parallel
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # recompute and compile put these into names
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up the whole copies of sharded weights that a forward without backward (an evaluation) left behind.
+
+    While they are there, `named_parameters` gives them, in the dtype of the arithmetic, in place of what is trained.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

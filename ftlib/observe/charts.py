@@ -1,7 +1,7 @@
 """Line charts as inline SVG: no script, no font, no file beside the page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -49,6 +49,7 @@ def chart(title: str, lines: Sequence[Line]) -> str:
         if x_range[0] <= value <= x_range[1]:
             x, _ = place((value, y_range[0]))
             parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 12}" text-anchor="middle">{number(value)}</text>')
+    parts.append(f'<text class="tick" x="{LEFT - 6}" y="{HEIGHT - 12}" text-anchor="end">step</text>')
     for line in lines:
         parts += _draw(line, place)
     if len(lines) > 1:
@@ -56,7 +57,7 @@ def chart(title: str, lines: Sequence[Line]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _draw(line: Line, place: object) -> list[str]:
+def _draw(line: Line, place: Callable[[Point], Point]) -> list[str]:
     placed = [place(point) for point in thinned(line.points)]
     if line.kind != "dots" and len(placed) > 1:
         path = " ".join(f"{x},{y}" for x, y in placed)

@@ -33,6 +33,7 @@ class Output:
         self.watch = Watch(cfg.optim, self.counters, self.say)
         self.must_go_back = False  # what `watch` said about the last step
         self._sinks: list[sinks.Sink] = []
+        self._last = steps  # step that was done last
         mixers = [(layer.mixer.heads * layer.mixer.head_dim, layer.mixer.window) for layer in model.arch.layers]
         peak = None
         if run.device.type == "cuda":
@@ -75,7 +76,7 @@ class Output:
         """The row of one optimizer step; `tokens` are the step's, over all devices. Raises UserError where the config
         says that numbers like these end a run."""
         row = self._meter.row(step, loss.item(), grad_norm.item(), lr, tokens)
-        self.counters["tokens"] = row["tokens"]
+        self.counters["tokens"], self._last = row["tokens"], step
         self._write(row)
         self._progress.step(row)
         self.must_go_back = self.watch(step, row["loss"], row["grad_norm"])
@@ -124,13 +125,15 @@ class Output:
     def finish(self, *commands: str) -> None:
         """The last words of a finished run: what changed, where things are, what to do next."""
         scores = [row for row in self.rows() if "eval_loss" in row]
+        if self.cfg.checkpoint.keep_best and self.best is not None:  # that is the model in final/
+            scores = [row for row in scores if row["step"] <= self.best["step"]]
         for key in scores[0] if len(scores) > 1 else ():
             if key != "step":
                 before, after = (_number(key, row[key]) for row in (scores[0], scores[-1]))
                 self.say(f"{key.replace('_', ' ')}: {before} before, {after} after")
         if self.run.is_main:
             self._report()
-        self.say(f"finished; results in {self.folder / 'final'}, curves and samples in {self.folder / report.NAME}")
+        self.say(f"finished {self._last} steps; results in {self.folder / 'final'}, curves in {report.NAME} beside it")
         self.say("next:")
         for command in commands:
             self.say(f"  {command}")

@@ -19,10 +19,11 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 sys
 main { max-width: 980px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 34px 0 10px; }
 .sub { color: var(--soft); margin: 2px 0 20px; overflow-wrap: anywhere; }
-.tiles, .charts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); }
+.tiles, .charts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 430px), 1fr)); }
 .tile, .charts > svg, table, pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-.tile { padding: 10px 14px; } .tile b { display: block; font-size: 19px; font-variant-numeric: tabular-nums; }
+.tile { padding: 10px 14px; } .tile b { display: block; font-size: 18px; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
 .tile span { color: var(--soft); font-size: 13px; }
 svg { width: 100%; height: auto; box-sizing: border-box; padding: 8px; }
 svg text { fill: var(--ink); font: 600 13px system-ui, sans-serif; }
@@ -106,13 +107,17 @@ def _charts(trained: list[dict[str, Any]], scored: list[dict[str, Any]]) -> list
     lines = [Line("each step", loss, "thin"), Line("smoothed", smoothed(loss, len(loss) // 20))]
     drawn = [chart("Loss", [*lines, Line("held out", _points(scored, "eval_loss"), "dots")])]
     keys = dict.fromkeys(key for row in scored for key in row if key not in ("step", "eval_loss", "nonfinite"))
-    drawn += [chart(key.replace("_", " "), [Line(key, _points(scored, key), "dots")]) for key in keys]
+    drawn += [chart(_title(key), [Line(key, _points(scored, key), "dots")]) for key in keys]
     known = {"lr": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens/s", "mfu": "MFU",
              "peak_memory_gib": "Peak memory, GiB"}  # fmt: skip
     more = dict.fromkeys(key for row in trained for key in row if key not in {"step", "loss", "tokens", "nonfinite"})
     for key in [*known, *(key for key in more if key not in known)]:
-        drawn.append(chart(known.get(key, key.replace("_", " ")), [Line(key, _points(trained, key))]))
+        drawn.append(chart(known.get(key, _title(key)), [Line(key, _points(trained, key))]))
     return drawn
+
+
+def _title(key: str) -> str:
+    return key.replace("_", " ").capitalize()
 
 
 def _points(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:

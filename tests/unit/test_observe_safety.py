@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import ROOT, train, write_config, write_model, write_rows
+from tiny_model import ROOT, train, tune, write_config, write_model, write_rows
 from torch import nn
 
 from ftlib import config, launch, plugins
@@ -116,7 +116,7 @@ def test_nan_in_a_run(base, tmp_path):
     assert "1 returns to a checkpoint" in (tmp_path / "b" / "report.html").read_text()
 
 
-def test_early_stop_keeps_the_best_and_final_is_made_from_it(base, tmp_path):
+def test_early_stop_keeps_the_best_and_final_is_made_from_it(base, tmp_path, capsys):
     """Held-out answers are noise: the loss on them falls, then rises while the rows are learnt by heart."""
     sections = {"eval": {"every": 2, "patience": 2}, "checkpoint": {"every": 2, "keep": 1, "keep_best": True}}
     file = cfg_file(base, tmp_path, steps=60, optim={"lr": 1e-2}, **sections)
@@ -129,10 +129,22 @@ def test_early_stop_keeps_the_best_and_final_is_made_from_it(base, tmp_path):
     final = load_file(tmp_path / "out" / "final" / "model.safetensors")
     shard = load_file(next((tmp_path / "out" / "checkpoints" / kept[0]).glob("*.safetensors")))
     assert torch.equal(final["model.norm.weight"], shard["model.model.norm.weight"])
+    assert f"eval loss: {rows[0]['eval_loss']:.4f} before, {scored[best]:.4f} after" in capsys.readouterr().out
     with pytest.raises(UserError, match="no evaluation to pick the best by"):
         train("full_sft", "--config", file, "eval.every=0", "eval.patience=0", f"output_dir={tmp_path}/other")
     with pytest.raises(UserError, match="has no 'exact_match'"):
         train("full_sft", "--config", file, "eval.metric=exact_match", f"output_dir={tmp_path}/other")
+
+
+def test_two_processes_save_right_after_evaluating_and_end_with_the_same_best(base, tmp_path):
+    """An evaluation leaves whole copies of sharded weights behind, which must not be what is saved."""
+    sections = {"eval": {"every": 2, "patience": 1}, "checkpoint": {"every": 2, "keep_best": True}, "steps": 4}
+    file = cfg_file(base, tmp_path, batch={"rows": 4, "micro_rows": 2}, schedule={"name": "constant"}, **sections)
+    train("full_sft", "--config", file, f"output_dir={tmp_path}/one")
+    argv = ("recipes/full_sft.py", "--config", file, f"output_dir={tmp_path}/two")
+    assert tune("run", "--nproc-per-node", 2, *argv)[0] == 0
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(two[key], value, rtol=0, atol=1e-4) for key, value in one.items())
 
 
 def test_a_touched_file_asks_for_a_checkpoint(base, tmp_path):
