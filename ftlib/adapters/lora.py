@@ -8,18 +8,20 @@ rank.
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ftlib.adapters import initial, saved_modules, targets
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
+from ftlib.layers.moe import ExpertLinear
+from ftlib.models.load import local_index
 from ftlib.sections import Lora
 
 
@@ -40,6 +42,7 @@ class LoraFactors(nn.Module):
         magnitude = nn.Parameter(torch.empty(linear.out_features, **made)) if cfg.dora else None
         self.register_parameter("magnitude", magnitude)
         moved = cfg.init in initial.FROM_WEIGHT
+        self.over_inputs: Callable[[Tensor], Tensor] | None = None  # sums over the processes that share the inputs
         self.register_buffer("start_A", torch.empty_like(self.lora_A, requires_grad=False) if moved else None)
         self.register_buffer("start_B", torch.empty_like(self.lora_B, requires_grad=False) if moved else None)
         # Learning rates as multiples of the optimizer's (ftlib.optim): LoRA+, and the magnitudes with it, as peft.
@@ -49,6 +52,10 @@ class LoraFactors(nn.Module):
     def plain(self) -> bool:
         """Whether it is scale * B A x and no more, which fused kernels need."""
         return self.magnitude is None and self.start_A is None and self.dropout == 0
+
+    def stored(self, name: str) -> Tensor | None:
+        """A parameter or buffer as it is kept and saved; the attribute may be what this process computes with."""
+        return self._parameters[name] if name in self._parameters else self._buffers[name]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of the whole change scale * B A, the subtracted start included (then r = 2 rank)."""
@@ -77,7 +84,8 @@ class LoraFactors(nn.Module):
         a, b = a.to(wide), b.to(wide)
         square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
         cross = ((weight @ a.to(weight.dtype).T).to(wide) * b).sum(1)
-        return (square + self.scale * (2 * cross + self.scale * ((b @ (a @ a.T)) * b).sum(1))).sqrt()
+        grown = square + self.scale * (2 * cross + self.scale * ((b @ (a @ a.T)) * b).sum(1))
+        return (grown if self.over_inputs is None else self.over_inputs(grown)).sqrt()
 
     def merged(self, weight: Tensor) -> Tensor:
         """The weight [out, in] that does the work of W and the adapter, in float32 at least."""
@@ -108,6 +116,8 @@ def attach_section(
     model: nn.Module, cfg: Lora, *, name: str = "policy", dtype: torch.dtype = torch.float32
 ) -> list[str]:
     """`attach` from a config's section."""
+    from ftlib.adapters.experts import ExpertFactors  # built on this module
+
     model.requires_grad_(False)
     found = targets.find(model, cfg.targets)
     for pattern in [*cfg.rank_pattern, *cfg.alpha_pattern]:
@@ -120,7 +130,8 @@ def attach_section(
         alpha = next((a for pattern, a in cfg.alpha_pattern.items() if ends(pattern, layer)), cfg.alpha)
         if cfg.init in initial.FROM_WEIGHT and rank > min(linear.in_features, linear.out_features):
             raise UserError(f"{layer} has no {rank} main directions", where="lora.rank, lora.init", fix="a lower rank")
-        linear.adapters[name] = LoraFactors(linear, cfg, rank, alpha, dtype)
+        make = ExpertFactors if isinstance(linear, ExpertLinear) else LoraFactors
+        linear.adapters[name] = make(linear, cfg, rank, alpha, dtype)
         linear.active = name
     saved_modules.attach(model, cfg.modules_to_save, name, dtype)
     return list(found)
@@ -137,7 +148,7 @@ def ends(pattern: str, layer: str) -> bool:
 def adapted(model: nn.Module, name: str = "policy") -> Iterator[tuple[str, Linear, LoraFactors]]:
     """(layer name, layer, its factors) of every layer that carries adapter `name`."""
     for layer_name, module in model.named_modules():
-        if isinstance(module, Linear) and name in getattr(module, "adapters", {}):
+        if isinstance(module, Linear | ExpertLinear) and name in getattr(module, "adapters", {}):
             factors = module.adapters[name]
             if isinstance(factors, LoraFactors):
                 yield layer_name, module, factors
@@ -151,15 +162,17 @@ def reset(model: nn.Module, seed: int, name: str = "policy") -> None:
     """
     for layer_name, linear, factors in adapted(model, name):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{layer_name}".encode()))
-        weight = whole(linear.weight) if factors.magnitude is not None or factors.start_A is not None else None
-        a, b = initial.draw(factors.init, linear, factors.rank, factors.scale, weight, generator)
-        fill(factors.lora_A, a)
-        fill(factors.lora_B, b)
+        from_weight = factors.magnitude is not None or factors.start_A is not None
+        weight = whole(linear._parameters["weight"]) if from_weight else None
+        a, b = initial.draw(factors.init, linear, len(factors.stored("lora_A")), factors.scale, weight, generator)
+        fill(factors.stored("lora_A"), a)
+        fill(factors.stored("lora_B"), b)
         if factors.start_A is not None:
-            factors.start_A.copy_(a)
-            factors.start_B.copy_(b)
+            fill(factors.stored("start_A"), a)
+            fill(factors.stored("start_B"), b)
         if factors.magnitude is not None:
-            fill(factors.magnitude, torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32))
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            fill(factors.stored("magnitude"), torch.linalg.vector_norm(weight, dim=1, dtype=wide))
     saved_modules.reset(model, name)
 
 
@@ -172,10 +185,8 @@ def whole(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, which may hold only this process's part of it."""
-    value = value.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.copy_(value[local_index(parameter)])
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Adapters in PEFT's file format, adapter_config.json and adapter_model.safetensors, which peft and vLLM read."""
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ftlib.adapters import initial, lora, saved_modules
+from ftlib.adapters import hf_layers, initial, lora, saved_modules
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
 from ftlib.sections import Lora
@@ -25,7 +24,6 @@ REFUSED = {
     "fan_in_fan_out": False,
     "layer_replication": None,
     "lora_bias": False,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
@@ -50,16 +48,16 @@ def save(
     An adapter that started inside W (PiSSA, OLoRA) is written as the plain one of twice the rank that it equals, so it
     belongs on the base it was made from, not on a changed one.
     """
-    tensors, layers = {}, {}
-    for layer, _, factors in lora.adapted(model, name):
-        layers[layer] = factors
-        a, b = _full_factors(factors)
-        parts = {"lora_A": a, "lora_B": b}
-        if factors.magnitude is not None:
-            parts["magnitude"] = lora.whole(factors.magnitude)
-        tensors |= {f"{PREFIX}{layer}.{KEYS[part]}": _plain(value) for part, value in parts.items()}
-    if not layers:
+    tensors, given, one = {}, {}, None
+    for layer, _, one in lora.adapted(model, name):
+        magnitude = None if one.magnitude is None else _plain(lora.whole(one.stored("magnitude")))
+        given[layer] = hf_layers.Factors(*map(_plain, _full_factors(one)), one.scale, magnitude)
+    if one is None:
         raise UserError(f"the model carries no adapter named {name!r}")
+    layers = hf_layers.fused(model, given)
+    for module, (_, f) in layers.items():
+        parts = {"lora_A": f.a, "lora_B": f.b, "magnitude": f.magnitude}
+        tensors |= {f"{PREFIX}{module}.{KEYS[part]}": value for part, value in parts.items() if value is not None}
     modules = []
     for hf, _, copies in saved_modules.saved(model, name):
         modules.append(hf)
@@ -68,16 +66,17 @@ def save(
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(model, layers, modules) | {"base_model_name_or_path": base, "revision": revision}
+    config = _config(model, layers, one, modules) | {"base_model_name_or_path": base, "revision": revision}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _full_factors(factors: lora.LoraFactors) -> tuple[Tensor, Tensor]:
     """`factors.factors()` of whole tensors, though the trained ones may be sharded. Collective."""
-    a, b = lora.whole(factors.lora_A), lora.whole(factors.lora_B)
+    a, b = lora.whole(factors.stored("lora_A")), lora.whole(factors.stored("lora_B"))
     if factors.start_A is not None:
-        a, b = torch.cat((a, factors.start_A)), torch.cat((b, -factors.start_B), 1)
+        start_a, start_b = lora.whole(factors.stored("start_A")), lora.whole(factors.stored("start_B"))
+        a, b = torch.cat((a, start_a)), torch.cat((b, -start_b), 1)
     return a, b
 
 
@@ -85,22 +84,34 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().to(torch.float32)
 
 
-def _config(model: nn.Module, layers: dict[str, lora.LoraFactors], modules: list[str]) -> dict[str, Any]:
-    """adapter_config.json: the commonest rank and alpha, and patterns for the layers that have others."""
-    ranks, alphas = {}, {}
-    for layer, f in layers.items():
-        ranks[layer] = f.rank if f.start_A is None else 2 * f.rank
-        grown = ranks[layer] / f.rank  # the scale must stay what it was while the rank doubles
-        alphas[layer] = f.alpha * (math.sqrt(grown) if f.rslora else grown)
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    one = next(iter(layers.values()))
+def _config(
+    model: nn.Module,
+    layers: dict[str, tuple[hf_layers.Place, hf_layers.Factors]],
+    one: lora.LoraFactors,
+    modules: list[str],
+) -> dict[str, Any]:
+    """adapter_config.json: the commonest rank and alpha, and patterns for the layers that have others.
+
+    peft knows no patterns for stacks of experts, so that theirs are the common ones wherever there are any.
+    """
+    ranks = {}
+    for module, (place, f) in layers.items():
+        ranks[module] = len(f.a) // model.get_submodule(place.target).experts if place.stack else len(f.a)
+    alphas = {module: hf_layers.alpha(f.scale, ranks[module], one.rslora) for module, (_, f) in layers.items()}
+    stacks = [module for module, (place, _) in layers.items() if place.stack]
+    counted = stacks or list(layers)
+    rank, alpha = (Counter(of[module] for module in counted).most_common(1)[0][0] for of in (ranks, alphas))
+    if any(ranks[module] != rank or alphas[module] != alpha for module in stacks):
+        raise UserError("peft has one rank and alpha for all experts", where="lora.rank_pattern, lora.alpha_pattern")
+    parameters = {".".join(place.target.split(".")[-3:]) for place, _ in layers.values() if place.stack}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": one.dropout,
-        "target_modules": _short_names(model, list(layers)),
+        "target_modules": _short_names(model, [p.target for p, _ in layers.values() if not p.stack]),
+        "target_parameters": sorted(parameters) or None,
         "rank_pattern": {layer: r for layer, r in ranks.items() if r != rank},
         "alpha_pattern": {layer: a for layer, a in alphas.items() if a != alpha},
         "modules_to_save": modules or None,
@@ -131,14 +142,15 @@ def section(model: nn.Module, folder: str | Path) -> Lora:
     """
     folder = Path(folder)
     config, keys = read_config(folder), _keys(folder)
-    layers = sorted({key.split(".lora_")[0] for key in keys if ".lora_" in key})
+    files = sorted({key.split(".lora_")[0] for key in keys if ".lora_" in key})
     modules = sorted({key.rpartition(".")[0] for key in keys if ".lora_" not in key})
-    linears = {n for n, m in model.named_modules() if isinstance(m, Linear)}
     known = saved_modules.candidates(model)
-    unknown = [layer for layer in layers if layer not in linears] + [hf for hf in modules if hf not in known]
-    if unknown or not layers:
+    unknown = [hf for hf in modules if hf not in known]
+    if unknown or not files:
         named = ", ".join(unknown[:3]) or "no lora_A / lora_B tensor at all"
         raise UserError(f"the adapter does not fit this model: {named}", where=str(folder / TENSORS))
+    layers = hf_layers.targeted(model, config.get("target_parameters") or (), files)
+    patterns = {key: _patterns(model, layers, config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
     for wanted in config.get("modules_to_save") or ():
         if not any(hf == wanted or hf.endswith(f".{wanted}") for hf in modules):
             raise UserError(f"modules_to_save names {wanted!r}, which the file lacks", where=str(folder / TENSORS))
@@ -151,33 +163,42 @@ def section(model: nn.Module, folder: str | Path) -> Lora:
         rslora=config.get("use_rslora", False),
         dora=config.get("use_dora", False),
         init=init if init in initial.FROM_WEIGHT else "kaiming",
-        rank_pattern={k: v for k, v in (config.get("rank_pattern") or {}).items() if _used(k, layers)},
-        alpha_pattern={k: v for k, v in (config.get("alpha_pattern") or {}).items() if _used(k, layers)},
         modules_to_save=tuple(modules),
+        **patterns,
     )
 
 
-def _used(pattern: str, layers: list[str]) -> bool:
-    return any(lora.ends(pattern, layer) for layer in layers)
+def _patterns(model: nn.Module, layers: list[str], patterns: dict[str, Any]) -> dict[str, Any]:
+    """Patterns over transformers' layers as ones over ours: kept where the names are the same."""
+    places = hf_layers.places(model, layers)
+    out = {key: value for key, value in patterns.items() if any(lora.ends(key, layer) for layer in layers)}
+    for layer in layers:
+        if places[layer].target != layer:
+            own = [value for key, value in patterns.items() if lora.ends(key, places[layer].target)]
+            out |= {layer: own[0]} if own else {}
+    return out
 
 
 def fill(model: nn.Module, folder: str | Path, *, name: str = "policy") -> None:
     """Read the adapter's tensors into adapter `name`, attached as `section` says, on a model with weights."""
     file = Path(folder) / TENSORS
-    wanted = {}
-    for layer, _, factors in lora.adapted(model, name):
-        parts = {"lora_A": factors.lora_A, "lora_B": factors.lora_B, "magnitude": factors.magnitude}
-        wanted |= {f"{PREFIX}{layer}.{KEYS[part]}": p for part, p in parts.items() if p is not None}
+    wanted: list[tuple[str, slice, Tensor]] = []
+    adapted = {layer: factors for layer, _, factors in lora.adapted(model, name)}
+    for layer, place in hf_layers.places(model, adapted).items():
+        for part in ("lora_A", "lora_B", "magnitude"):
+            rows = slice(*place.rows) if place.rows and part != "lora_A" else slice(None)
+            if (target := adapted[layer].stored(part)) is not None:
+                wanted.append((f"{PREFIX}{place.module}.{KEYS[part]}", rows, target))
     for hf, _, copies in saved_modules.saved(model, name):
-        wanted |= {f"{PREFIX}{hf}.{key}": p for key, p in copies.named_parameters()}
+        wanted += [(f"{PREFIX}{hf}.{key}", slice(None), p) for key, p in copies.named_parameters()]
     if any(factors.start_A is not None for _, _, factors in lora.adapted(model, name)):
         lora.reset(model, 0, name)  # the start inside W follows from W
     with safe_open(file, framework="pt") as opened:
         found = set(opened.keys())
-        for key, target in wanted.items():
+        for key, rows, target in wanted:
             if key not in found:
                 raise UserError(f"the adapter has no {key}", where=str(file))
-            value = opened.get_tensor(key)
+            value = opened.get_tensor(key)[rows]
             if value.shape != target.shape:
                 raise UserError(
                     f"{key.removeprefix(PREFIX)}: the adapter has {list(value.shape)}, "
@@ -227,5 +248,6 @@ def _short_names(model: nn.Module, names: list[str]) -> list[str]:
     """The last parts of `names` when they pick exactly these layers, else the full names."""
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
     linears = [n for n, m in model.named_modules() if isinstance(m, Linear)]
+    linears = {place.target for place in hf_layers.places(model, linears).values()}
     picked = [n for n in linears if n.rsplit(".", 1)[-1] in short]
     return short if sorted(picked) == sorted(names) else names

@@ -1,4 +1,4 @@
-"""Which linear layers an adapter goes on."""
+"""Which linear layers, stacks of experts among them, an adapter goes on."""
 
 import re
 
@@ -6,15 +6,16 @@ from torch import nn
 
 from ftlib.errors import UserError, did_you_mean
 from ftlib.layers.linear import Linear
+from ftlib.layers.moe import ExpertLinear
 
 
-def find(model: nn.Module, targets: tuple[str, ...] | str) -> dict[str, Linear]:
+def find(model: nn.Module, targets: tuple[str, ...] | str) -> dict[str, Linear | ExpertLinear]:
     """Linear layers by name.
 
     `all-linear`: every one inside the blocks (not the head); a tuple: names that end in one of them, at a dot;
     any other string: a regular expression that must match the whole name, as peft reads it.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear | ExpertLinear)}
     if targets == "all-linear":
         return {name: module for name, module in linears.items() if not name.endswith("lm_head")}
     if isinstance(targets, str):
@@ -36,5 +37,5 @@ def find(model: nn.Module, targets: tuple[str, ...] | str) -> dict[str, Linear]:
     return {name: linears[name] for name in linears if name in found}
 
 
-def _choices(linears: dict[str, Linear]) -> str:
+def _choices(linears: dict[str, Linear | ExpertLinear]) -> str:
     return "names here: " + ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears})) + ", or all-linear"
