@@ -30,6 +30,8 @@ def launch(schema: type[Schema], main: Callable[[Schema], object], argv: Sequenc
     if any(word in ("-h", "--help") for word in argv):
         print(usage(schema))
         return
+    if _rank() > 0:  # breakpoint() stops rank 0, which has the terminal; the others wait at their next exchange
+        sys.breakpointhook = lambda *args, **kwargs: None
     _leave_note(f"pid.{os.getpid()}")
     warnings.formatwarning = plain_warning
     cfg = None
