@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ftlib.adapters.saved_modules import Copies
+
 TERA = 1e12
 
 
@@ -40,12 +42,18 @@ def count_weights(model: nn.Module) -> tuple[int, int]:
     """(frozen, trainable) weights that a token is multiplied with: matrices, but no embedding that is only looked up.
 
     Sharded and meta parameters count whole; call it before a base is quantized, whose storage has another size.
-    A mixture of experts counts every expert: scale by the active share.
+    Where an adapter trains a module whole, its copy counts and the base's weight does not. A mixture of experts counts
+    every expert: scale by the active share.
     """
     lookups = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    others = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
-    used = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
-    skipped = {id(module.weight) for module in lookups} - used  # a tied one is also the head
+    inside = {id(part) for module in lookups for part in module.modules()}
+    others = [module for module in model.modules() if id(module) not in inside]
+    replaced = {
+        id(module) for module in others
+        if getattr(module, "active", None) and isinstance(module.adapters[module.active], Copies)
+    }  # fmt: skip
+    used = {id(p) for module in others if id(module) not in replaced for p in module.parameters(recurse=False)}
+    skipped = {id(p) for module in model.modules() for p in module.parameters(recurse=False)} - used
     counts = [0, 0]
     for parameter in model.parameters():
         if parameter.ndim >= 2 and id(parameter) not in skipped:

@@ -11,6 +11,7 @@ from ftlib.adapters import freeze, lora, peft_format
 from ftlib.adapters import setup as adapters
 from ftlib.adapters.fuse import fuse
 from ftlib.errors import UserError
+from ftlib.observe import count_weights
 from ftlib.sections import Lora, Train
 
 
@@ -148,3 +149,12 @@ def test_two_processes_give_the_adapter_of_one(base, tmp_path):
     assert found[1].keys() == found[2].keys()
     for key, value in found[1].items():
         assert (found[2][key] - value).abs().max() <= 1e-4 * value.abs().max().clamp_min(1e-2), key
+
+
+def test_work_counts_the_copy_of_a_module_that_is_trained_whole(base):
+    model = models.from_pretrained(base[0])
+    plain = sum(count_weights(model))
+    lora.attach(model, ("q_proj",), rank=2, alpha=4, modules_to_save=("lm_head", "embed_tokens"))
+    factors = sum(f.lora_A.numel() + f.lora_B.numel() for _, _, f in lora.adapted(model))
+    head = model.lm_head.weight.numel()
+    assert count_weights(model) == (plain - head, factors + head)

@@ -12,6 +12,7 @@ from tiny_model import ROOT, train, tune, write_config, write_model, write_rows
 from torch import nn
 
 from ftlib import config, launch, plugins
+from ftlib.checkpoint import Saver
 from ftlib.errors import UserError
 from ftlib.observe import charts, diagnose, report, sinks
 from ftlib.observe.watch import Watch
@@ -114,6 +115,25 @@ def test_nan_in_a_run(base, tmp_path):
     assert [row["step"] for row in trained if row["loss"] is None] == [5, 6, 7]
     assert trained[-1]["loss"] < trained[0]["loss"]
     assert "1 returns to a checkpoint" in (tmp_path / "b" / "report.html").read_text()
+
+
+def test_going_back_takes_model_and_optimizer_but_not_the_data(base, tmp_path, monkeypatch):
+    file, right, seen = cfg_file(base, tmp_path, checkpoint={"every": 3}), Saver.roll_back, []
+
+    def check(saver, state):
+        before, position = state.model.model.norm.weight.clone(), state.loader.state_dict()
+        assert right(saver, state) == 3
+        shard = load_file(next((saver.root / "step_000003").glob("*.safetensors")))
+        assert torch.equal(state.model.model.norm.weight, shard["model.model.norm.weight"])
+        moments = state.optimizer.state[state.model.model.norm.weight]["exp_avg"]
+        assert torch.equal(moments, shard["optim.state.model.norm.weight.exp_avg"])
+        assert not torch.equal(before, state.model.model.norm.weight) and state.loader.state_dict() == position
+        seen.append(True)
+
+    monkeypatch.setattr(Saver, "roll_back", check)
+    monkeypatch.setattr(Watch, "__call__", lambda watch, step, loss, norm: step == 5)
+    train("full_sft", "--config", file, "steps=6", "eval.every=0")
+    assert seen == [True]
 
 
 def test_early_stop_keeps_the_best_and_final_is_made_from_it(base, tmp_path, capsys):
