@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from ftlib import data, plugins, preflight, tokenizers
+from ftlib import data, loop, plugins, preflight, tokenizers
 from ftlib.adapters import freeze
 from ftlib.adapters import setup as adapters
 from ftlib.adapters.fuse import fuse
 from ftlib.errors import Problems, UserError
 from ftlib.layers.attention import choose_backend
 from ftlib.models import LanguageModel, families, hub, load
+from ftlib.parallel import check as mesh
 from ftlib.parallel import offload
 from ftlib.parallel.apply import apply
 from ftlib.parallel.run import Run, sizes
@@ -69,14 +70,15 @@ def check(cfg: Any, world: int = 1) -> None:
     `cfg` is a recipe's Config: sections it does not have are not checked.
     """
     problems, found = [], []
-    for part in (lambda: _check_model(cfg), lambda: _check_parallel(cfg, world)):
+    for part in (lambda: _check_model(cfg), lambda: _check_parallel(cfg, world), lambda: loop.check(cfg)):
         try:
             found.append(part())
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise Problems(problems)
-    built, shards = found
+    built, shards, _ = found
+    mesh.check(built, cfg, cfg.parallel.cp, cfg.parallel.tp)
     preflight.check(built, cfg, shards)
 
 
@@ -104,8 +106,6 @@ def _check_parallel(cfg: Any, world: int) -> int:
     replicate, shard, cp, tp = sizes(cfg.parallel, world)
     if cfg.memory.offload and default_device().type != "cuda":
         raise UserError("offload needs a GPU to offload from", where="memory.offload", fix="set memory.offload=false")
-    if cp > 1 or tp > 1:
-        raise UserError("cp and tp above 1 are not available", where="parallel.cp, parallel.tp", fix="set both to 1")
     per_forward = cfg.batch.micro_rows * replicate * shard
     if cfg.batch.rows % per_forward:
         raise UserError(
@@ -180,4 +180,5 @@ def loader(cfg: Any, documents: data.Documents, tokenizer: Tokenizer, run: Run) 
         rank=run.data_rank,
         ranks=run.data_ranks,
         pin=run.device.type == "cuda",
+        share=run.share if run.data["cp"].size() > 1 else None,
     )

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ftlib.errors import UserError, did_you_mean
 from ftlib.models.keys import Table, piece
@@ -76,6 +77,11 @@ def reset(model: nn.Module, name: str) -> None:
             p.copy_(module._parameters[key])
 
 
+def waits(tensor: DTensor) -> bool:
+    """Whether a sharded tensor is still to be gathered by FSDP2; one on the tensor-parallel axis alone is not."""
+    return tensor.device_mesh.mesh_dim_names != ("tp",)
+
+
 @cache
 def _switching(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """`kind` with each parameter in `names` read from the active adapter, in the base's dtype."""
@@ -83,9 +89,10 @@ def _switching(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     def chosen(name: str) -> property:
         def get(self: nn.Module) -> Tensor | None:
             base = self._parameters[name]
-            return base if base is None or self.active is None else getattr(
-                self.adapters[self.active], name
-            ).to(base.dtype)
+            # Sharded over data ranks: not computed with yet, and FSDP2 asks for the parameter by its attribute.
+            if base is None or self.active is None or (isinstance(base, DTensor) and waits(base)):
+                return base
+            return getattr(self.adapters[self.active], name).to(base.dtype)
 
         return property(get)
 

@@ -1,10 +1,14 @@
 """Head projection and cross-entropy in one op: the logits of all tokens never exist at once."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 IGNORE = -100
 TILE_BYTES = 1 << 30  # logits alive at a time; large tiles keep the matrix products efficient
@@ -18,6 +22,7 @@ def linear_cross_entropy(
     targets: int | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Sum over targets of -log softmax(z)[label], a float32 scalar (float64 for float64 input).
 
@@ -25,8 +30,16 @@ def linear_cross_entropy(
     softcap * tanh(z / softcap) if given. Rows without a target are left out before the product; `targets`, their
     number, saves a wait for the device when it is known. Gradients are made in the forward pass, tile by tile, so
     each logit is computed once.
+
+    `vocab_group`: processes that each hold a slice of V, all with the same hidden and labels; a `weight` sharded over
+    the tensor-parallel axis brings its own. Each returns the whole sum. The gradient of `hidden` is then this process's
+    part of a sum over the group, which belongs to whoever gathered `hidden` (ftlib.parallel.tensor).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, targets, scale, softcap)
+    if isinstance(weight, DTensor):
+        if weight.device_mesh.mesh_dim_names != ("tp",):
+            raise ValueError("the head's weight is sharded over data ranks: run the model's forward first")
+        vocab_group, weight = weight.device_mesh.get_group(), weight.to_local()
+    return _LinearCrossEntropy.apply(hidden, weight, labels, targets, scale, softcap, vocab_group)
 
 
 def linear_cross_entropy_reference(
@@ -76,7 +89,36 @@ def tile_reference(logits: Tensor, labels: Tensor, scale: float, softcap: float 
     return nll
 
 
-def _tile(device: torch.device) -> Callable[[Tensor, Tensor, float, float | None], Tensor]:
+def tile_of_vocab(
+    logits: Tensor, labels: Tensor, scale: float, softcap: float | None, group: ProcessGroup
+) -> Tensor:
+    """`tile_reference` for logits [n, V / size] of this process's slice of the vocabulary; two small all-reduces."""
+    wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) * scale
+    slope = scale
+    if softcap is not None:
+        bent = torch.tanh(wide / softcap)
+        wide, slope = softcap * bent, scale * (1 - bent * bent)
+    at = labels - group.rank() * logits.shape[1]
+    here = (at >= 0) & (at < logits.shape[1])
+    at = at.masked_fill(~here, 0)[:, None]
+    top = wide.amax(-1, keepdim=True)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    grad = (wide - top).exp_()
+    target = wide.gather(1, at).masked_fill(~here[:, None], 0)
+    sums = torch.cat((grad.sum(-1, keepdim=True), target), 1)
+    dist.all_reduce(sums, group=group)
+    total, target = sums.split(1, 1)
+    grad /= total
+    grad.scatter_add_(1, at, -here.to(grad.dtype)[:, None])
+    logits.copy_(grad.mul_(slope))
+    return (top + total.log() - target)[:, 0]
+
+
+def _tile(
+    device: torch.device, group: ProcessGroup | None
+) -> Callable[[Tensor, Tensor, float, float | None], Tensor]:
+    if group is not None:
+        return partial(tile_of_vocab, group=group)
     if device.type != "cuda":
         return tile_reference
     from ftlib.kernels.cross_entropy_triton import tile_triton  # Triton is there where there is a GPU
@@ -94,9 +136,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: int | None,
         scale: float,
         softcap: float | None,
+        group: ProcessGroup | None,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        tile = _tile(hidden.device)
+        tile = _tile(hidden.device, group)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
@@ -121,4 +164,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None

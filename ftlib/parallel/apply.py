@@ -1,20 +1,23 @@
-"""Transforms of a built model, in the one order that composes: compile, recompute, shard."""
+"""Transforms of a built model, in the one order that composes: tensor parallel, compile, recompute, shard."""
 
 import torch
 import torch._functorch.config
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from ftlib.parallel import tensor
 from ftlib.parallel.run import Run
 from ftlib.sections import Memory
 
 
 def apply(model: nn.Module, run: Run, memory: Memory, dtype: torch.dtype) -> None:
-    """Compile and checkpoint each block, then shard over the fsdp axis when there is more than one process.
+    """Split matrices over tp, compile and checkpoint each block, shard over fsdp: each where it has several processes.
 
     `model.model.layers` are the blocks. The model may still be on the meta device.
     """
     layers = model.model.layers
+    if run.dense["tp"].size() > 1:
+        tensor.apply(model, run.dense["tp"])
     if memory.compile is True or (memory.compile == "auto" and run.device.type == "cuda"):
         _compile(layers, memory.recompute)
     else:
@@ -41,7 +44,8 @@ def _shard(model: nn.Module, run: Run, dtype: torch.dtype) -> None:
     """FSDP2: a unit per block; norm, head and a tied embedding together, kept whole after forward."""
     replicated = run.dense["dp_replicate"].size() > 1
     mesh = run.dense["dp_replicate", "fsdp"] if replicated else run.dense["fsdp"]
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+    reduce = torch.promote_types(dtype, torch.float32)
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce)}
     for block in model.model.layers:
         fully_shard(block, **options)
     if model.arch.tied:

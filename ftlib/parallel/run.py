@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ftlib.errors import UserError
+from ftlib.layers.batch import Batch
+from ftlib.parallel import context
 from ftlib.sections import Parallel
 
 
@@ -26,6 +28,7 @@ class Run:
     world: int
     dense: DeviceMesh
     data: DeviceMesh
+    cp_style: str = "ulysses"
 
     @property
     def is_main(self) -> bool:
@@ -41,6 +44,11 @@ class Run:
         return self.data["dp_replicate"].get_local_rank() * self.data["dp_shard"].size() + self.data[
             "dp_shard"
         ].get_local_rank()
+
+    def share(self, batch: Batch) -> Batch:
+        """The part of a batch that this process computes: all of it unless rows lie on several processes."""
+        cp = self.data["cp"]
+        return batch if cp.size() == 1 else context.share(batch, cp.get_group(), self.cp_style)
 
     def total(self, x: Tensor) -> Tensor:
         """`x` summed over the processes that hold different tokens."""
@@ -94,7 +102,7 @@ def start(cfg: Parallel, seed: int, deterministic: bool = False) -> Run:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         # One process needs no rendezvous, so it opens no port.
         store = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), **store)
+        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout_s), **store)
     torch.manual_seed(seed)
     random.seed(seed)
     if deterministic:
@@ -103,7 +111,7 @@ def start(cfg: Parallel, seed: int, deterministic: bool = False) -> Run:
         device.type, (shape[0], shape[1] * shape[2], shape[3]), mesh_dim_names=("dp_replicate", "fsdp", "tp")
     )
     data = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "cp", "tp"))
-    return Run(device=device, rank=rank, world=world, dense=dense, data=data)
+    return Run(device=device, rank=rank, world=world, dense=dense, data=data, cp_style=cfg.cp_style)
 
 
 def make_deterministic() -> None:

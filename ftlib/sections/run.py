@@ -24,7 +24,9 @@ class Parallel:
     dp_replicate: int = 1  # copies of the sharded model (HSDP); with dp_shard=1 this is plain data parallelism
     dp_shard: int = -1  # processes that share one copy of the model (FSDP2); -1: all that are left
     cp: int = 1  # processes that share one sequence
+    cp_style: Literal["ulysses", "allgather"] = "ulysses"  # sequence traded for heads, or keys and values gathered
     tp: int = 1  # processes that share each matrix
+    timeout_s: float = 600.0  # a process that waits longer for the others ends the run
 
     def __post_init__(self) -> None:
         for key in ("dp_replicate", "cp", "tp"):
@@ -32,6 +34,8 @@ class Parallel:
                 raise ValueError(f"{key}: must be at least 1")
         if self.dp_shard < 1 and self.dp_shard != -1:
             raise ValueError("dp_shard: must be at least 1, or -1 for all processes that are left")
+        if self.timeout_s <= 0:
+            raise ValueError("timeout_s: must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

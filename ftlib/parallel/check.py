@@ -1,0 +1,58 @@
+"""What a mesh asks of a model and of the rows it reads, known before anything is loaded."""
+
+from typing import Any
+
+from torch import nn
+
+from ftlib.errors import Problems, UserError
+from ftlib.parallel import tensor
+
+
+def check(model: nn.Module, cfg: Any, cp: int, tp: int) -> None:
+    """UserError naming the keys that do not fit. `model` may be on meta; `cfg` is the recipe's config."""
+    problems = []
+    if tp > 1:
+        try:
+            tensor.check(model, tp)
+        except UserError as error:
+            problems.append(str(error))
+    others = (_heads(model, cfg, cp, tp), _rows(cfg, cp, tp), _answers(cfg, cp, tp))
+    problems += [str(error) for error in others if error]
+    if problems:
+        raise Problems(problems)
+
+
+def _heads(model: nn.Module, cfg: Any, cp: int, tp: int) -> UserError | None:
+    if cp == 1 or cfg.parallel.cp_style != "ulysses":
+        return None
+    for layer in model.arch.layers:
+        heads = getattr(layer.mixer, "heads", cp * tp)
+        if heads % (cp * tp):
+            return UserError(
+                f"num_attention_heads {heads} is no multiple of parallel.cp {cp} x parallel.tp {tp}",
+                where="parallel.cp, config.json",
+                fix="set parallel.cp_style=allgather, which does not split heads, or a smaller parallel.cp",
+            )
+    return None
+
+
+def _rows(cfg: Any, cp: int, tp: int) -> UserError | None:
+    pieces = cp * tp * (2 if cp > 1 and cfg.parallel.cp_style == "allgather" else 1)
+    if cfg.data.seq_len % pieces == 0:
+        return None
+    why = "cp_style allgather gives each process an early and a late piece" if pieces != cp * tp else "split evenly"
+    return UserError(
+        f"data.seq_len {cfg.data.seq_len} is no multiple of {pieces} (parallel.cp {cp} x parallel.tp {tp}; {why})",
+        where="data.seq_len",
+        fix=f"set data.seq_len={-(-cfg.data.seq_len // pieces) * pieces}",
+    )
+
+
+def _answers(cfg: Any, cp: int, tp: int) -> UserError | None:
+    if cp * tp == 1 or not getattr(getattr(cfg, "eval", None), "exact_match", 0):
+        return None
+    return UserError(
+        "answers cannot be generated while sequences or matrices are shared by several processes",
+        where="eval.exact_match, parallel.cp, parallel.tp",
+        fix="set eval.exact_match=0 and evaluate the saved result",
+    )

@@ -1,0 +1,84 @@
+"""The grid of the equality suite: which meshes, on which kind of run, are compared with one process."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run of three steps. Mesh sizes, then what is trained and how."""
+
+    replicate: int = 1
+    shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    style: str = "ulysses"
+    kind: str = "full"  # full, lora, dora or saved (LoRA with whole modules beside it)
+    model: str = "qwen3"  # qwen3: tied, norms on heads; qwen2: untied, biases
+    pack: bool = True
+    micro_rows: int = 1  # accumulation = 8 rows / (micro_rows x data ranks)
+    recompute: str = "none"
+    compile: bool = False
+    dtype: str = "fp64"
+
+    @property
+    def world(self) -> int:
+        return self.replicate * self.shard * self.cp * self.tp
+
+    @property
+    def mesh(self) -> str:
+        sizes = [("HSDP" if self.shard > 1 else "DDP", self.replicate), ("FSDP", self.shard), ("CP", self.cp)]
+        text = " x ".join(f"{name}{size}" for name, size in [*sizes, ("TP", self.tp)] if size > 1)
+        return text + (f" ({self.style})" if self.cp > 1 else "")
+
+    @property
+    def work(self) -> str:
+        words = [self.kind, self.model, "packed" if self.pack else "not packed", f"micro rows {self.micro_rows}"]
+        words += ["recompute"] * (self.recompute != "none") + ["compiled"] * self.compile
+        return ", ".join([*words, self.dtype])
+
+
+GATHER = "allgather"
+# What every change runs: each mechanism once, every pair of options that has its own code path somewhere.
+SHORT = [
+    Case(shard=2),
+    Case(shard=2, kind="lora", model="qwen2", micro_rows=2, recompute="full"),
+    Case(shard=2, dtype="fp32", pack=False),
+    Case(replicate=2, model="qwen2"),
+    Case(tp=2),
+    Case(tp=2, model="qwen2", recompute="full", pack=False, micro_rows=2),
+    Case(tp=2, kind="lora", model="qwen2"),
+    Case(tp=2, kind="dora"),
+    Case(tp=2, dtype="fp32"),
+    Case(cp=2),
+    Case(cp=2, style=GATHER, model="qwen2"),
+    Case(cp=2, style=GATHER, kind="lora", recompute="full", micro_rows=2),
+    Case(cp=2, kind="lora", model="qwen2", pack=False),
+    Case(replicate=2, shard=2, micro_rows=2),
+    Case(shard=2, tp=2),
+    Case(shard=2, tp=2, kind="lora", model="qwen2", recompute="full"),
+    Case(cp=2, tp=2, style=GATHER),
+    Case(shard=2, cp=2, kind="saved"),
+]
+
+
+def wide() -> list[Case]:
+    """Every mesh of 2, 4 and 8 processes on every kind of run: the slow grid."""
+    meshes = [
+        {"shard": 2}, {"replicate": 2}, {"tp": 2}, {"cp": 2}, {"cp": 2, "style": GATHER},
+        {"shard": 4}, {"replicate": 2, "shard": 2}, {"shard": 2, "tp": 2}, {"replicate": 2, "tp": 2},
+        {"shard": 2, "cp": 2}, {"cp": 2, "tp": 2, "style": GATHER}, {"cp": 4, "style": GATHER},
+        {"replicate": 2, "shard": 2, "tp": 2}, {"shard": 2, "cp": 2, "tp": 2}, {"replicate": 2, "cp": 2, "tp": 2,
+        "style": GATHER}, {"replicate": 2, "shard": 2, "cp": 2}, {"shard": 8},
+    ]  # fmt: skip
+    runs = [
+        {"kind": "full", "model": "qwen3"},
+        {"kind": "full", "model": "qwen2", "pack": False, "recompute": "full"},
+        {"kind": "lora", "model": "qwen2"},
+        {"kind": "lora", "model": "qwen3", "recompute": "full"},
+        {"kind": "dora", "model": "qwen3"},
+        {"kind": "saved", "model": "qwen2"},
+        {"kind": "full", "model": "qwen3", "dtype": "fp32"},
+    ]
+    found = [Case(**mesh, **run) for mesh in meshes for run in runs]
+    compiled = [Case(**mesh, kind=kind, compile=True) for mesh in meshes[:5] for kind in ("full", "lora")]
+    return found + compiled

@@ -1,0 +1,32 @@
+"""Every mesh gives the loss, gradients, gradient norms and weights of one process."""
+
+import pytest
+from parallel import spawn, training
+from parallel.grid import SHORT, wide
+
+LIMIT = {"fp64": 1e-10, "fp32": 1e-5}  # relative; a fault is 1e-3 and more
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    training.write_models(folder)
+    return folder
+
+
+def check(cases, models, out):
+    for report in spawn.run(cases[0].world, cases, models, out):
+        for case, found in zip(cases, report, strict=True):
+            assert "error" not in found, found["error"]
+            assert all(value <= LIMIT[case.dtype] for value in found.values()), (case, found)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_mesh_computes_what_one_process_does(world, models, tmp_path):
+    check([case for case in SHORT if case.world == world], models, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_the_wide_grid(world, models, tmp_path):
+    check([case for case in wide() if case.world == world], models, tmp_path)

@@ -1,0 +1,138 @@
+"""Three steps of training on a mesh, and the same three steps on one process."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from parallel.grid import Case
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ftlib import build
+from ftlib.adapters import lora
+from ftlib.data import Documents, Loader
+from ftlib.losses.language_modelling import next_token_loss
+from ftlib.optim import adamw
+from ftlib.parallel import run as processes
+from ftlib.sections import Lora, Memory, Model, Optim, Parallel
+
+SEQ_LEN, ROWS, STEPS, SEED = 32, 8, 3, 7
+NAMES = {"qwen3": "qwen3-0.6b", "qwen2": "qwen2.5-7b"}
+build.DTYPES["fp64"] = torch.float64
+
+
+def write_models(folder: Path) -> None:
+    """Tiny models of two families with every weight random, biases and norms too."""
+    import json
+
+    from parity.shrink import reference, shrunk
+
+    for name, source in NAMES.items():
+        settings = shrunk(source, num_hidden_layers=2, intermediate_size=64, tie_word_embeddings=name == "qwen3")
+        reference(settings).save_pretrained(folder / name)
+        (folder / name / "config.json").write_text(json.dumps(settings))
+
+
+def config(case: Case, models: Path) -> SimpleNamespace:
+    """What build.model reads of a recipe's config."""
+    cfg = SimpleNamespace(
+        model=Model(path=str(models / case.model)),
+        memory=Memory(recompute=case.recompute, compile=case.compile),
+        parallel=mesh(case),
+        dtype=case.dtype,
+        seed=SEED,
+    )
+    if case.kind != "full":
+        modules = {"modules_to_save": ("lm_head", "norm")} if case.kind == "saved" else {}
+        cfg.lora = Lora(rank=4, dora=case.kind == "dora", **modules)
+        # Adapters are kept in float32; here nothing may be rounded.
+        lora.attach_section.__kwdefaults__["dtype"] = build.DTYPES[case.dtype]
+    return cfg
+
+
+def mesh(case: Case) -> Parallel:
+    return Parallel(dp_replicate=case.replicate, dp_shard=case.shard, cp=case.cp, tp=case.tp, cp_style=case.style)
+
+
+def alone() -> SimpleNamespace:
+    """A run of one process, wherever this is called."""
+    one = SimpleNamespace(size=lambda: 1)
+    sizes = dict.fromkeys(("dp_replicate", "fsdp", "dp_shard", "cp", "tp"), one)
+    return SimpleNamespace(
+        device=torch.device("cpu"), rank=0, world=1, dense=sizes, data=sizes, data_rank=0, data_ranks=1, is_main=True,
+        share=lambda batch: batch, total=lambda x: x,
+    )  # fmt: skip
+
+
+def documents() -> Documents:
+    """40 documents, a third of the tokens without loss; several of them share a row."""
+    random = np.random.default_rng(3)
+    lengths = random.integers(3, SEQ_LEN // 2, 40)
+    return Documents.from_rows([(random.integers(3, 160, n), random.random(n) < 0.7) for n in lengths])
+
+
+def train(case: Case, models: Path, run: object) -> dict[str, torch.Tensor]:
+    """Losses and gradient norms of three steps, gradients of the first, weights after the last; whole tensors."""
+    model = build.model(config(case, models), run)
+    if case.kind != "full":
+        randomise(model)  # B = 0 would hide A
+    # A large eps: else a gradient that is zero but for rounding moves its weight as far as any other.
+    optimizer = adamw.build(model, Optim(lr=1e-2, weight_decay=0.1, eps=1e-4))
+    loader = Loader(
+        documents(), seq_len=SEQ_LEN, rows=ROWS, micro_rows=case.micro_rows, seed=SEED, pack=case.pack, pad_id=0,
+        rank=run.data_rank, ranks=run.data_ranks, share=run.share if run.world > 1 else None,
+    )  # fmt: skip
+    found = {}
+    for step in range(STEPS):
+        batch, total = next(loader), torch.zeros((), dtype=torch.float64)
+        for micro in batch.micro_batches:
+            hidden = model(micro)
+            part = next_token_loss(hidden, model.lm_head.weight, micro.labels, micro.target_tokens)
+            part = part / batch.target_tokens
+            part.backward()
+            total += part.detach()
+        found[f"loss {step}"] = run.total(total)
+        if step == 0:
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            found |= {f"grad {name}": whole(p.grad) for name, p in trained.items() if p.grad is not None}
+        found[f"norm {step}"] = adamw.step(optimizer, 1e-2, 1.0).double()
+    return found | {f"weight {name}": whole(p) for name, p in trained.items()}
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for _, _, factors in lora.adapted(model):
+        for name in ("lora_A", "lora_B"):
+            target = factors.stored(name)
+            lora.fill(target, 0.2 * torch.randn(target.shape, generator=generator, dtype=torch.float64))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest relative difference of each kind of number; infinite where the two have different tensors."""
+    worst = dict.fromkeys(("loss", "grad", "norm", "weight"), 0.0)
+    if found.keys() != wanted.keys():
+        missing = sorted(found.keys() ^ wanted.keys())
+        return dict.fromkeys(worst, float("inf")) | {"differs": missing[:4]}
+    for name, value in wanted.items():
+        kind = name.split()[0]
+        scale = float(value.abs().max()) or 1.0
+        difference = float((found[name] - value).abs().max()) / scale
+        worst[kind] = max(worst[kind], difference if difference == difference else float("inf"))
+    return worst
+
+
+def one_process(case: Case) -> Case:
+    """The same work without a mesh."""
+    return dataclasses.replace(case, replicate=1, shard=1, cp=1, tp=1, recompute="none", compile=False)
+
+
+def start(case: Case) -> processes.Run:
+    return processes.start(mesh(case), SEED)
