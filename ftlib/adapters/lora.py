@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from ftlib.adapters import initial, saved_modules, targets
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
+from ftlib.layers.moe import ExpertLinear
 from ftlib.models.load import local_index
 from ftlib.sections import Lora
 
@@ -115,6 +116,8 @@ def attach_section(
     model: nn.Module, cfg: Lora, *, name: str = "policy", dtype: torch.dtype = torch.float32
 ) -> list[str]:
     """`attach` from a config's section."""
+    from ftlib.adapters.experts import ExpertFactors  # built on this module
+
     model.requires_grad_(False)
     found = targets.find(model, cfg.targets)
     for pattern in [*cfg.rank_pattern, *cfg.alpha_pattern]:
@@ -127,7 +130,8 @@ def attach_section(
         alpha = next((a for pattern, a in cfg.alpha_pattern.items() if ends(pattern, layer)), cfg.alpha)
         if cfg.init in initial.FROM_WEIGHT and rank > min(linear.in_features, linear.out_features):
             raise UserError(f"{layer} has no {rank} main directions", where="lora.rank, lora.init", fix="a lower rank")
-        linear.adapters[name] = LoraFactors(linear, cfg, rank, alpha, dtype)
+        make = ExpertFactors if isinstance(linear, ExpertLinear) else LoraFactors
+        linear.adapters[name] = make(linear, cfg, rank, alpha, dtype)
         linear.active = name
     saved_modules.attach(model, cfg.modules_to_save, name, dtype)
     return list(found)
@@ -144,7 +148,7 @@ def ends(pattern: str, layer: str) -> bool:
 def adapted(model: nn.Module, name: str = "policy") -> Iterator[tuple[str, Linear, LoraFactors]]:
     """(layer name, layer, its factors) of every layer that carries adapter `name`."""
     for layer_name, module in model.named_modules():
-        if isinstance(module, Linear) and name in getattr(module, "adapters", {}):
+        if isinstance(module, Linear | ExpertLinear) and name in getattr(module, "adapters", {}):
             factors = module.adapters[name]
             if isinstance(factors, LoraFactors):
                 yield layer_name, module, factors
