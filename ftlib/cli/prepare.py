@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
     if not hasattr(cfg, "data") or not hasattr(cfg, "model"):
         raise UserError(f"{path}: its config has no model and data, so there is nothing to prepare")
     if cfg.data.cache == "none":
-        raise UserError("data.cache is none, so nothing would be kept", where="data.cache", fix="name a folder, or auto")
+        what = "data.cache is none, so nothing would be kept"
+        raise UserError(what, where="data.cache", fix="name a folder, or auto")
     from ftlib import build, data  # imports torch
     from ftlib.data import cache
 
@@ -35,5 +36,6 @@ def main(argv: Sequence[str]) -> int:
     print("\n".join(rows.report.lines()))
     tokens = sum(int(documents.lengths.sum()) for documents in (rows.train, *rows.eval.values()))
     seconds = time.monotonic() - start
-    print(f"ready in {cache.folder_of(cfg.data)}: {tokens:,} tokens, {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)")
+    speed = f"{seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
+    print(f"ready in {cache.folder_of(cfg.data)}: {tokens:,} tokens, {speed}")
     return 0

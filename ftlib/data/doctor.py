@@ -103,7 +103,9 @@ def examine(
     return Findings(path, shape, rows, roles, samples)
 
 
-def _read(path: str, tokenizer: Tokenizer, seq_len: int, format: str) -> tuple[str, list[tuple[str, Outcome]], Documents]:
+def _read(
+    path: str, tokenizer: Tokenizer, seq_len: int, format: str
+) -> tuple[str, list[tuple[str, Outcome]], Documents]:
     source = Source(path=path, format=format)
     cfg = Data(sources=(source,), seq_len=1 << 30, on_bad_row="skip")
     files = sources.files_of(source)
@@ -134,7 +136,7 @@ def write(found: Findings, folder: Path) -> Path:
 
 
 _STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}"
     "pre{white-space:pre-wrap;background:#f6f6f6;padding:1rem}mark{background:#bfe8c5}"
     ".bar{background:#4a7fb5;height:1rem;min-width:1px}"
