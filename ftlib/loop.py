@@ -8,7 +8,26 @@ from ftlib.checkpoint import Saver, State, StopFlag, stop_agreed
 from ftlib.checkpoint.agree import Ranks
 from ftlib.checkpoint.tensors import reshard
 from ftlib.errors import Stopped, UserError
+from ftlib.observe import sinks
 from ftlib.observe.output import Output
+
+
+def check(cfg: Any) -> None:
+    """UserError for what a run would only find out after its first steps, or need and not find installed."""
+    log, evaluation, checkpoint = (getattr(cfg, name, None) for name in ("log", "eval", "checkpoint"))
+    if log is not None:
+        sinks.check(log.to)
+    if checkpoint is None or evaluation is None:
+        return
+    best, patience = getattr(checkpoint, "keep_best", False), getattr(evaluation, "patience", 0)
+    if best and not evaluation.every:
+        raise UserError("there is no evaluation to pick the best by", where="eval.every", fix="set it above 0")
+    if (best or patience) and getattr(getattr(cfg, "data", None), "eval", 0) is None:
+        raise UserError(
+            "checkpoint.keep_best and eval.patience look at held-out rows, and none are set apart",
+            where="data.eval",
+            fix="name files, or a share of the training rows: data.eval=0.05",
+        )
 
 
 class Boundary:
@@ -31,8 +50,6 @@ class Boundary:
         self.cfg, self.run, self.steps = cfg, run, steps
         self.evaluate, self.output, self.saver, self.state = evaluate, output, saver, state
         self._flag, self._step = StopFlag(), 0
-        if cfg.checkpoint.keep_best and not cfg.eval.every:
-            raise UserError("there is no evaluation to pick the best by", where="eval.every", fix="set it above 0")
 
     def __call__(self, step: int) -> bool:
         """After step `step`; True when the run should end here, as evaluations no longer improve (eval.patience)."""

@@ -152,6 +152,8 @@ def test_early_stop_keeps_the_best_and_final_is_made_from_it(base, tmp_path, cap
     assert f"eval loss: {rows[0]['eval_loss']:.4f} before, {scored[best]:.4f} after" in capsys.readouterr().out
     with pytest.raises(UserError, match="no evaluation to pick the best by"):
         train("full_sft", "--config", file, "eval.every=0", "eval.patience=0", f"output_dir={tmp_path}/other")
+    with pytest.raises(UserError, match="none are set apart"):
+        train("full_sft", "--config", file, "~data.eval", f"output_dir={tmp_path}/other")
     with pytest.raises(UserError, match="has no 'exact_match'"):
         train("full_sft", "--config", file, "eval.metric=exact_match", f"output_dir={tmp_path}/other")
 
