@@ -121,6 +121,7 @@ def text(plan: Plan) -> str:
     packed = " (published quantized: read as bf16)" if "quantization_config" in _shape(plan) else ""
     return (
         f"# {plan.title}, {method}{packed}: at least {least(plan):.1f} GiB{many}\n"
+        f"# yaml-language-server: $schema=schema/{plan.recipe}.json\n"
         f"# tune run{nproc} recipes/{plan.recipe}.py --config configs/{plan.file.name}\n{body(plan)}"
     )
 

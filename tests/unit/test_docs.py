@@ -1,0 +1,87 @@
+"""Docs cannot lag: every `tune …` line and every key in a README or a shipped YAML is one that exists."""
+
+import re
+import shlex
+
+import pytest
+from tiny_model import ROOT
+
+from ftlib import cli, config, plugins
+from ftlib.cli import assets, completion
+from ftlib.config.types import known_keys
+
+READMES = sorted(path for path in ROOT.rglob("README.md") if ".git" not in path.parts and "output" not in path.parts)
+IN_CODE = re.compile(r"`(tune [^`]+)`|^\s*(?:\$ )?(tune .+)$", re.MULTILINE)
+RECIPES = {path.stem: path for path in assets.shipped("recipes").values()}
+
+
+def keys_of(recipe):
+    return known_keys(plugins.load_file(RECIPES[recipe]).Config)
+
+
+@pytest.fixture(scope="module")
+def every_key():
+    return {key for recipe in RECIPES for key in keys_of(recipe)}
+
+
+def commands(text):
+    """Every command line that a text shows, in backquotes or on a line of its own."""
+    for match in IN_CODE.finditer(text):
+        line = (match[1] or match[2]).split("  ")[0].split(" #")[0].replace("\\", " ")
+        yield re.sub(r"\s+", " ", line).strip()
+
+
+def texts():
+    found = {str(path.relative_to(ROOT)): path.read_text() for path in READMES}
+    for verb in cli.VERBS:
+        found[f"help of {verb}"] = cli.module(verb).__doc__ or ""
+    for path in RECIPES.values():
+        found[f"recipes/{path.name}"] = path.read_text().split('"""')[1]
+    return found
+
+
+TEXTS = texts()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_command_of_the_docs_exists(name, every_key):
+    for line in commands(TEXTS[name]):
+        try:
+            words = shlex.split(line)[1:]
+        except ValueError:
+            pytest.fail(f"{name}: {line}")
+        if not words or words[0] in ("VERB", "…") or words[0].startswith("-"):
+            continue
+        verb, *rest = words
+        assert verb in cli.VERBS, f"{name}: {line}"
+        known = completion._options(verb)
+        for word in rest:
+            if word.startswith("--") and verb not in ("run", "validate") and known:
+                assert word.split("=")[0] in [*known, "--help"], f"{name}: {line}: {word}"
+            if re.fullmatch(r"(recipes|configs)/[\w/]+\.(py|yaml)", word):
+                assert (ROOT / word).is_file(), f"{name}: {line}: {word}"
+            key = re.match(r"~?([a-z_]+(?:[.\[][\w.\[\]]+)*)=", word)
+            if key and verb in completion.WITH_RECIPE and "key" not in key[1]:
+                assert re.sub(r"\[\d+\]", "[]", key[1]) in every_key, f"{name}: {line}: {key[1]}"
+
+
+def test_every_dotted_key_of_the_readmes_exists(every_key):
+    sections = {key.split(".")[0] for key in every_key if "." in key}
+    for name, text in TEXTS.items():
+        text = text.split("<!-- made by")[0]  # tables of other libraries' keys
+        for key in re.findall(r"`([a-z_]+\.[a-z_.\[\]]+)(?:[=:][^`]*)?`", text):
+            if key.split(".")[0] in sections and not re.search(r"\.(py|json|jsonl|yaml|md)$", key):
+                assert key.replace("[0]", "[]") in every_key, f"{name}: `{key}`"
+
+
+@pytest.mark.parametrize("name", assets.shipped("configs"))
+def test_every_shipped_config_parses_for_its_recipe(name):
+    path = assets.shipped("configs")[name]
+    recipe = re.search(r"schema/(\w+)\.json", path.read_text())
+    assert recipe, f"{name} does not name its schema"
+    config.load(plugins.load_file(RECIPES[recipe[1]]).Config, ["--config", str(path)])
+
+
+def test_the_overview_names_verbs_that_work(capsys):
+    for verb in cli.VERBS:
+        assert cli.module(verb).main.__doc__.startswith("`tune "), verb
