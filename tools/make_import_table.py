@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ftlib.config.imports import LIBRARIES  # noqa: E402 - after the path is set
+from ftlib.config.imports.rules import Rule  # noqa: E402
 
 FILE = ROOT / "configs" / "README.md"
 BEGIN, END = "<!-- made by tools/make_import_table.py -->", "<!-- end -->"
@@ -20,12 +21,17 @@ def table() -> str:
     parts = []
     for library in LIBRARIES.values():
         lines = [f"### {library.name}", "", "| key | here |", "|---|---|"]
-        rows = {key: (rule.to and f"`{rule.to}`" + (f" ({rule.note})" if rule.note else "")) or
-                ("none: " if rule.lost else "not needed: ") + rule.note for key, rule in library.rules.items()}  # fmt: skip
+        rows = {key: _meaning(rule) for key, rule in library.rules.items()}
         rows |= {key: note for key, note in library.together.items() if note}
         lines += [f"| `{key}` | {_escaped(text)} |" for key, text in sorted(rows.items())]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _meaning(rule: Rule) -> str:
+    if rule.to:
+        return f"`{rule.to}`" + (f" ({rule.note})" if rule.note else "")
+    return ("none: " if rule.lost else "not needed: ") + rule.note
 
 
 def _escaped(text: str) -> str:
