@@ -21,7 +21,7 @@ from ftlib.adapters import initial, saved_modules, targets
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
 from ftlib.layers.moe import ExpertLinear
-from ftlib.models.load import local_index
+from ftlib.models.shards import local_index
 from ftlib.sections import Lora
 
 

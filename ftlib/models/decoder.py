@@ -14,6 +14,7 @@ from ftlib.layers.moe import Moe, MoeMlp
 from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import Rope, Turns
 from ftlib.models.arch import Arch, Layer, NormSlot
+from ftlib.models.shards import fill
 
 
 class Block(nn.Module):
@@ -107,4 +108,6 @@ class Decoder(nn.Module):
                 parameter.fill_(0.0 if self.arch.zero_centered_norms else 1.0)
             else:
                 std = 0.02 * (residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
-                parameter.normal_(0.0, std, generator=generator)
+                # Drawn whole, whatever part is kept: the same weights on every mesh.
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=generator.device)
+                fill(parameter, whole.normal_(0.0, std, generator=generator))

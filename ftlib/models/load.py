@@ -5,20 +5,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ftlib.errors import UserError
 from ftlib.models import families, hub
 from ftlib.models.keys import Piece, check_keys, plan
 from ftlib.models.language_model import LanguageModel
 from ftlib.models.quantized import dequantized
+from ftlib.models.shards import local_index
 from ftlib.models.weights import Weights, open_folder
 
 
 def build(folder: Path, dtype: torch.dtype, decoder: type[nn.Module] | None = None) -> LanguageModel:
-    """The model of a folder's config.json, on the meta device: shapes, no memory."""
+    """The model of a folder's config.json, on the meta device: shapes, no memory.
+
+    `decoder`: a class in place of `ftlib.models.decoder.Decoder`; its `family`, if it has one, reads config.json.
+    """
     config = hub.read_config(folder)
-    arch, table = families.read(config, where=str(folder / "config.json"))
+    arch, table = families.read(config, str(folder / "config.json"), getattr(decoder, "family", None))
     with torch.device("meta"):
         model = LanguageModel(arch, table, config, **({"decoder": decoder} if decoder else {}))
     return model.to(dtype)
@@ -63,14 +66,6 @@ def load_weights(model: LanguageModel, weights: Weights) -> None:
             continue
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         local.copy_(_read(weights, pieces[name], local_index(tensor)))
-
-
-def local_index(tensor: Tensor) -> tuple[slice, ...]:
-    """The part of the whole tensor that this process holds."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, n) for n in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
 def _read(weights: Weights, piece: Piece, index: tuple[slice, ...]) -> Tensor:
