@@ -1,0 +1,84 @@
+"""What a mesh needs is known before anything is loaded, and a large model starts sharded."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from parity.shrink import shrunk
+from torch.distributed.tensor import DTensor
+
+from ftlib.errors import UserError
+from ftlib.models import families
+from ftlib.models.language_model import LanguageModel
+from ftlib.parallel import check
+from ftlib.parallel import run as processes
+from ftlib.parallel.apply import apply
+from ftlib.sections import Memory, Parallel
+
+
+def on_meta(config):
+    arch, table = families.read(config, where="config.json")
+    with torch.device("meta"):
+        return LanguageModel(arch, table, config).to(torch.bfloat16)
+
+
+def settings(seq_len=64, exact_match=0, **parallel):
+    data, evaluation = SimpleNamespace(seq_len=seq_len), SimpleNamespace(exact_match=exact_match)
+    return SimpleNamespace(parallel=Parallel(**parallel), data=data, eval=evaluation)
+
+
+@pytest.mark.parametrize(
+    "changes,sections,words",
+    [
+        ({}, {"tp": 3}, ("num_attention_heads 4", "parallel.tp 3", "vocab_size 160")),
+        ({"num_key_value_heads": 1}, {"tp": 2}, ("num_key_value_heads 1", "parallel.tp 2")),
+        ({}, {"tp": 2, "seq_len": 63}, ("data.seq_len 63", "data.seq_len=64")),
+        ({}, {"cp": 4, "cp_style": "allgather", "seq_len": 60}, ("multiple of 8", "early and a late")),
+        ({}, {"cp": 8}, ("num_attention_heads 4", "parallel.cp 8", "allgather")),
+        ({}, {"tp": 2, "exact_match": 5}, ("eval.exact_match",)),
+    ],
+)
+def test_what_does_not_fit_is_named_by_its_keys(changes, sections, words):
+    model = on_meta(shrunk("llama-3.2-1b", **changes))
+    cfg = settings(**sections)
+    with pytest.raises(UserError) as caught:
+        check.check(model, cfg, cfg.parallel.cp, cfg.parallel.tp)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_product_that_is_not_the_number_of_processes():
+    with pytest.raises(UserError, match=r"tp 4 = 4, but there are 6 processes"):
+        processes.sizes(Parallel(dp_shard=1, tp=4), 6)
+
+
+def test_a_mixture_of_experts_has_no_tensor_parallel_plan():
+    with pytest.raises(UserError, match="no tensor-parallel plan"):
+        check.tensor.check(on_meta(shrunk("qwen3-30b-a3b")), 2)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tp": 4}, {"cp": 2, "tp": 2}])
+def test_a_70b_shape_starts_on_eight_processes(parallel, monkeypatch):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    shape = {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    model = on_meta(shrunk("llama-3.1-8b", **shape) | {"head_dim": 128})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    dist.destroy_process_group() if dist.is_initialized() else None
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    try:
+        run = processes.start(Parallel(**parallel), 0)
+        check.check(model, settings(8192, **parallel), run.data["cp"].size(), run.data["tp"].size())
+        apply(model, run, Memory(compile=False), torch.bfloat16)
+        parameters = dict(model.named_parameters())
+        assert all(isinstance(p, DTensor) and p.is_meta for p in parameters.values())
+        local = sum(p.to_local().numel() for p in parameters.values())
+        whole = sum(p.numel() for p in parameters.values())
+        assert 69e9 < whole < 71e9
+        assert local < whole / 8 * 1.01, "each process holds its eighth"
+    finally:
+        dist.destroy_process_group()
