@@ -15,8 +15,9 @@ from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import families
 from ftlib.models.language_model import LanguageModel
 from ftlib.parallel import offload
+from ftlib.parallel import run as processes
 from ftlib.parallel.apply import apply
-from ftlib.sections import Memory
+from ftlib.sections import Memory, Parallel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -73,11 +74,6 @@ def test_head_in_bf16(softcap):
     assert max(error(o, e) for o, e in zip(got, want, strict=True)) < 2e-2
 
 
-class _Run:
-    device, world = torch.device("cuda"), 1
-    dense = {"dp_replicate": torch.ones(1), "fsdp": torch.ones(1)}  # noqa: RUF012
-
-
 def step(memory: Memory, dtype: torch.dtype):
     """Loss and gradients of one packed step of a small Qwen3 with adapters."""
     config = shrunk("qwen3-0.6b", hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=1000)
@@ -92,7 +88,7 @@ def step(memory: Memory, dtype: torch.dtype):
     with torch.no_grad():
         for _, _, factors in lora.adapted(model):
             factors.lora_B.normal_(0, 0.05, generator=g)
-    apply(model, _Run(), memory, dtype)
+    apply(model, processes.start(Parallel(), 0), memory, dtype)
     if dtype is torch.bfloat16:
         assert fuse(model) == 16
     if memory.offload:
