@@ -130,7 +130,8 @@ def test_hub_datasets_are_fetched_once(tmp_path, monkeypatch, cache):
         assert [place.row.value for place in read_all(files_of(source), source.split)] == ROWS[1:]
     assert calls == [("org/rows-1.5", "main", "train", "v2")]
     files_of(source, again=True)
-    assert len(calls) == 2
+    files_of(Source(path="org/rows-1.5@v2", subset="other", split="train"))
+    assert len(calls) == 3
     with pytest.raises(UserError, match="Repository not found") as error:
         files_of(Source(path="org/private"))
     assert "HF_TOKEN" in error.value.fix and not list(cache.glob("fetched/*.part"))
@@ -197,15 +198,29 @@ def test_tokenised_data_are_found_by_their_content(tmp_path):
     assert not moved.report.sources[0].cached  # a name may say what is in a file
 
 
-@pytest.mark.parametrize("change", ["bytes", "seq_len", "template", "tokenizer", "roles", "format", "damage"])
-def test_what_changes_documents_is_not_found(tmp_path, change):
+CHANGES = [
+    "bytes", "seq_len", "train_on", "train_on_end", "thinking", "overlong", "template", "tokenizer", "roles", "format",
+    "function", "library", "damage",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_documents_is_not_found(tmp_path, change, monkeypatch):
     file, tokenizer = write(tmp_path / "a.jsonl"), FakeTokenizer()
     cfg, source = {"cache": str(tmp_path / "kept")}, {"path": str(file)}
+    if change == "function":
+        (tmp_path / "f.py").write_text("def rows(row): return row")
+        source["format"] = f"{tmp_path / 'f.py'}:rows"
     load(Data(sources=(Source(**source),), **cfg), tokenizer, seed=0)
     if change == "bytes":
         file.write_bytes(LINES.replace(b"what", b"whit"))
-    elif change == "seq_len":
-        cfg["seq_len"] = 100
+    elif change in ("seq_len", "train_on", "train_on_end", "thinking", "overlong"):
+        other = {"seq_len": 100, "train_on": ("user",), "train_on_end": "none", "thinking": "drop", "overlong": "split"}
+        cfg[change] = other[change]
+    elif change == "function":
+        (tmp_path / "f.py").write_text("def rows(row): return dict(row)")
+    elif change == "library":
+        monkeypatch.setattr("ftlib.data.cache._library", lambda: "another version")
     elif change == "template":
         tokenizer.chat_template = "other"
     elif change == "tokenizer":
