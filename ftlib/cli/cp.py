@@ -2,6 +2,7 @@
 
     tune cp recipes/lora_sft.py my.py
     tune cp demo_lora my.yaml
+    tune cp model:qwen3 my_model.py      # a model family as one file, for `model.code: my_model.py:Decoder`
 
 The first line of the copy says what it was copied from; `tune diff` reads it. The original is kept beside the copy, as
 `.NAME.orig`, for `tune update`.
@@ -23,21 +24,43 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("dest", metavar="DEST", help="a file that does not exist yet, or a folder")
     parser.add_argument("--force", action="store_true", help="replace DEST if it exists")
     args = parser.parse(argv)
+    if args.name.startswith("model:"):
+        return _model(args.name, args.dest, args.force)
     found = assets.find_shipped("recipes", args.name) or assets.find_shipped("configs", args.name)
     if found is None:
         kind = "configs" if args.name.startswith("configs/") or args.name.endswith((".yaml", ".yml")) else "recipes"
         hint = assets.suggestion(kind, args.name) or assets.suggestion("configs", args.name)
         raise UserError(f"{args.name}: ftlib ships nothing of this name{hint}", fix="`tune ls` lists what there is")
     name, source = found
-    dest = Path(os.path.expanduser(args.dest))
-    if dest.is_dir() or args.dest.endswith("/"):
-        dest = dest / source.name
-    if dest.exists() and not args.force:
-        raise UserError(f"{dest} exists and stays as it is", fix="name another file, or add --force to replace it")
+    dest = _free(args.dest, source.name, args.force)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         copies.write(dest, name, source)
     except OSError as error:
         raise UserError(f"{dest} cannot be written: {error.strerror}") from None
     print(f"{name} -> {dest}")
+    return 0
+
+
+def _free(text: str, name: str, force: bool) -> Path:
+    """The file to write; `name` is for a folder."""
+    dest = Path(os.path.expanduser(text))
+    if dest.is_dir() or text.endswith("/"):
+        dest = dest / name
+    if dest.exists() and not force:
+        raise UserError(f"{dest} exists and stays as it is", fix="name another file, or add --force to replace it")
+    return dest
+
+
+def _model(name: str, dest: str, force: bool) -> int:
+    from ftlib.models.extract import extract  # imports torch
+
+    text = extract(name.removeprefix("model:"))
+    file = _free(dest, f"{name.removeprefix('model:')}.py", force)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+    print(f"{name} -> {file}\n  train it: model.code={file}:Decoder")
     return 0

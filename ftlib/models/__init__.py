@@ -18,14 +18,19 @@ __all__ = ["LanguageModel", "from_pretrained", "save_pretrained"]
 
 
 def from_pretrained(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    decoder: type[torch.nn.Module] | None = None,
 ) -> LanguageModel:
     """A model with its weights. `path`: folder in Hugging Face layout, Hub id `org/name[@revision]`, or `ftlib:…`.
 
+    `decoder`: your own class (`model.code` of a config) in place of the library's.
     Raises UserError when the architecture is not supported or the weights do not fit it.
     """
     folder = hub.resolve(path)
-    model = build(folder, dtype)
+    model = build(folder, dtype, decoder)
     weights = check_weights(model, folder)
     model.to_empty(device=device)
     model.tie()

@@ -171,6 +171,31 @@ def test_generation_equals_transformers_greedy(pair):
         assert completion.tokens == expected.tolist()
 
 
+@pytest.mark.slow
+def test_lora_files_and_merge(pair, tmp_path):
+    """The cheap part of this runs in test_lora.py and test_lora_fused.py."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from ftlib.adapters import lora, merge, peft_format
+
+    _, _, folder = pair
+    ours = models.from_pretrained(folder)
+    lora.attach(ours, "all-linear", rank=2, alpha=5.0)
+    lora.reset(ours, 0)
+    with torch.no_grad():
+        for _, _, factors in lora.adapted(ours):
+            factors.lora_B.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    peft_format.save(ours, tmp_path, base=str(folder))
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    base.set_experts_implementation("eager")
+    with torch.no_grad():
+        adapted = ours.logits(ids())
+        assert relative(adapted, PeftModel.from_pretrained(base, tmp_path)(ids()).logits) <= 1e-5
+        merge.merge_into(ours)
+        assert relative(ours.logits(ids()), adapted) <= 1e-5
+
+
 def test_unknown_tensors_are_refused(pair, tmp_path):
     from ftlib.errors import UserError
 

@@ -34,21 +34,25 @@ WRAPPED = ("gemma3", "mistral3")
 AROUND = Table(prefix="language_model.", keep=(r"vision_tower\..*", r"multi_modal_projector\..*"))
 
 
-def read(config: dict, where: str = "config.json") -> tuple[Arch, Table]:
-    """Architecture and key table of a config.json; UserError for anything that is not supported, never a guess."""
+def read(config: dict, where: str = "config.json", own: Family | None = None) -> tuple[Arch, Table]:
+    """Architecture and key table of a config.json; UserError for anything that is not supported, never a guess.
+
+    `own`: a user's family, the only one that is asked then.
+    """
+    known = FAMILIES if own is None else dict.fromkeys(own.model_types, own)
     if config.get("model_type") in WRAPPED and isinstance(config.get("text_config"), dict):
         inner = dict(config["text_config"])
         inner.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", config["model_type"] == "gemma3"))
-        arch, table = read(inner, where)
+        arch, table = read(inner, where, own)
         return arch, replace(table, prefix=AROUND.prefix, keep=AROUND.keep)
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in known:
         raise UserError(
-            f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), FAMILIES)}",
+            f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), known)}",
             where=where,
-            fix=f"supported: {', '.join(sorted([*FAMILIES, *WRAPPED]))}",
+            fix=f"supported: {', '.join(sorted([*known, *WRAPPED]))}",
         )
-    family = FAMILIES[model_type]
+    family = known[model_type]
     watched = Watched(family.defaults | {k: v for k, v in config.items() if v is not None or k not in family.defaults})
     arch, table = family.arch(watched), family.table(watched)
     check_flags(watched, where)

@@ -1,0 +1,98 @@
+"""Draft a family file from a config.json, and say which checkpoint tensors it does not explain yet.
+
+    python tools/new_family.py FOLDER [--like qwen3] > my_family.py
+
+FOLDER holds config.json and, if you have them, *.safetensors or model.safetensors.index.json: only names are read.
+The draft is a whole `model.code` file; it starts as a copy of the family named by --like.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ftlib.errors import UserError  # noqa: E402
+from ftlib.models import families, load  # noqa: E402
+from ftlib.models.decoder import Decoder  # noqa: E402
+from ftlib.models.families.flags import NEUTRAL  # noqa: E402
+from ftlib.models.keys import plan  # noqa: E402
+
+DRAFT = '''"""{model_type}: what makes it different from {like}, in a line."""
+
+from dataclasses import replace
+
+from ftlib.models.decoder import Decoder as Base
+from ftlib.models.families import FAMILIES
+
+LIKE = FAMILIES["{like}"]
+
+
+def {name}(config: dict):  # -> ftlib.models.arch.Arch
+    return LIKE.arch(config)
+
+
+class Decoder(Base):
+    family = replace(LIKE, model_types=("{model_type}",), arch={name})
+'''
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names in the index, or in the headers of the files; empty when there are no weights."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return set(json.loads(index.read_text())["weight_map"])
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        names |= header.keys() - {"__metadata__"}
+    return names
+
+
+def differences(folder: Path, like: str) -> list[str]:
+    """What stands between `like` and this model: flags it refuses, and tensors that differ, layers written as {i}."""
+    config = json.loads((folder / "config.json").read_text())
+    lines = [f"flag to look at: {key} = {config[key]!r}" for key in NEUTRAL if config.get(key) not in (None, False, 0)]
+
+    class Like(Decoder):
+        family = None
+
+    family = families.FAMILIES[like]
+    Like.family = type(family)((config["model_type"],), family.arch, family.table, family.defaults)
+    try:
+        model = load.build(folder, torch.bfloat16, Like)
+    except UserError as error:
+        return [*lines, *str(error).splitlines()]
+    wanted = {key for piece in plan(load.base_state(model), model.table).values() for key in piece.keys}
+    found = tensor_names(folder)
+    if not found:
+        return [*lines, "no weights here: names were not compared"]
+    lines += [f"missing in the files: {name}" for name in _general(wanted - found)]
+    return lines + [f"not explained: {name}" for name in _general(found - wanted)]
+
+
+def _general(names: set[str]) -> list[str]:
+    return sorted({re.sub(r"\.\d+\.", ".{i}.", name) for name in names if not name.endswith("rotary_emb.inv_freq")})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--like", default="llama", choices=sorted(families.FAMILIES))
+    args = parser.parse_args()
+    model_type = json.loads((args.folder / "config.json").read_text())["model_type"]
+    name = re.sub(r"\W", "_", model_type)
+    print(DRAFT.format(model_type=model_type, like=args.like, name=name))
+    for line in differences(args.folder, args.like):
+        print(f"# {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
