@@ -33,7 +33,7 @@ def models(tmp_path_factory):
         settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
         settings["model"]["vocab"]["ab"] = 256
         for i, token in enumerate(settings["added_tokens"]):
-            token["id"] = 257 + i
+            token["id"], token["special"] = 257 + i, i > 0
         settings["model"]["merges"] = [["a", "b"]]
         file.write_text(json.dumps(settings))
     return folder
@@ -86,7 +86,7 @@ def test_the_byte_level_tokenizer(models, tmp_path):
     assert (get["model"], get["pre"]) == ("gpt2", "qwen2")
     assert get["merges"] == ["a b"]
     assert get["tokens"][256:] == ["ab", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-    assert get["token_type"][255:] == [1, 1, 3, 3, 3]
+    assert get["token_type"][255:] == [1, 1, 4, 3, 3]
     assert (get["eos_token_id"], get["padding_token_id"]) == (259, 257)
     assert get["add_bos_token"] is False
     assert "generation" in fields["tokenizer.chat_template"]
