@@ -7,7 +7,8 @@ import pytest
 from fake_tokenizer import FakeTokenizer
 from shared_data import shared
 
-from ftlib.data import load, preview, thinking
+from ftlib.data import Documents, load, preview, thinking
+from ftlib.data.documents import SourceInfo
 from ftlib.data.formats import choose_shape, read_example
 from ftlib.data.masks import tokenize
 from ftlib.data.preview import merged
@@ -148,6 +149,15 @@ def write(tmp_path, texts):
     file = tmp_path / "a.jsonl"
     file.write_text("".join((t if t[:1] == "{" else json.dumps({"text": t})) + "\n" for t in texts))
     return (Source(path=str(file)),)
+
+
+def test_selected_documents_keep_their_source():
+    rows = [(np.array([n, n]), np.ones(2, bool)) for n in range(4)]
+    infos = (SourceInfo("a", "a", 1.0), SourceInfo("b", "b", 2.0))
+    found = Documents.from_rows(rows, sources=infos, source_ids=np.array([0, 1, 0, 1], np.int32))
+    chosen = found.select(np.array([False, True, True, True]))
+    assert [document.source for document in chosen] == ["b", "a", "b"]
+    assert sorted(chosen.of_epoch(0, 0).tolist()) == [0, 0, 1, 2, 2]
 
 
 def test_preview_is_the_text(tmp_path):

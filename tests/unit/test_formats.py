@@ -87,6 +87,13 @@ def test_preferences(format, row):
     assert example.record == {"chosen": ASSISTANT, "rejected": WRONG}
 
 
+def test_preferences_part_where_they_differ():
+    again = {"role": "user", "content": "sure?"}
+    (example,) = read({"chosen": [ASK, *ASSISTANT, again, *ASSISTANT], "rejected": [ASK, *WRONG, again, *WRONG]})[1]
+    assert said(example) == [("user", "2+2?")]
+    assert [len(example.record[side]) for side in ("chosen", "rejected")] == [3, 3]
+
+
 def test_other_records():
     shape, (example,) = read({"messages": CHAT, "label": True})
     assert (shape.format, said(example), example.record) == (
