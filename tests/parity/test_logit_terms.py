@@ -34,7 +34,10 @@ def test_held_out_loss_equals_transformers(name, tmp_path):
     assert relative(torch.tensor(mine), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes").glob("*.py")), ids=lambda file: file.stem)
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_hand_them_over(file):
     source = file.read_text()
     calls = len(re.findall(r"\bnext_token_loss\(", source))
