@@ -147,6 +147,7 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
 def tokenizer(cfg: Any) -> Tokenizer:
     """The tokenizer of a recipe's config, with the chat template its data asks for."""
     found = tokenizers.from_pretrained(hub.resolve(cfg.tokenizer.path or cfg.model.path))
+    found.add_tokens(cfg.tokenizer.add_tokens)
     if cfg.data.template is not None:
         found.chat_template = tokenizers.load_template(cfg.data.template)
     return found

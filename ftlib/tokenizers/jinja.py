@@ -1,197 +1,246 @@
-"""Chat templates in a sandbox: rendered as transformers renders them, within a time and size limit, and traced.
+"""Chat templates, rendered as transformers renders them, in a sandbox with limits, noting who wrote what."""
 
-A template is a program from a stranger. It runs in Jinja's immutable sandbox; every turn of a loop checks the clock,
-and products that would fill the memory are refused. The same check records where each message was written.
-"""
-
+import functools
 import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError, nodes, pass_context
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 
 from ftlib.errors import UserError
+from ftlib.tokenizers.instrument import PREFIX, instrument
+from ftlib.tokenizers.limits import OUTPUT, Meter, TooMuch, check_call, check_filter, check_operator
+from ftlib.tokenizers.trail import Trail
 
-OUTPUT_LIMIT = 1 << 20  # characters
-SECONDS = 2.0  # of this thread's processor time, so that a loaded machine does not fail a good template
-UNKNOWN = -1  # a message of the template's own making
-TRACE = "_ftlib_trace"  # the trace of a rendering, under this name in its context
+
+class Event(NamedTuple):
+    """A piece of output, the message it belongs to (or NOBODY, UNCLEAR of `trail`), and whether it is all of a
+    {% generation %} block."""
+
+    text: str
+    owner: int
+    generated: bool
+
+
+class Rendering(NamedTuple):
+    """Output in pieces, and how many {% generation %} blocks ran: more than there are pieces if some were captured."""
+
+    events: list[Event]
+    generations: int
 
 
 @dataclass
-class Trace:
-    """What happened while rendering: output so far, and the stretches written for a message or inside {% generation %}.
+class _Running:
+    meter: Meter
+    trail: Trail
+    generations: int = 0
 
-    A stretch is (start, end, index of the message). Output written while a loop's variable is the message, or a copy
-    of it, belongs to that message.
+
+_RUNNING: ContextVar[_Running] = ContextVar("running")  # of this thread or task
+
+
+def render(template: str, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> tuple[str, Rendering]:
+    """A conversation as text, and piece by piece. `variables`: tools, bos_token, and whatever else the template reads.
+
+    The template runs in a sandbox for at most two seconds and writes at most 1 MiB. UserError, with the template's
+    line, for what it cannot do, and for a conversation that it refuses (raise_exception).
     """
-
-    messages: list[dict[str, Any]]
-    deadline: float
-    position: int = 0
-    generation: list[tuple[int, int, int | None]] = field(default_factory=list)
-    written: list[tuple[int, int, int]] = field(default_factory=list)
-    _open: dict[int, tuple[int, int]] = field(default_factory=dict)  # loop -> (start, message)
-    _last: dict[int, int] = field(default_factory=dict)  # loop -> highest message so far
-    _generating: int = 0
-
-    def enter(self, loop: int, value: Any) -> None:
-        """A loop's variable took a value."""
-        if time.thread_time() > self.deadline:
-            raise UserError(f"the chat template ran for more than {SECONDS:g} seconds", fix="it may loop for ever")
-        self.leave(loop)
-        index = self._index(value, self._last.get(loop, -1))
-        if index is not None:
-            self._open[loop] = (self.position, index)
-            self._last[loop] = max(index, self._last.get(loop, -1))
-
-    def leave(self, loop: int) -> None:
-        """A loop ended, or goes on to its next value."""
-        if loop in self._open:
-            start, index = self._open.pop(loop)
-            if self.position > start:
-                self.written.append((start, self.position, index))
-
-    def begin(self) -> None:
-        self._generating = self.position
-
-    def end(self) -> None:
-        current = next((index for _, index in reversed(self._open.values())), None)
-        self.generation.append((self._generating, self.position, current))
-
-    def _index(self, value: Any, after: int) -> int | None:
-        """Which message a loop's value is: the same object, or the template's copy. UNKNOWN if it looks like one."""
-        if not isinstance(value, dict) or "role" not in value:
-            return None
-        for i, message in enumerate(self.messages):
-            if message is value:
-                return i
-        for i in range(after + 1, len(self.messages)):
-            message = self.messages[i]
-            if message.get("role") == value["role"] and (message.get("content") or "") == (value.get("content") or ""):
-                return i
-        return UNKNOWN
-
-
-def render(template: str, messages: list[dict], variables: dict[str, Any]) -> tuple[str, Trace]:
-    """The rendered conversation and its trace. UserError for anything a template does wrong."""
-    trace = Trace(messages, time.thread_time() + SECONDS)
+    for name, values in (("messages", messages), ("tools", variables.get("tools") or ())):
+        if not isinstance(values, list | tuple) or not all(isinstance(value, dict) for value in values):
+            raise UserError(f"{name} for a chat template must be a list of dicts")
+    own = [dict(message) for message in messages]  # each an object of its own, to tell equal ones apart
+    running = _Running(Meter(), Trail(own))
+    before = _RUNNING.set(running)
     try:
-        compiled = _compile(template)
-        parts = []
-        for part in compiled.generate(messages=messages, **variables, **{TRACE: trace}):
-            parts.append(part)
-            trace.position += len(part)
-            if trace.position > OUTPUT_LIMIT:
-                raise UserError(f"the chat template wrote more than {OUTPUT_LIMIT:,} characters")
-    except TemplateError as error:
-        line = getattr(error, "lineno", None)
-        where = f"chat template, line {line}" if line else "chat template"
-        raise UserError(f"{type(error).__name__}: {error.message or error}", where=where) from None
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, ZeroDivisionError) as error:
-        raise UserError(f"the chat template failed: {error}", where=f"chat template{_line(error)}") from None
-    except (RecursionError, MemoryError) as error:
-        raise UserError(f"the chat template is too deep or too large ({type(error).__name__})") from None
-    return "".join(parts), trace
+        rendering = _collect(_compiled(template).generate(variables, messages=own), running)
+    except Exception as error:
+        raise _explained(error) from None
+    finally:
+        _RUNNING.reset(before)
+    return "".join(event.text for event in rendering.events), rendering
 
 
-def _line(error: Exception) -> str:
-    """The template's line in a traceback: frames of compiled templates carry it."""
-    line, at = None, error.__traceback__
-    while at is not None:
-        if at.tb_frame.f_code.co_filename == "<template>":
-            line = at.tb_lineno
-        at = at.tb_next
-    return f", line {line}" if line else ""
+def _collect(pieces: Iterable[str], running: _Running) -> Rendering:
+    events, length = [], 0
+    for text in pieces:
+        events.append(Event(text, running.trail.owner, isinstance(text, _Generated)))
+        length += len(text)
+        if length > OUTPUT:
+            raise TooMuch(f"it wrote more than {OUTPUT:,} characters")
+    return Rendering(events, running.generations)
+
+
+class _Generated(str):
+    """What a {% generation %} block wrote."""
+
+    __slots__ = ()
 
 
 class _Generation(Extension):
-    """{% generation %} … {% endgeneration %}: what the assistant wrote."""
+    """{% generation %} … {% endgeneration %}: what the assistant writes. A scope of its own, as in transformers."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return [_call("begin", line), *body, _call("end", line)]
+        return nodes.CallBlock(self.call_method("_noted"), [], [], body).set_lineno(line)
+
+    def _noted(self, caller: Callable[[], str]) -> str:
+        _RUNNING.get().generations += 1
+        return _Generated(caller())
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, and limits on what it leaves open: `'x' * 10 ** 9` and powers."""
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with our limits."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and (abs(left) > 1_000_000 or abs(right) > 64):
-            raise UserError("the chat template computes too large a power")
-        for text, count in ((left, right), (right, left)):
-            if isinstance(text, str | list | tuple) and isinstance(count, int) and len(text) * count > OUTPUT_LIMIT:
-                raise UserError(f"the chat template makes a text of more than {OUTPUT_LIMIT:,} characters")
-        return super().call_binop(context, operator, left, right)
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        check_operator(operator, left, right)
+        found = super().call_binop(context, operator, left, right)
+        return found if isinstance(found, list | tuple) else _RUNNING.get().meter.weigh(found)
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for number, loop in enumerate(list(tree.find_all(nodes.For))):
-            target = loop.target if isinstance(loop.target, nodes.Name) else None
-            value = nodes.Name(target.name, "load") if target else nodes.Const(None)
-            loop.body.insert(0, _call("enter", loop.lineno, nodes.Const(number), value))
-        _close_loops(tree)
-        tree.set_environment(self)
-        return tree
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if function in _INSTRUMENTS:
+            return function(*args)
+        meter = _RUNNING.get().meter
+        meter.tick()
+        check_call(function, (*args, *kwargs.values()))
+        return meter.weigh(super().call(context, function, *args, **kwargs))
 
 
-def _close_loops(tree: nodes.Node) -> None:
-    """After each loop, tell the trace that it is over."""
-    for node in [tree, *tree.find_all(nodes.Node)]:
-        for fields in ("body", "else_", "elif_"):
-            children = getattr(node, fields, None)
-            if not isinstance(children, list):
-                continue
-            out = []
-            for child in children:
-                out.append(child)
-                if isinstance(child, nodes.For):
-                    out.append(_call("leave", child.lineno, child.body[0].node.args[0]))
-            children[:] = out
+class _Namespace(Namespace):
+    """Jinja's, but printed by name alone: namespaces within each other could print for ever."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
 
 
-def _call(method: str, line: int, *arguments: nodes.Expr) -> nodes.ExprStmt:
-    call = nodes.Call(nodes.Name("_ftlib_" + method, "load"), [*arguments], [], None, None, lineno=line)
-    return nodes.ExprStmt(call, lineno=line)
+def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter within the limits. Some of Jinja's get the context before the value."""
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @functools.wraps(function)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        meter = _RUNNING.get().meter
+        meter.tick()
+        check_filter(name, args[first] if len(args) > first else None, (*args[first + 1 :], *kwargs.values()))
+        return meter.weigh(function(*args, **kwargs))
+
+    return limited
 
 
-def _global(method: str) -> Callable[..., Any]:
-    @pass_context
-    def call(context: Any, *arguments: Any) -> None:
-        getattr(context[TRACE], method)(*arguments)
+@functools.cache
+def _environment() -> Environment:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.filters = {name: _limited(name, function) for name, function in environment.filters.items()}
+    del environment.globals["lipsum"]  # writes any amount of text
+    environment.globals["namespace"] = _Namespace
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    for function in _INSTRUMENTS:
+        setattr(environment, PREFIX + function.__name__, function)
+    return environment
 
-    return call
+
+@functools.lru_cache(maxsize=64)
+def _compiled(template: str) -> Template:
+    environment = _environment()
+    code = environment.compile(instrument(_parsed(template)))
+    return Template.from_code(environment, code, environment.make_globals(None))
+
+
+def _parsed(template: str) -> nodes.Template:
+    if len(template) > OUTPUT:
+        raise UserError(f"the chat template itself has more than {OUTPUT:,} characters")
+    try:
+        return _environment().parse(template)
+    except Exception as error:
+        raise _explained(error) from None
+
+
+def begin() -> None:
+    _RUNNING.get().trail.begin()
+
+
+def turn(*values: Any) -> None:
+    running = _RUNNING.get()
+    running.meter.tick()
+    running.trail.turn(*values)
+
+
+def end() -> None:
+    _RUNNING.get().trail.end()
+
+
+def assigned(value: Any) -> None:
+    _RUNNING.get().trail.assigned(value)
+
+
+def tick() -> bool:
+    return _RUNNING.get().meter.tick()
+
+
+def write(value: Any) -> Any:
+    return _RUNNING.get().meter.write(value)
+
+
+def weigh(value: Any) -> Any:
+    return _RUNNING.get().meter.weigh(value)
+
+
+_INSTRUMENTS = frozenset((begin, turn, end, assigned, tick, write, weigh))
 
 
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON without HTML escapes, arguments as transformers' filter has them."""
+    """JSON as transformers' filter of this name gives it: no HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Refused(TemplateError):
+    """raise_exception was called."""
+
+
 def _raise(message: str) -> None:
-    raise TemplateError(message)
+    raise _Refused(message)
 
 
-@lru_cache(maxsize=64)
-def _compile(template: str) -> Any:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    for method in ("enter", "leave", "begin", "end"):
-        environment.globals["_ftlib_" + method] = _global(method)
-    return environment.from_string(template)
+def _explained(error: Exception) -> UserError:
+    """Any failure of a template as a message with its line."""
+    if isinstance(error, UserError):
+        return error
+    text = str(error).strip() or type(error).__name__
+    line = error.lineno if isinstance(error, TemplateSyntaxError) else _line(error)
+    where = f"chat template, line {line}" if line else "chat template"
+    if isinstance(error, _Refused):
+        return UserError(f"the chat template refuses this conversation: {text}", where=where)
+    if isinstance(error, TooMuch):
+        return UserError(f"the chat template was stopped: {text}", where=where, fix="use a template you trust")
+    if isinstance(error, SecurityError):
+        return UserError(f"the chat template does what the sandbox forbids: SecurityError: {text}", where=where)
+    if isinstance(error, TemplateSyntaxError):
+        return UserError(f"the chat template cannot be read: {text}", where=where)
+    if isinstance(error, RecursionError | MemoryError):
+        text = "it calls itself too deeply" if isinstance(error, RecursionError) else "it needs too much memory"
+    return UserError(f"the chat template failed: {text}", where=where)
+
+
+def _line(error: Exception) -> int | None:
+    """The template's line in a traceback, where Jinja's frames carry it; the innermost one."""
+    line, at = None, error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_code.co_filename == "<template>":
+            line = at.tb_lineno
+        at = at.tb_next
+    return line

@@ -1,13 +1,22 @@
-"""Which characters of a rendered conversation an assistant wrote, from the template itself."""
+"""Which characters of a rendered conversation its assistants wrote, exactly, or an error: nothing here is guessed."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ftlib.errors import UserError
-from ftlib.tokenizers.jinja import UNKNOWN, Trace, render
+from ftlib.tokenizers.jinja import Event, Rendering, render
+from ftlib.tokenizers.trail import UNCLEAR
+
+_MEND = "use a template that puts {% generation %} … {% endgeneration %} around what the assistant writes"
+_PROBE = "Zq7vXw9K"  # stands for what an assistant says, to see what a template writes before it
+_WRITTEN = ("content", "reasoning_content", "reasoning", "thinking")  # keys of a message that a template writes out
+
+Messages = Sequence[dict[str, Any]]
 
 
 class Span(NamedTuple):
-    """Characters [start, end) of a rendering, written by the assistant in messages[message_index]."""
+    """Characters [start, end) of a rendering: what the assistant of messages[message_index] wrote, and its end."""
 
     start: int
     end: int
@@ -15,103 +24,167 @@ class Span(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A conversation as text, and its assistants' spans in order: content and terminator, without the turn's header."""
+    """A conversation as text, and its assistants' spans in order."""
 
     text: str
     spans: list[Span]
 
 
 def render_with_spans(
-    template: str, messages: list[dict], variables: dict[str, Any], roles: tuple[str, ...] = ("assistant",)
+    template: str, messages: Messages, variables: dict[str, Any], roles: tuple[str, ...] = ("assistant",)
 ) -> Rendered:
-    """Render once and tell the assistants' parts, or those of other `roles` too: content and what ends the turn.
+    """Render once and tell the spans of the assistants, or of other `roles` too.
 
-    A template that marks them with {% generation %} says itself what is trained. Any other is traced: an assistant's
-    part is what was written while the loop over the messages stood at it, less the header that the template writes as
-    its generation prompt, and less white space behind the terminator. UserError where that cannot be told.
+    {% generation %} blocks are the assistants' spans, where a template has them. Else a span is what was written while
+    a loop stood at the message, without the header that the template also writes as the prompt for an answer, and
+    without white space at its end. UserError: the template is one of which that cannot be told.
     """
-    variables = {**variables, "add_generation_prompt": False}
-    text, trace = render(template, messages, variables)
-    others = _of_roles(text, trace, messages, set(roles) - {"assistant"})
-    if "assistant" not in roles:
-        return Rendered(text, others)
-    if trace.generation:
-        return Rendered(text, sorted([*_marked(trace, messages), *others]))
-    prompt = _generation_prompt(template, messages, variables)
-    spans = []
-    for start, end, index in sorted(trace.written):
-        if index == UNKNOWN:
+    form = _Template(template, {**variables, "add_generation_prompt": False})
+    text, rendering = form.render(messages)
+    marked = rendering.generations > 0 and "assistant" in roles
+    spans = _marked(rendering, messages) if marked else []
+    wanted = [i for i in _of(messages, roles) if not (marked and messages[i]["role"] == "assistant")]
+    headers = _Headers(form, messages, text)
+    for index, (start, end) in _blocks(rendering.events, text, messages, wanted).items():
+        start += headers.size(index, start, end)
+        end = len(text[:end].rstrip())
+        if start < end:
+            spans.append(Span(start, end, index))
+    return Rendered(text, sorted(spans))
+
+
+class _Template(NamedTuple):
+    """A template with all that it is rendered with, but for the messages."""
+
+    source: str
+    variables: dict[str, Any]
+
+    def render(self, messages: Messages, prompt: bool = False) -> tuple[str, Rendering]:
+        return render(self.source, messages, {**self.variables, "add_generation_prompt": prompt})
+
+
+def _places(events: list[Event]) -> list[tuple[int, int, Event]]:
+    """(start, end, event) of each."""
+    ends = list(accumulate(len(event.text) for event in events))
+    return [(end - len(event.text), end, event) for end, event in zip(ends, events, strict=True)]
+
+
+def _marked(rendering: Rendering, messages: Messages) -> list[Span]:
+    """Spans of {% generation %} blocks."""
+    found = [(start, end, event.owner) for start, end, event in _places(rendering.events) if event.generated]
+    if len(found) < rendering.generations:
+        what = "a {% generation %} block of the chat template is captured (in a macro, set or filter block)"
+        raise UserError(f"{what}, so its place cannot be told", where="chat template", fix=_MEND)
+    assistants = _of(messages, ("assistant",))
+    if any(owner < 0 for _, _, owner in found) and len(found) == len(assistants):  # in order, one each
+        found = [(start, end, index) for (start, end, _), index in zip(found, assistants, strict=True)]
+    if any(owner < 0 for _, _, owner in found):
+        what = "the chat template does not say which message a {% generation %} block belongs to"
+        raise UserError(what, where="chat template", fix="loop over the messages themselves")
+    return [Span(start, end, owner) for start, end, owner in found if end > start]
+
+
+def _blocks(events: list[Event], text: str, messages: Messages, wanted: list[int]) -> dict[int, tuple[int, int]]:
+    """For each of the wanted messages that is written: [start, end) of all that was written for it."""
+    runs: dict[int, list[tuple[int, int]]] = {index: [] for index in wanted}
+    before = None
+    for start, end, event in _places(events) if wanted else ():
+        if event.owner == UNCLEAR and event.text.strip():
             raise UserError(
-                "the chat template rewrites messages, so its output cannot be traced back to them",
-                where="data.template",
-                fix="put {% generation %} … {% endgeneration %} around what the assistant writes",
+                "the chat template joins or rewrites assistants' messages, so which wrote what cannot be told",
+                where="chat template",
+                fix=f"join neighbouring messages of one role in the data, or {_MEND}",
             )
-        if messages[index].get("role") == "assistant":
-            block = text[start:end]
-            head, body = _header(block, prompt, messages[index]), len(block.rstrip())
-            if head < body:
-                spans.append(Span(start + head, start + body, index))
-    assistants = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and _says(message)]
-    if missing := set(assistants) - {span.message_index for span in spans}:
-        raise UserError(
-            f"the chat template writes nothing that could be traced to message {min(missing) + 1}",
-            where="data.template",
-            fix="put {% generation %} … {% endgeneration %} around what the assistant writes",
+        if event.owner in runs:
+            found = runs[event.owner]
+            if event.owner == before:
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((start, end))
+        before = event.owner
+    blocks = {}
+    for index, found in runs.items():
+        block = _one(index, [run for run in found if text[slice(*run)].strip()])
+        _check_whole(index, messages[index], text, block)
+        if block:
+            blocks[index] = block
+    return blocks
+
+
+def _one(index: int, runs: list[tuple[int, int]]) -> tuple[int, int] | None:
+    if len(runs) > 1:
+        what = (
+            f"the chat template writes message {index + 1} in {len(runs)} places; which the assistant writes is unclear"
         )
-    return Rendered(text, sorted([*spans, *others]))
+        raise UserError(what, where="chat template", fix=_MEND)
+    return runs[0] if runs else None
 
 
-def _of_roles(text: str, trace: Trace, messages: list[dict], roles: set[str]) -> list[Span]:
-    """Spans of messages of these roles where their content stands in what was written for them."""
-    spans = []
-    for start, end, index in trace.written:
-        if index == UNKNOWN or messages[index].get("role") not in roles:
-            continue
-        content = messages[index].get("content")
-        at = text.find(content.strip(), start, end) if isinstance(content, str) and content.strip() else -1
-        if at >= 0:
-            spans.append(Span(at, start + len(text[start:end].rstrip()), index))
-    return spans
-
-
-def _marked(trace: Trace, messages: list[dict]) -> list[Span]:
-    """Spans of {% generation %} blocks; one outside a loop over the messages belongs to the assistants in order."""
-    assistants = iter([i for i, message in enumerate(messages) if message.get("role") == "assistant"])
-    spans = []
-    for start, end, index in trace.generation:
-        known = index is not None and index != UNKNOWN
-        spans.append(Span(start, end, index if known else next(assistants, len(messages) - 1)))
-    return [span for span in spans if span.end > span.start]
-
-
-def _generation_prompt(template: str, messages: list[dict], variables: dict[str, Any]) -> str:
-    """What the template writes to make the assistant speak; empty if it writes nothing."""
-    last_user = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=len(messages) - 1)
-    head = messages[: last_user + 1]
-    try:
-        without, _ = render(template, head, variables)
-        with_prompt, trace = render(template, head, {**variables, "add_generation_prompt": True})
-    except UserError:
-        return ""  # a template that wants whole conversations has no use for a prompt
-    if with_prompt.startswith(without):
-        return with_prompt[len(without) :]
-    return with_prompt[max((end for _, end, _ in trace.written), default=len(with_prompt)) :]
-
-
-def _header(block: str, prompt: str, message: dict) -> int:
-    """Characters of `block` that the generation prompt already says: their common beginning, short of the content."""
-    # A template may write what separates two turns as part of the prompt.
-    common = max(_common(block, prompt), _common(block, prompt.lstrip()))
-    texts = [message.get("reasoning_content"), message.get("content")]
-    places = [block.find(text.strip()) for text in texts if isinstance(text, str) and text.strip()]
-    return min([common, *(place for place in places if place >= 0)])
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the beginning that two texts share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _says(message: dict) -> bool:
+def _check_whole(index: int, message: dict[str, Any], text: str, block: tuple[int, int] | None) -> None:
+    """What an assistant says must not stand outside its block. A template may leave it out or rewrite it."""
     content = message.get("content")
-    return bool(content.strip() if isinstance(content, str) else content)
+    said = content.strip() if isinstance(content, str) else ""
+    inside = text[slice(*block)] if block else ""
+    if said and said not in inside and said in text and (not block or said in text[block[1] :]):
+        raise UserError(
+            f"the chat template writes message {index + 1} outside of a loop over messages: its place cannot be told",
+            where="chat template",
+            fix=_MEND,
+        )
+
+
+class _Headers:
+    """What a template writes before an assistant's own words, such as `<|im_start|>assistant`."""
+
+    def __init__(self, form: _Template, messages: Messages, text: str) -> None:
+        self._form, self._messages, self._text = form, messages, text
+        self._prompted = ""  # a header that is known to be part of the prompt for an answer
+
+    def size(self, index: int, start: int, end: int) -> int:
+        """Characters of the header of message `index`, whose block is text[start:end]."""
+        block = self._text[start:end]
+        spoken = self._messages[index]["role"] == "assistant"
+        if spoken and self._prompted and block.startswith(self._prompted):
+            return len(self._prompted)
+        prompt = self._prompt(index) if spoken else None
+        if prompt is not None and start < len(prompt) <= end and self._text.startswith(prompt):
+            self._prompted = self._text[start : len(prompt)]
+            return len(self._prompted)
+        return self._probed(index, block)
+
+    def _prompt(self, index: int) -> str | None:
+        """What a model is given to answer messages[:index]; None if the template cannot write that."""
+        try:
+            return self._form.render(self._messages[:index], prompt=True)[0]
+        except UserError:
+            return None
+
+    def _probed(self, index: int, block: str) -> int:
+        """The header as it stands before other words of the same message. White space alone is no header: no prompt
+        ends in it, so a model writes it."""
+        message = self._messages[index]
+        plain = {"role": message["role"], "content": _PROBE}
+        same = plain | {key: _PROBE for key in _WRITTEN if isinstance(message.get(key), str) and message[key].strip()}
+        for probe in (same, plain):
+            for rest in (self._messages[index + 1 :], ()):
+                header = self._header_of([*self._messages[:index], probe, *rest], index)
+                if header is not None and (not header.strip() or block.startswith(header)):
+                    return len(header) if header.strip() else 0
+        raise UserError(
+            f"where the assistant's own words begin in message {index + 1} cannot be told from the chat template",
+            where="chat template",
+            fix=f"write the header under add_generation_prompt too, or {_MEND}",
+        )
+
+    def _header_of(self, messages: Messages, index: int) -> str | None:
+        try:
+            text, rendering = self._form.render(messages)
+            start, end = _blocks(rendering.events, text, messages, [index]).get(index, (0, 0))
+        except UserError:
+            return None
+        header, found, _ = text[start:end].partition(_PROBE)
+        return header if found else None
+
+
+def _of(messages: Messages, roles: Sequence[str]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message.get("role") in roles]
