@@ -51,7 +51,7 @@ def test_a_run_and_what_follows_by_id(tiny, online, tmp_path):
     env = environment(tmp_path, address)
     code, said, errors = tune("run", "recipes/lora_sft.py", "--config", file, cwd=tmp_path, env=env)
     assert code == 0, errors
-    assert "finished; results in" in said and "tune merge org/tiny@v1" in said
+    assert "results in" in said and "tune merge org/tiny@v1" in said
     assert f"GET /org/tiny/resolve/{COMMIT}/model.safetensors" in asked
     assert not [line for line in asked if "evil" in line], "code is not downloaded"
     final, count = str(tmp_path / "out" / "final"), len(asked)
