@@ -51,7 +51,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     built.to_empty(device=run.device)
     built.tie()
     if weights is None:
-        built.model.init_weights(cfg.seed)
+        built.model.init_weights(cfg.seed, built.config.get("initializer_range", 0.02))
     else:
         load.load_weights(built, weights)
     if section is not None:

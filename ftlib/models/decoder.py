@@ -97,8 +97,8 @@ class Decoder(nn.Module):
         return self.body(self.embed(batch) if embeds is None else embeds, batch)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Fresh weights: N(0, 0.02), output projections over sqrt(2 * layers) (GPT-2), norms neutral, biases 0."""
+    def init_weights(self, seed: int, std: float = 0.02) -> None:
+        """Fresh weights: N(0, std), output projections over sqrt(2 * layers) (GPT-2), norms neutral, biases 0."""
         generator = torch.Generator(device=self.embed_tokens.weight.device).manual_seed(seed)
         residual = (2 * len(self.layers)) ** -0.5
         for name, parameter in self.named_parameters():
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
             elif parameter.ndim == 1:
                 parameter.fill_(0.0 if self.arch.zero_centered_norms else 1.0)
             else:
-                std = 0.02 * (residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+                scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
                 # Drawn whole, whatever part is kept: the same weights on every mesh.
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=generator.device)
-                fill(parameter, whole.normal_(0.0, std, generator=generator))
+                fill(parameter, whole.normal_(0.0, std * scale, generator=generator))
