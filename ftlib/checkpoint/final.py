@@ -1,13 +1,12 @@
 """Results appear whole or not at all: written beside their place, then renamed into it."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ftlib.checkpoint.agree import Ranks, together
-from ftlib.checkpoint.format import sync
+from ftlib.checkpoint.format import put_in_place, sync
 
 
 @contextmanager
@@ -48,16 +47,7 @@ def publish(temporary: Path, folder: Path) -> None:
     _clear(old)
     if folder.is_symlink():
         raise ValueError(f"refusing to replace {folder}: it is a symbolic link")
-    replaced = folder.exists()
-    if replaced:
-        os.rename(folder, old)
-    try:
-        os.rename(temporary, folder)
-    except BaseException:
-        if replaced:
-            os.rename(old, folder)
-        raise
-    sync(folder.parent)
+    put_in_place(temporary, folder, old)
     _clear(old)
 
 

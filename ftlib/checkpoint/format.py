@@ -87,17 +87,23 @@ def publish_step(root: Path, step: int, state: dict[str, Any], files: dict[str, 
     files = files | {STATE: write_json(temporary / STATE, state)}
     write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
     sync(temporary)
-    replaced = final.exists()
-    if replaced:  # saved before, then rolled back or damaged
+    if final.exists():  # saved before, then rolled back or damaged
         remove(old)
-        os.rename(final, old)
+    put_in_place(temporary, final, old)
+
+
+def put_in_place(new: Path, place: Path, aside: Path) -> None:
+    """Rename the folder `new` to `place`; what stood there goes to `aside`, and comes back if that fails."""
+    replaced = place.exists()
+    if replaced:
+        os.rename(place, aside)
     try:
-        os.rename(temporary, final)
+        os.rename(new, place)
     except BaseException:
         if replaced:
-            os.rename(old, final)
+            os.rename(aside, place)
         raise
-    sync(root)
+    sync(place.parent)
 
 
 def sweep(root: Path, intact: Callable[[Path], bool], say: Say) -> None:

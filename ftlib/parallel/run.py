@@ -58,14 +58,6 @@ class Run:
                 dist.all_reduce(x, group=self.data[axis].get_group())
         return x
 
-    def any(self, flag: bool) -> bool:
-        """True on every process when it is true on one."""
-        if self.world == 1:
-            return flag
-        x = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-        return bool(x)
-
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

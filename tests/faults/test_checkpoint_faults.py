@@ -34,10 +34,10 @@ def process_group():
         dist.destroy_process_group()
 
 
-def start(out, steps=STEPS, every=1):
+def start(out, steps=STEPS, every=1, pause=0.0):
     paths = os.pathsep.join([str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, str(PROGRAM), str(out), str(steps), str(every)]
+    command = [sys.executable, str(PROGRAM), str(out), str(steps), str(every), str(pause)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -92,7 +92,7 @@ def test_killed_again_and_again(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_and_the_same_command_goes_on(uninterrupted, tmp_path, number):
-    child = start(tmp_path, every=1000)
+    child = start(tmp_path, every=1000, pause=0.25)
     wait_for_row(child, tmp_path)
     with pytest.raises(UserError, match="another run is using this folder"):
         Saver(Checkpoint(), tmp_path, one_process(), {"seed": 0}).resume(fresh())

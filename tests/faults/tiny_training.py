@@ -1,7 +1,8 @@
-"""A whole training run in small: what the fault tests kill. `python tiny_training.py OUT STEPS EVERY`."""
+"""A whole training run in small: what the fault tests kill. `python tiny_training.py OUT STEPS EVERY [PAUSE]`."""
 
 import hashlib
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,7 +64,7 @@ def train_step(state):
     return loss.item(), norm.item()
 
 
-def main(out, steps, every):
+def main(out, steps, every, pause=0.0):
     run = one_process()
     state, meter, metrics = fresh(), Meter(run), MetricsFile(out)
     saver = Saver(Checkpoint(every=every), out, run, {"seed": 0})
@@ -75,6 +76,7 @@ def main(out, steps, every):
     with StopFlag() as stop:
         for step in range(done + 1, steps + 1):
             meter.start()
+            time.sleep(pause)  # a run that is met while it runs must not be over before
             metrics.write(meter.row(step, *train_step(state), lr=1e-2, tokens=64))
             stopping = stop_agreed(run, stop)
             if saver.due(step, steps) or stopping:
@@ -92,4 +94,4 @@ def main(out, steps, every):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:])))

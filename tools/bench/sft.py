@@ -85,7 +85,6 @@ def judge(row: dict, ours: dict) -> dict:
 
 def mfu(row: dict) -> dict:
     """4 FLOP a frozen weight and token, plus causal attention; recomputation does not count."""
-    sys.path.insert(0, str(HERE))
     config = json.loads((HERE.parents[1] / "tests/parity/configs" / f"{row['work']['shape']}.json").read_text())
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or width // heads
