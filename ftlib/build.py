@@ -16,6 +16,7 @@ from ftlib.data import streaming
 from ftlib.errors import Problems, UserError
 from ftlib.layers.attention import choose_backend
 from ftlib.models import LanguageModel, families, heads, hub, initial, load, resize
+from ftlib.models.load import DTYPES
 from ftlib.optim import schedule_free
 from ftlib.optim.groups import parameter_groups
 from ftlib.parallel import check as mesh
@@ -25,8 +26,6 @@ from ftlib.parallel.run import Run, sizes
 from ftlib.preference import check as preference
 from ftlib.sections import Data, Init, Lora, Reward
 from ftlib.tokenizers import Tokenizer
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def default_device() -> torch.device:
@@ -53,9 +52,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     trained, fresh = new_tokens(cfg, built)
     if fresh and weights is not None:
         weights = resize.Grown(weights, built, fresh)
-    built.model.use_attention(
-        choose_backend(cfg.model.attention, run.device, dtype, built.arch.softcap, built.arch.sinks)
-    )
+    built.model.use_attention(_backend(cfg, built, run.device))
     section: Lora | None = getattr(cfg, "lora", None)
     if section is not None:
         adapters.attach(built, section, reference, trained)
@@ -86,9 +83,7 @@ def frozen(cfg: Any, run: Run, path: str) -> LanguageModel:
     folder, dtype = hub.resolve(path), DTYPES[cfg.dtype]
     built = load.build(folder, dtype)
     weights = load.check_weights(built, folder)
-    built.model.use_attention(
-        choose_backend(cfg.model.attention, run.device, dtype, built.arch.softcap, built.arch.sinks)
-    )
+    built.model.use_attention(_backend(cfg, built, run.device))
     built.requires_grad_(False)
     apply(built, run, cfg.memory, dtype)
     built.to_empty(device=run.device)
@@ -176,7 +171,7 @@ def check_data(cfg: Any) -> list[str]:
 def _check_model(cfg: Any) -> LanguageModel:
     folder = hub.resolve(cfg.model.path)
     built = load.build(folder, DTYPES[cfg.dtype], _decoder(cfg.model.code), _head(cfg))
-    choose_backend(cfg.model.attention, default_device(), DTYPES[cfg.dtype], built.arch.softcap, built.arch.sinks)
+    _backend(cfg, built, default_device())
     if not from_scratch(cfg):
         load.check_weights(built, folder)
     if cfg.model.quantize:
@@ -235,6 +230,12 @@ def _check_parallel(cfg: Any, world: int) -> int:
             fix=f"set batch.rows to a multiple of {per_forward}",
         )
     return shard * cp * tp
+
+
+def _backend(cfg: Any, built: LanguageModel, device: torch.device) -> str:
+    """The attention backend of a model; UserError where the one that is asked for cannot serve it."""
+    arch = built.arch
+    return choose_backend(cfg.model.attention, device, DTYPES[cfg.dtype], arch.softcap, arch.sinks)
 
 
 def _decoder(code: str | None) -> type | None:

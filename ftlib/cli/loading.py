@@ -9,9 +9,13 @@ from ftlib import models, tokenizers
 from ftlib.adapters import peft_format
 from ftlib.errors import UserError
 from ftlib.models import LanguageModel, hub
+from ftlib.models.load import DTYPES
 from ftlib.tokenizers import Tokenizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+def chosen_dtype(name: str | None, device: str) -> torch.dtype:
+    """The precision of a command's `--dtype`; without one bf16 on a GPU, float32 elsewhere."""
+    return DTYPES[name or ("bf16" if device.startswith("cuda") else "fp32")]
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

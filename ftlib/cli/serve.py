@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     from ftlib.serving.service import Service
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = loading.DTYPES[args.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
+    dtype = loading.chosen_dtype(args.dtype, device)
     base, adapter = loading.find(args.model, args.adapter)
     model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device)
     context = args.context or model.arch.max_positions or 4096

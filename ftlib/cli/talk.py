@@ -28,7 +28,7 @@ class Talk:
     def open(cls, args: argparse.Namespace) -> "Talk":
         """The model that the options of `tune chat` name."""
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = loading.DTYPES[args.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
+        dtype = loading.chosen_dtype(args.dtype, device)
         base, adapter = loading.find(args.model, args.adapter)
         model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device)
         if tokenizer.chat_template is None:

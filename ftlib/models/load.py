@@ -15,6 +15,8 @@ from ftlib.models.quantized import dequantized
 from ftlib.models.shards import local_index
 from ftlib.models.weights import Weights, open_folder
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that configs and commands use
+
 
 def build(
     folder: Path, dtype: torch.dtype, decoder: type[nn.Module] | None = None, head: heads.Head | None = None
