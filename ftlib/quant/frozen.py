@@ -146,8 +146,8 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
 
 
 def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
-    grad_x = torch.ops.ftlib.frozen_linear_backward(grad, list(ctx.saved_tensors), ctx.form, ctx.dim)
-    return grad_x, [None] * len(ctx.saved_tensors), None, None
+    parts = list(ctx.saved_tensors)  # read once: recomputation makes them anew each time
+    return torch.ops.ftlib.frozen_linear_backward(grad, parts, ctx.form, ctx.dim), [None] * len(parts), None, None
 
 
 _frozen_linear.register_autograd(_backward, setup_context=_setup)

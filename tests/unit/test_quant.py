@@ -77,6 +77,17 @@ def test_the_layer_is_the_product_with_its_weight(form, compiled):
     assert torch.allclose(*grads, atol=1e-5)
 
 
+def test_recomputed_in_backward():
+    """What backward reads of a layer may be asked for once (torch.utils.checkpoint)."""
+    linear = models.language_model.Linear(64, 48, bias=False)
+    quantized = QuantizedLinear(linear, "nf4")
+    quantized.base.fill(linear.weight.detach())
+    x = drawn(5, 64).requires_grad_()
+    ys = quantized(x), torch.utils.checkpoint.checkpoint(quantized, x, use_reentrant=False)
+    grads = [torch.autograd.grad(y.sin().sum(), x)[0] for y in ys]
+    assert torch.equal(*grads)
+
+
 def test_adapters_see_the_quantized_weight():
     """DoRA's lengths and a start from the weight's main directions read the matrix: they get the one that computes."""
     for options in ({"dora": True}, {"init": "pissa"}):

@@ -11,6 +11,11 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 WARM, TIMED = 4, 12  # steps
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+}  # fmt: skip
 
 
 def job() -> dict:
@@ -19,16 +24,18 @@ def job() -> dict:
 
 
 def config_of(shape: str) -> dict:
-    """The published config.json of a shape, kept with the parity tests."""
-    return json.loads((ROOT / "tests" / "parity" / "configs" / f"{shape}.json").read_text())
+    """The published config.json of a shape, kept with the parity tests; `tiny-` before a name shrinks its sizes."""
+    name = shape.removeprefix("tiny-")
+    config = json.loads((ROOT / "tests" / "parity" / "configs" / f"{name}.json").read_text())
+    return config if name == shape else config | TINY
 
 
 def weight(name: str, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-    """The weight called `name` in a Hugging Face checkpoint: a draw that depends on its name alone, bf16 on the GPU."""
+    """The weight called `name` in a Hugging Face checkpoint: a draw that depends on its name alone, bf16."""
     if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16, device="cuda")
-    generator = torch.Generator("cuda").manual_seed(zlib.crc32(name.encode()))
-    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) * 0.02
+        return torch.ones(shape, dtype=torch.bfloat16, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16) * 0.02
 
 
 def tokens(work: dict, step: int) -> torch.Tensor:
@@ -38,28 +45,58 @@ def tokens(work: dict, step: int) -> torch.Tensor:
     return torch.randint(0, config_of(work["shape"])["vocab_size"], shape, generator=generator)
 
 
+def pairs(work: dict) -> list[tuple[list[int], list[int], list[int]]]:
+    """(prompt, chosen, rejected) of all steps, `pairs` of them each; both answers end with the checkpoint's end."""
+    size, count = config_of(work["shape"])["vocab_size"], work["pairs"] * (WARM + TIMED + 1)
+    generator, found = torch.Generator().manual_seed(1000), []
+    for _ in range(count):
+        lengths = work["prompt_tokens"], work["answer_tokens"] - 1, work["answer_tokens"] - 1
+        prompt, chosen, rejected = (torch.randint(0, size - 3, (n,), generator=generator).tolist() for n in lengths)
+        found.append((prompt, [*chosen, size - 2], [*rejected, size - 2]))
+    return found
+
+
 def shifted(ids: torch.Tensor) -> torch.Tensor:
     """Labels [rows, seq_len]: the next token; the last of a row has none (-100)."""
     return torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1)
 
 
+def wait() -> float:
+    """The time, once the device has done what it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def forget_peak() -> None:
+    """Measure the peak from here on."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    """Most memory that tensors had on the GPU; 0 on a CPU."""
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if DEVICE.type == "cuda" else 0.0
+
+
 def measure(name: str, work: dict, step: Callable[[torch.Tensor], tuple[float, float]], versions: dict) -> None:
     """Run the steps and print the row. `step(tokens)` does one optimizer step; (loss, gradient norm) as floats."""
-    checks, seconds = [], []
+    checks, seconds, built = [], [], torch.cuda.max_memory_allocated()
     for i in range(WARM + TIMED + 1):
-        ids = tokens(work, i).cuda()
+        ids = tokens(work, i).to(DEVICE)
         if i == WARM:
-            torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+            forget_peak()
+        start = wait()
         checks.append(step(ids))
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    report(name, work, seconds, checks, versions)
+        seconds.append(wait() - start)
+    report(name, work, seconds, checks, versions, built)
 
 
-def report(name: str, work: dict, seconds: list[float], checks: list[tuple[float, float]], versions: dict) -> None:
-    """Print the row: `seconds` of every step, and (loss, gradient norm) of at least the first two."""
+def report(
+    name: str, work: dict, seconds: list[float], checks: list[tuple[float, float]], versions: dict, built: int = 0
+) -> None:
+    """Print the row: `seconds` of every step, (loss, gradient norm) of at least the first two, and the peak of memory,
+    in bytes, while the model was made (0: not known)."""
     first, timed = seconds[0], sorted(seconds[WARM + 1 :])
     median = timed[len(timed) // 2]
     row = {
@@ -68,11 +105,12 @@ def report(name: str, work: dict, seconds: list[float], checks: list[tuple[float
         "tokens_per_s": round(work["rows"] * work["seq_len"] / median),
         "step_ms": round(1e3 * median, 1),
         "spread": round((timed[-1] - timed[0]) / median, 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_gib": peak_gib(),
+        "built_gib": round(built / 2**30, 2) or None,
         "first_step_s": round(first, 1),
         "loss": [loss for loss, _ in checks[:2]],
         "grad_norm": [norm for _, norm in checks[:2]],
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, **versions},
     }
     print("ROW " + json.dumps(row), flush=True)

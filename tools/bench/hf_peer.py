@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,13 +77,11 @@ def measure(name: str, work: dict, trainer, packages: tuple[str, ...]) -> None: 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__) -> None:
             if len(seconds) == common.WARM:
-                torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-            self.start = time.perf_counter()
+                common.forget_peak()
+            self.start = common.wait()
 
         def on_step_end(self, *_, **__) -> None:
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - self.start)
+            seconds.append(common.wait() - self.start)
 
     trainer.add_callback(Clock())
     trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)

@@ -13,39 +13,22 @@ from ftlib import build
 from ftlib.adapters import lora
 from ftlib.layers.batch import Batch, Layout
 from ftlib.losses.language_modelling import next_token_loss
+from ftlib.models import LanguageModel
 from ftlib.models.load import base_state
 from ftlib.optim import adamw
 from ftlib.parallel import run as processes
+from ftlib.parallel.run import Run
+from ftlib.quant import FORMATS
 from ftlib.sections import Lora, Memory, Model, Optim, Parallel, Train
 
 
 def main() -> None:
     work = common.job()
-    folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(common.config_of(work["shape"])))
-    method = {"lora": {"lora": Lora(rank=work["rank"], alpha=2 * work["rank"])}, "full": {"train": Train()}}
-    cfg = SimpleNamespace(
-        model=Model(path=str(folder)),
-        **method[work["method"]],
-        memory=Memory(recompute=work["recompute"], offload=work.get("offload", False)),
-        parallel=Parallel(),
-        optim=Optim(lr=1e-4, max_grad_norm=None),
-        from_scratch=True,
-        dtype="bf16",
-        seed=0,
-    )
-    run = processes.start(cfg.parallel, cfg.seed)
-    model = build.model(cfg, run)
-    with torch.no_grad():
-        for name, tensor in base_state(model).items():
-            if not (model.arch.tied and name == "lm_head.weight"):
-                tensor.copy_(common.weight(hugging_face_name(name), tensor.shape))
-        for name, _, factors in lora.adapted(model):
-            factors.lora_A.copy_(common.weight(f"{name}.lora_A", factors.lora_A.shape))
+    model, _, cfg = build_model(work)
     optimizer = adamw.build(model, cfg.optim)
     rows, length = work["rows"], work["seq_len"]
-    cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device="cuda")
-    positions = torch.arange(length, device="cuda").expand(rows, length)
+    cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=common.DEVICE)
+    positions = torch.arange(length, device=common.DEVICE).expand(rows, length)
 
     def step(ids: torch.Tensor) -> tuple[float, float]:
         layout = Layout.packed(cu_seqlens, length, (rows, length))
@@ -59,6 +42,42 @@ def main() -> None:
         return loss.item(), norm.item()
 
     common.measure("ftlib", work, step, {"ftlib": ftlib.__version__})
+
+
+def rounded(weight: torch.Tensor, form: str) -> torch.Tensor:
+    """The plain matrix that a quantized one stands for."""
+    return FORMATS[form].dequantize(*FORMATS[form].quantize(weight).values(), weight.dtype)
+
+
+def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
+    """The model with everybody's weights, the run it belongs to, and the config that made it."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(json.dumps(common.config_of(work["shape"])))
+    method = {"lora": {"lora": Lora(rank=work["rank"], alpha=2 * work["rank"])}, "full": {"train": Train()}}
+    cfg = SimpleNamespace(
+        model=Model(path=str(folder), quantize=work.get("quantize")),
+        **method[work["method"]],
+        memory=Memory(recompute=work["recompute"], offload=work.get("offload", False)),
+        parallel=Parallel(),
+        optim=Optim(lr=1e-4, max_grad_norm=None),
+        from_scratch=True,
+        dtype="bf16",
+        seed=0,
+    )
+    run = processes.start(cfg.parallel, cfg.seed)
+    model = build.model(cfg, run)
+    with torch.no_grad():
+        for name, tensor in base_state(model).items():
+            if model.arch.tied and name == "lm_head.weight":
+                continue
+            value = common.weight(hugging_face_name(name), tensor.shape)
+            if isinstance(tensor, torch.Tensor):
+                tensor.copy_(rounded(value, work["rounded"]) if work.get("rounded") and "_proj." in name else value)
+            else:
+                tensor.fill(value)  # quantized, one matrix at a time
+        for name, _, factors in lora.adapted(model):
+            factors.lora_A.copy_(common.weight(f"{name}.lora_A", factors.lora_A.shape))
+    return model, run, cfg
 
 
 def hugging_face_name(name: str) -> str:

@@ -4,6 +4,7 @@
     python tools/bench/sft.py … --peer-path torchtune=/folder/with/its/packages --out results/NAME.json
 
 A figure counts only if losses and gradient norms of the first steps agree; the table says so, and the rows go to --out.
+With --quantize, the peer `dequantized` is our own step on the plain weights that the quantized ones stand for.
 """
 
 import argparse
@@ -19,7 +20,8 @@ MEASURED, DATASHEET = 744e12, 989e12  # dense bf16 FLOP/s of an H100: a large ma
 
 def main() -> None:
     args = arguments()
-    work = {k: getattr(args, k) for k in ("shape", "method", "rows", "seq_len", "recompute", "rank", "offload")}
+    keys = ("shape", "method", "rows", "seq_len", "recompute", "rank", "offload", "quantize")
+    work = {key: getattr(args, key) for key in keys}
     paths = dict(entry.split("=", 1) for entry in args.peer_path)
     peers = [f"{peer}_peer" for peer in args.vs.split(",") if peer]
     order = ["ours", *peers, "ours"] if peers else ["ours"]
@@ -43,7 +45,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recompute", choices=("none", "selective", "except_attention", "full"), default="none")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--vs", default="", help="peers, comma separated: torchtune, trl, unsloth")
+    parser.add_argument("--quantize", choices=("nf4", "int8", "fp8"), help="the frozen base below the adapters")
+    parser.add_argument("--vs", default="", help="peers, comma separated: torchtune, trl, unsloth, dequantized")
     parser.add_argument("--peer-path", action="append", default=[], metavar="PEER=FOLDER")
     parser.add_argument("--limit", type=int, default=200, help="seconds a contender may take")
     parser.add_argument("--out")
@@ -53,9 +56,11 @@ def arguments() -> argparse.Namespace:
 def run(script: str, work: dict, paths: dict[str, str], limit: int) -> dict:
     """One contender's row; {"contender", "failed"} with the reason if it gives none."""
     peer = script.removesuffix("_peer")
+    if peer == "dequantized":
+        script, work = "ours", work | {"quantize": None, "rounded": work["quantize"]}
     path = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    if peer in paths:
-        path.insert(0, paths[peer])
+    if peer.split("_")[0] in paths:
+        path.insert(0, paths[peer.split("_")[0]])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     try:
         done = subprocess.run(
@@ -67,7 +72,7 @@ def run(script: str, work: dict, paths: dict[str, str], limit: int) -> dict:
     found = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
     if not found:
         return {"contender": peer, "failed": (done.stderr.strip() or done.stdout.strip())[-1500:]}
-    return json.loads(found[-1].removeprefix("ROW "))
+    return json.loads(found[-1].removeprefix("ROW ")) | {"contender": "ftlib" if peer == "ours" else peer}
 
 
 def judge(row: dict, ours: dict) -> dict:
@@ -87,7 +92,8 @@ def judge(row: dict, ours: dict) -> dict:
 
 def mfu(row: dict) -> dict:
     """4 FLOP a frozen weight and token, 6 a trained one, plus causal attention; recomputation does not count."""
-    config = json.loads((HERE.parents[1] / "tests/parity/configs" / f"{row['work']['shape']}.json").read_text())
+    shape = row["work"]["shape"].removeprefix("tiny-")
+    config = json.loads((HERE.parents[1] / "tests/parity/configs" / f"{shape}.json").read_text())
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or width // heads
     attention = width * head * (2 * heads + 2 * config["num_key_value_heads"])

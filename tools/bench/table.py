@@ -36,7 +36,8 @@ def cell(row: dict) -> str:
 def title(work: dict) -> str:
     kept = {"none": "nothing recomputed", "selective": "selective"}.get(work["recompute"], "recomputed")
     offload = ", offloaded" if work.get("offload") else ""
-    return f"{work['shape']} {work.get('method', 'lora')}, {work['rows']} x {work['seq_len']}, {kept}{offload}"
+    method = work.get("method", "lora") + (f" on {work['quantize']}" if work.get("quantize") else "")
+    return f"{work['shape']} {method}, {work['rows']} x {work['seq_len']}, {kept}{offload}"
 
 
 if __name__ == "__main__":

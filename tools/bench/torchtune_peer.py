@@ -44,8 +44,10 @@ def main() -> None:
     config = common.config_of(work["shape"])
     assert work["shape"] == "llama-3.1-8b" and work["method"] == "lora", "what torchtune 0.6.1 builds of our work"
     targets = ["q_proj", "k_proj", "v_proj", "output_proj"]
+    assert work.get("quantize") in (None, "nf4"), "what torchtune calls quantize_base is NF4"
+    options = {"lora_rank": work["rank"], "lora_alpha": 2 * work["rank"], "quantize_base": bool(work.get("quantize"))}
     with training.set_default_dtype(torch.bfloat16), torch.device("cuda"):
-        model = lora_llama3_1_8b(targets, apply_lora_to_mlp=True, lora_rank=work["rank"], lora_alpha=2 * work["rank"])
+        model = lora_llama3_1_8b(targets, apply_lora_to_mlp=True, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             hf = hugging_face_name(name)

@@ -18,9 +18,11 @@ def main() -> None:
     work = common.job()
     path = str(hf_peer.checkpoint(work["shape"]))
     full = work["method"] == "full"
+    assert work.get("quantize") in (None, "nf4"), "what Unsloth calls 4bit is NF4"
     model, tokenizer = FastLanguageModel.from_pretrained(
-        path, max_seq_length=work["seq_len"], dtype=torch.bfloat16, load_in_4bit=False, full_finetuning=full
-    )
+        path, max_seq_length=work["seq_len"], dtype=torch.bfloat16, load_in_4bit=bool(work.get("quantize")),
+        full_finetuning=full,
+    )  # fmt: skip
     recompute = {"none": False, "full": "unsloth", "except_attention": "unsloth"}[work["recompute"]]
     if not full:
         model = FastLanguageModel.get_peft_model(
