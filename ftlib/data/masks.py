@@ -1,16 +1,17 @@
 """Example -> token ids and the mask of trained tokens, exact by construction: the template says who wrote what."""
 
+import gc
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from ftlib.data.examples import Example
 from ftlib.errors import UserError
+from ftlib.tokenizers.cut import Cut, SpanCut
 from ftlib.tokenizers.tokenizer import check_characters
 
 _MARKER = re.compile(r"<\|[^|<>]+\|>|</s>|<(?:end|start)_of_turn>|<｜[^｜]+｜>|\[/?[A-Z_]+\]")
@@ -30,7 +31,6 @@ class Tokenizer(Protocol):
 
 End = Literal["all", "last", "none"]
 Masked = tuple[np.ndarray, np.ndarray]
-Offsets = list[tuple[int, int]]  # of each token: characters [start, end)
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class _Text:
     """What is to be cut into tokens, and what makes ids and mask of these."""
 
     text: str
-    finish: Callable[[list[int], Offsets], Masked]
+    finish: Callable[[Cut], Masked]
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, train_on_end: End = "all") -> Masked:
@@ -53,14 +53,27 @@ def tokenize_all(
     examples: Sequence[Example], tokenizer: Tokenizer, train_on_end: End = "all"
 ) -> list[Masked | UserError]:
     """The same of many rows, in their order, or what is wrong with them: each step for all, which is faster."""
-    made = [_guarded(example, _prepared, example, tokenizer, train_on_end) for example in examples]
-    texts = [one.text for one in made if isinstance(one, _Text)]
-    encode = getattr(tokenizer, "encode_batch", None)
-    encoded = iter(encode(texts) if encode else map(tokenizer.encode_with_offsets, texts))
-    return [
-        _guarded(example, one.finish, *next(encoded)) if isinstance(one, _Text) else one
-        for example, one in zip(examples, made, strict=True)
-    ]
+    with _without_collection():
+        made = [_guarded(example, _prepared, example, tokenizer, train_on_end) for example in examples]
+        texts = [one.text for one in made if isinstance(one, _Text)]
+        encode = getattr(tokenizer, "encode_batch", None)
+        cuts = iter(encode(texts) if encode else [SpanCut(*tokenizer.encode_with_offsets(text)) for text in texts])
+        return [
+            _guarded(example, one.finish, next(cuts)) if isinstance(one, _Text) else one
+            for example, one in zip(examples, made, strict=True)
+        ]
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No search for garbage among the many small objects of some rows, which all end together."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _guarded(example: Example, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -87,13 +100,13 @@ def _prepared(example: Example, tokenizer: Tokenizer, train_on_end: End) -> "_Te
 def _segments(segments: list[tuple[str, bool]], tokenizer: Tokenizer, closed: bool) -> _Text:
     """Text side by side. `closed`: between BOS and a trained EOS; a text that brings its own gets no second one."""
 
-    def finish(ids: list[int], offsets: Offsets) -> Masked:
-        trained, at = np.zeros(len(ids), bool), 0
+    def finish(cut: Cut) -> Masked:
+        trained, at = np.zeros(len(cut.ids), bool), 0
         for text, wanted in segments:
-            first, last = _between(offsets, at, at + len(text))
+            first, last = cut.between(at, at + len(text))
             trained[first:last] |= wanted
             at += len(text)
-        ids = np.array(ids, np.int32)
+        ids = np.asarray(cut.ids, np.int32)
         if all(wanted for _, wanted in segments):
             trained[:] = True  # a token without characters is one too
         if closed and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
@@ -105,12 +118,6 @@ def _segments(segments: list[tuple[str, bool]], tokenizer: Tokenizer, closed: bo
     return _Text("".join(text for text, _ in segments), finish)
 
 
-def _between(offsets: Offsets, start: int, end: int) -> tuple[int, int]:
-    """Tokens [first, last) that overlap the characters [start, end); both offsets never fall from token to token."""
-    first = bisect_right(offsets, start, key=itemgetter(1))
-    return first, max(first, bisect_left(offsets, end, key=itemgetter(0)))
-
-
 def _conversation(example: Example, tokenizer: Tokenizer, train_on_end: End) -> _Text:
     """A token is trained if it overlaps characters that a trained message wrote. The template brings BOS and EOS."""
     asked = {m["role"] for m, trained in zip(example.messages, example.trained, strict=True) if trained}
@@ -120,15 +127,15 @@ def _conversation(example: Example, tokenizer: Tokenizer, train_on_end: End) -> 
     _check_calls(example, rendered)
     spans = list(_trained_spans(example, rendered, tokenizer, train_on_end))
 
-    def finish(ids: list[int], offsets: Offsets) -> Masked:
-        trained, last = np.zeros(len(ids), bool), 0
+    def finish(cut: Cut) -> Masked:
+        ids, trained, last = np.asarray(cut.ids, np.int32), np.zeros(len(cut.ids), bool), 0
         for start, end, _ in spans:
-            first, last = _between(offsets, start, end)
+            first, last = cut.between(start, end)
             trained[first:last] = True
         if spans and spans[-1][2]:  # the template leaves the end to whoever speaks next, or writes no token there
             # White space that followed would stand between the answer and its end.
-            ids, trained = [*ids[:last], _end(tokenizer)], np.append(trained[:last], True)
-        return np.array(ids, np.int32), trained
+            ids, trained = np.append(ids[:last], np.int32(_end(tokenizer))), np.append(trained[:last], True)
+        return ids, trained
 
     return _Text(rendered.text, finish)
 

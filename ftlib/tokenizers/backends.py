@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ftlib.errors import UserError
+from ftlib.tokenizers.cut import ByteLengths, Cut, Span, SpanCut, is_bytewise
 
-Span = tuple[int, int]  # characters [start, end) of the text a token came from
 FLAGS = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}  # when added
 
 
@@ -48,6 +48,7 @@ class JsonBackend:
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         self.size = max(vocab.values()) + 1
         self._plain: Tokenizer | None = None
+        self._lengths: ByteLengths | None = None  # made when first needed
 
     @classmethod
     def from_vocab(cls, vocab: Path, merges: Path) -> "JsonBackend":
@@ -65,9 +66,15 @@ class JsonBackend:
         found = self.tokenizer.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
-    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
-        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [(one.ids, one.offsets) for one in found]
+    def encode_batch(self, texts: Sequence[str]) -> list[Cut]:
+        if not is_bytewise(self._content):
+            found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            return [SpanCut(one.ids, one.offsets) for one in found]
+        if self._lengths is None:
+            self._lengths = ByteLengths(self._content, self.size, self.tokenizer.get_vocab(with_added_tokens=False))
+        found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        cuts = (self._lengths.cut(text, one.ids) for text, one in zip(texts, found, strict=True))
+        return [cut or SpanCut(*self.encode(text)) for text, cut in zip(texts, cuts, strict=True)]
 
     def encode_plain(self, text: str) -> tuple[list[int], list[Span]]:
         if self._plain is None:
@@ -86,7 +93,7 @@ class JsonBackend:
         number = self.tokenizer.token_to_id(token)
         entry = {"id": number, "content": token, **entry}
         self._content["added_tokens"] = [*self._content.get("added_tokens", ()), entry]
-        self.size = max(self.size, number + 1)
+        self.size, self._lengths = max(self.size, number + 1), None
         return number
 
     def content(self) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ftlib.errors import UserError
-from ftlib.tokenizers.backends import FLAGS, Backend, JsonBackend, SentencePieceBackend, Span
+from ftlib.tokenizers.backends import FLAGS, Backend, JsonBackend, SentencePieceBackend
+from ftlib.tokenizers.cut import Cut, Span, SpanCut
 from ftlib.tokenizers.files import ADDED, TEMPLATES, Files, find
 from ftlib.tokenizers.jinja import render
 from ftlib.tokenizers.ranks import RanksBackend
@@ -153,11 +154,11 @@ class Tokenizer:
                 at = match.end()
         return ids, spans
 
-    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
-        """`encode_with_offsets` of texts that `check_characters` has seen, in threads where the library has some."""
+    def encode_batch(self, texts: Sequence[str]) -> list[Cut]:
+        """Texts that `check_characters` has seen as tokens, in threads where the library has some."""
         if isinstance(self.backend, JsonBackend):
             return self.backend.encode_batch(texts)
-        return [self.encode_with_offsets(text) for text in texts]
+        return [SpanCut(*self.encode_with_offsets(text)) for text in texts]
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
         """Text of ids. Special tokens are written out, or left out with `skip_special`; ids of no token are nothing."""
