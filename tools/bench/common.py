@@ -1,6 +1,7 @@
 """What contenders of a benchmark share: shapes, identical weights and tokens, one way to time, one row of results."""
 
 import json
+import statistics
 import sys
 import time
 import zlib
@@ -114,3 +115,12 @@ def report(
         "versions": {"torch": torch.__version__, **versions},
     }
     print("ROW " + json.dumps(row), flush=True)
+
+
+def report_steps(name: str, work: dict, rows: list[dict[str, float]], versions: dict) -> None:
+    """Print the row of reinforcement learning: medians over the steps behind the first."""
+    kept = rows[1:] or rows
+    row = {"contender": name, "work": work, "first_step_s": rows[0]["step_s"]}
+    row |= {key: statistics.median(one[key] for one in kept) for key in rows[0]}
+    row["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    print("ROW " + json.dumps(row | {"versions": {"torch": torch.__version__, **versions}}), flush=True)

@@ -1,120 +1,79 @@
-"""Where the time of a GRPO step goes: drawing, looking back, learning; random weights of a published shape.
+"""GRPO on one GPU: where the time and the memory of a step go, ours beside TRL's, each in its own process.
 
-    python tools/bench/grpo.py '{"shape": "llama-3.2-1b", "rank": 16, "prompts": 8, "group": 8, "prompt_tokens": 200,
-                                 "new_tokens": 256, "seq_len": 2048, "micro_rows": 2, "steps": 4}'
+    python tools/bench/grpo.py --peer-path trl=/folder/with/its/packages --out results/NAME.json
+    python tools/bench/grpo.py --shape llama-3.1-8b --vs "" --quantize none,nf4        # what an 8B shape needs
+    python tools/bench/grpo.py --tiny --vs ""               # does it run at all? on a CPU, in seconds
 
-`rank` 0 trains every weight. Completions never stop early, so that all steps do the same work. A reward that looks at
-nothing stands for real ones. Prints a row per step and, last, the medians without the first step.
+Random weights of a published shape, low-rank adapters (--rank 0: every weight), prompts and completions of fixed
+lengths, a reward that looks at nothing. Figures are medians of the steps behind the first.
 """
 
-import json
-import statistics
-import tempfile
-from pathlib import Path
+import argparse
+import sys
 
-import common
-import torch
+import dpo
+import sft
 
-from ftlib import build, plugins
-from ftlib.data.prompts import Prompt
-from ftlib.generation import Engine
-from ftlib.optim import adamw
-from ftlib.parallel import run as processes
-from ftlib.rl import presets, scoring, setup
-from ftlib.rl.environments import Dialogues
-from ftlib.rl.log import StepLog, reward_row
-from ftlib.rl.rewards.run import Rewards
-from ftlib.rl.rollouts import Rollouts
-from ftlib.sections import Lora, Memory, Model, Optim, Source
-from ftlib.sections.rl import Dialogue, MicroBatch, Prompts, Reward, Rollout
-
-RECIPE = plugins.load_file(common.ROOT / "recipes" / "grpo.py")
-
-
-class Endless:
-    """A tokenizer without an end of turn: every completion has all its tokens."""
-
-    stop_ids: frozenset[int] = frozenset()
-    filler_id = 0
-
-    def decode(self, ids: list[int]) -> str:
-        return str(ids[0]) if ids else ""
-
-
-class Quiet:
-    """What `learn` tells of each update."""
-
-    def check(self, note: StepLog, run: processes.Run) -> None:
-        self.mismatch = note.mismatch(run)
-
-    def learns(self, tokens: int) -> bool:
-        return tokens > 0
+SIZES = ("rank", "prompts", "group", "prompt_tokens", "new_tokens", "seq_len", "micro_rows", "steps", "recompute")
+TINY = {
+    "prompts": 2, "group": 2, "prompt_tokens": 12, "new_tokens": 8, "seq_len": 64, "micro_rows": 1, "steps": 2,
+    "rank": 4,
+}  # fmt: skip
+COLUMNS = {
+    "drawn_tokens_per_s": "drawn tok/s", "samples_per_s": "samples/s", "step_s": "step s",
+    "seconds/generate": "drawing s", "seconds/train": "learning s", "peak_gib": "peak GiB", "first_step_s": "first s",
+}  # fmt: skip
 
 
 def main() -> None:
-    work = common.job()
-    folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(common.config_of(work["shape"])))
-    sizes = {key: work[key] for key in ("prompts", "group")}
-    reward = Reward(fn="length", args={"target": work["new_tokens"] // 2})
-    cfg = RECIPE.Config(
-        model=Model(path=str(folder)),
-        lora=Lora(rank=work["rank"], alpha=2 * work["rank"]) if work["rank"] else None,
-        data=Prompts(sources=(Source(path="none"),), seq_len=work["seq_len"]),
-        rewards=(reward,),
-        dialogue=Dialogue(),
-        rollout=Rollout(**sizes, max_new_tokens=work["new_tokens"]),
-        batch=MicroBatch(micro_rows=work["micro_rows"]),
-        optim=Optim(lr=1e-5),
-        memory=Memory(recompute=work.get("recompute", "full")),
-        dtype=work.get("dtype", "bf16"),
-    )
-    run = processes.start(cfg.parallel, cfg.seed)
-    object.__setattr__(cfg, "from_scratch", True)  # weights are drawn: there are none to read
-    model, algorithm = build.model(cfg, run), presets.resolve(cfg.algorithm)
-    optimizer, engine = adamw.build(model, cfg.optim), Engine(model, max_batch=cfg.rollout.max_batch)
-    rollouts = Rollouts(cfg.rollout, engine, Endless(), Dialogues(cfg.dialogue))
-    draw = torch.Generator().manual_seed(0)
-    vocab, rows = model.arch.vocab, []
-    with Rewards(cfg.rewards) as rewards:
-        for step in range(1, work["steps"] + 1):
-            ids = torch.randint(0, vocab, (cfg.rollout.prompts, work["prompt_tokens"]), generator=draw).tolist()
-            prompts = [Prompt([{"role": "user", "content": ""}], own, {}, "") for own in ids]
-            rows.append(one(cfg, step, prompts, model, optimizer, engine, rollouts, rewards, algorithm, run))
-            print(json.dumps(rows[-1]), flush=True)
-    kept = rows[1:] or rows
-    print("ROW " + json.dumps({"work": work} | {key: statistics.median(r[key] for r in kept) for key in rows[0]}))
+    args = arguments()
+    work = {key: getattr(args, key) for key in SIZES} | {"quantize": None, "shape": args.shape}
+    if args.tiny:
+        work |= TINY | {"shape": f"tiny-{args.shape}"}
+    paths = dict(entry.split("=", 1) for entry in args.peer_path)
+    peers = [peer for peer in args.vs.split(",") if peer]
+    ours = [("ftlib" + (f", {form}" if form else ""), form) for form in map(bare, args.quantize.split(","))]
+    rows: list[dict] = []
+    print(f"{'contender':14}" + "".join(f"{title:>12}" for title in COLUMNS.values()))
+    for name, form in (*ours, *((peer, None) for peer in peers), *(ours[:1] if peers else ())):
+        script = "grpo_ours" if name.startswith("ftlib") else f"{name}_grpo_peer"
+        rows.append(sft.run(script, work | {"quantize": form}, paths, args.limit) | {"contender": name})
+        print_row(rows[-1])
+        dpo.write(args.out, rows)
+    if any("failed" in row for row in rows):
+        sys.exit(1)
 
 
-def one(cfg, step, prompts, model, optimizer, engine, rollouts, rewards, algorithm, run) -> dict[str, float]:  # noqa: ANN001
-    """One step of the recipe, timed."""
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    note, quiet = StepLog(), Quiet()
-    with note.clock("generate"):
-        samples = rollouts(prompts, cfg.rollout.group, (cfg.seed, step, 0, 0))
-    with note.clock("reward"):
-        scoring.give_rewards(samples, rewards, algorithm, cfg.rollout.max_new_tokens)
-    for number, sample in enumerate(samples):  # all are as long: make them differ, so that all are learned from
-        sample.rewards = [float(number % 2)]
-    engine.release()
-    with note.clock("logprobs"):
-        setup.look_back(cfg, samples, model, setup.Reference(cfg, model, algorithm, run), False, 0)
-    everyone = scoring.gather(samples, rewards, run)
-    scoring.give_advantages(samples, everyone, algorithm, run)
-    with note.clock("train"):
-        RECIPE.learn(cfg, samples, model, optimizer, cfg.optim.lr, 0, run, note, quiet)[1].item()
-    engine.refresh()
-    drawn = float(everyone.scores.lengths.sum())
-    row = {key: round(value, 3) for key, value in note.row(run, False).items() if key.startswith("seconds/")}
-    total = sum(row.values())
-    row |= {key: round(value, 6) for key, value in quiet.mismatch.items()}
-    row["drawn_tokens_per_s"] = round(drawn / row["seconds/generate"])
-    row["samples_per_s"] = round(len(samples) / total, 2)
-    row["length"] = reward_row(everyone, rewards.names, algorithm)["length/mean"]
-    if run.device.type == "cuda":
-        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return row
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters; 0: every weight trains")
+    parser.add_argument("--prompts", type=int, default=8, help="of one step")
+    parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=200)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--seq-len", type=int, default=2048, help="of a packed row of the update")
+    parser.add_argument("--micro-rows", type=int, default=2, help="packed rows in one forward")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--recompute", choices=("none", "selective", "except_attention", "full"), default="full")
+    parser.add_argument("--quantize", default="none", help="our frozen base: none, nf4, …; several, comma separated")
+    parser.add_argument("--vs", default="trl", help="peers, comma separated: trl; empty for ours alone")
+    parser.add_argument("--peer-path", action="append", default=[], metavar="PEER=FOLDER")
+    parser.add_argument("--limit", type=int, default=240, help="seconds a contender may take")
+    parser.add_argument("--tiny", action="store_true", help="sizes shrunk until a CPU does it in seconds")
+    parser.add_argument("--out")
+    return parser.parse_args()
+
+
+def bare(form: str) -> str | None:
+    return None if form == "none" else form
+
+
+def print_row(row: dict) -> None:
+    if "failed" in row:
+        print(f"{row['contender']:14} failed: {row['failed'][-600:]}", flush=True)
+    else:
+        print(f"{row['contender']:14}" + "".join(f"{row[key]:12,}" for key in COLUMNS), flush=True)
 
 
 if __name__ == "__main__":
