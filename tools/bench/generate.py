@@ -97,7 +97,7 @@ def contend(work: dict) -> None:
     make = transformers if work["contender"] == "transformers" else ours
     start = time.perf_counter()
     generate, versions = make(work)
-    generate(prompts, work["new"])
+    generate(prompts, work["new"] // 8)
     torch.cuda.synchronize()
     row = {"contender": work["contender"], "work": work, "first_s": round(time.perf_counter() - start, 1)}
     seconds = {}

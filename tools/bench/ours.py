@@ -53,10 +53,11 @@ def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
     """The model with everybody's weights, the run it belongs to, and the config that made it."""
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(common.config_of(work["shape"])))
-    method = {"lora": {"lora": Lora(rank=work["rank"], alpha=2 * work["rank"])}, "full": {"train": Train()}}
+    lora_only = work["method"] == "lora"
+    method = {"lora": Lora(rank=work["rank"], alpha=2 * work["rank"])} if lora_only else {"train": Train()}
     cfg = SimpleNamespace(
         model=Model(path=str(folder), quantize=work.get("quantize")),
-        **method[work["method"]],
+        **method,
         memory=Memory(recompute=work["recompute"], offload=work.get("offload", False)),
         parallel=Parallel(),
         optim=Optim(lr=1e-4, max_grad_norm=None),
