@@ -1,0 +1,68 @@
+"""The benchmarks run and are right where there is no GPU: small shapes, every contender that needs none."""
+
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Call a script of tools/bench with arguments."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+    def call(name: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        __import__(name).main()
+
+    return call
+
+
+def test_kernels(bench, tmp_path, capsys):
+    out = tmp_path / "kernels.json"
+    bench("kernels", "--tiny", "--out", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    figures = [row for row in rows if "not_run" not in row]
+    assert all(row["error"] < 1e-2 and (row["gradient_error"] or 0) < 1e-2 for row in figures)
+    assert all(row["forward_ms"] > 0 for row in figures)
+    ours = {row["kernel"] for row in figures if row["contender"] == "ours"}
+    waiting = {row["kernel"] for row in rows if row.get("not_run") == "needs a GPU" and row["contender"] == "ours"}
+    assert len(ours) == 13 and waiting == {"packed attention"}
+    assert all(row["not_run"] == "needs a GPU" for row in rows if "not_run" in row)
+    assert capsys.readouterr().out.count("\n") == len(rows)
+
+
+def test_context(bench, tmp_path):
+    out = tmp_path / "context.json"
+    bench("context", "--tiny", "--out", str(out))
+    bench("context", "--tiny", "--out", str(out))  # the same curve, not a second one
+    curve = json.loads(out.read_text())["curves"]["tiny"]
+    assert [row["tokens"] for row in curve] == [64, 128, 256]
+    assert all(5 < row["loss"] < 7 and row["peak_gib"] > 0 for row in curve)
+    drawn = ElementTree.fromstring((tmp_path / "context.svg").read_text())
+    assert len(drawn.findall("{*}circle")) == 3
+
+
+def test_context_says_why_it_stopped(bench, tmp_path):
+    bench("context", "--tiny", "--limit", "0", "--out", str(tmp_path / "c.json"))
+    found = json.loads((tmp_path / "c.json").read_text())["curves"]["tiny"]
+    assert found == [{"tokens": 64, "failed": "not begun: it would not end within 0 s"}]
+    import context
+
+    def step(tokens: int) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.\nmore")
+
+    assert context.figures(step, 64) == {"failed": "out of memory: CUDA out of memory. Tried to allocate 16.00 GiB."}
+
+
+def test_startup(bench, tmp_path):
+    out = tmp_path / "startup.json"
+    bench("startup", "--tiny", "--runs", "warm,resumed", "--out", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["run"] for row in rows] == ["warm", "resumed"]
+    assert all(0.5 < row["seconds"] < 100 for row in rows), rows
