@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         for document in train.shown(i):
             print("\n".join(show(document, tokenizer, GREEN if colours else PLAIN)))
     print("\n".join(rows.report.lines()))
+    print(f"These are the first {READ} rows of each source, and nothing is held out; a run reads all of them.")
     return 0
 
 
@@ -78,8 +79,10 @@ def prompts(cfg: Any, tokenizer: "Tokenizer", count: int) -> Iterator[str]:
 
 
 def _beginning(data: Any) -> Any:
-    """The same data section, its sources cut to their first rows; nothing is held out."""
-    cut = [s if s.split else dataclasses.replace(s, split=f"[:{READ}]") for s in data.sources]
+    """The same data section, its sources cut to their first rows unless they are cut already; nothing is held out."""
+    splits = [s.split or "" for s in data.sources]
+    splits = [split if "[" in split else f"{split}[:{READ}]" for split in splits]
+    cut = [dataclasses.replace(s, split=split) for s, split in zip(data.sources, splits, strict=True)]
     return dataclasses.replace(data, sources=tuple(cut), eval=None)
 
 

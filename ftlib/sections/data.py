@@ -12,7 +12,7 @@ class Source:
 
     path: LocalOrHub  # file, folder, pattern `x/*.jsonl`, https:// or s3:// address, Hub id `org/name[@revision]`
     format: MaybeFile = "auto"  # `messages`, `alpaca`, `text`, …; `auto`: by its columns; `./file.py:name`: a function
-    weight: float = 1.0  # share of this source in the mix: 2 shows its rows twice as often as 1
+    weight: float = 1.0  # how often an epoch shows its rows: 2.5 times; 0.3: three of ten; of a stream: its share
     split: str | None = None  # part of the source: `train`, `[:90%]`, `test[1000:]`
     subset: str | None = None  # configuration of a Hub dataset that has several
     columns: dict[str, str] = None  # the format's column name -> the file's, when they differ
@@ -20,8 +20,8 @@ class Source:
     name: str | None = None  # name in logs; by default the file's name
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError("weight: must be above 0; leave a source out to switch it off")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError("weight: must be a number above 0; leave a source out to switch it off")
         for key in ("columns", "roles"):
             if getattr(self, key) is None:
                 object.__setattr__(self, key, {})

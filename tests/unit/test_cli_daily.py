@@ -105,6 +105,19 @@ def test_preview_marks_what_is_trained(tiny, here, capsys):
     assert int(first[2]) == len(answer) + 1
 
 
+def test_preview_counts_what_it_read_and_says_what_it_left_out(tiny, here, capsys, monkeypatch):
+    monkeypatch.setattr("ftlib.cli.preview.READ", 7)
+    file = write_config(here / "c.yaml", tiny.model, tiny.rows)
+    out = tune(capsys, "preview", "lora_sft", "--config", file, "data.eval=2", "--rows", 9)[1]
+    shown = re.findall(r"--- rows: (\d+) tokens, (\d+) trained", out)
+    tokens, trained = (sum(int(pair[i]) for pair in shown) for i in (0, 1))
+    assert len(shown) == 7 and "rows: 7 rows, format messages" in out
+    assert f"training: 7 documents, {tokens:,} tokens, {trained / tokens:.1%} trained" in out
+    assert "first 7 rows of each source, and nothing is held out" in out
+    split = tune(capsys, "preview", "lora_sft", "--config", file, "data.sources[0].split='[:4]'")[1]
+    assert "training: 4 documents" in split
+
+
 def test_preview_colours_on_a_terminal(tiny, here, capsys, monkeypatch):
     file = write_config(here / "c.yaml", tiny.model, tiny.rows)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ftlib.data.packing import _STEP, _mix, pack, share, shuffled
+from ftlib.data.documents import Documents, SourceInfo
+from ftlib.data.packing import _STEP, _mix, pack, shuffled
 from ftlib.layers.batch import Batch, Layout, from_documents
+from ftlib.sections import Source
 
 
 def lengths_of(count, mean=200, seq_len=2048, seed=0):
@@ -70,16 +72,29 @@ def test_shuffle_is_frozen():
     assert np.bincount(first, minlength=10).min() > 140  # 200 expected, sd 13
 
 
-@pytest.mark.parametrize("weight", [0.25, 0.3, 1.0, 1.5, 2.0])
-def test_weights_are_exact(weight):
-    rows = 10
-    seen = np.zeros(rows, int)
-    for epoch in range(12):
-        part = share(rows, weight, seed=3, source=0, epoch=epoch)
-        assert abs(len(part) - rows * weight) <= 0.5
-        seen += np.bincount(part, minlength=rows)
-    assert seen.sum() == round(12 * rows * weight)
-    assert seen.max() - seen.min() <= 1
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (2.5, 1.0), (1 / 3, 1e-2, 3.14159), (1.0, 0.25, 1.5)])
+def test_weights_are_exact(weights):
+    # After e epochs a source of n rows has given round(e * n * weight), each as often as any other, give or take one.
+    counts = [10, 37, 3][: len(weights)]
+    ids = np.repeat(np.arange(len(weights)), counts)
+    sources = [SourceInfo(f"s{i}", "x", weight) for i, weight in enumerate(weights)]
+    rows = [(np.arange(5), np.ones(5, bool)) for _ in ids]
+    documents = Documents.from_rows(rows, sources=sources, source_ids=ids)
+    seen = np.zeros(len(ids), int)
+    for epoch in range(40):
+        part = documents.of_epoch(3, epoch)
+        assert np.array_equal(part, documents.of_epoch(3, epoch))  # a run that goes on sees the same
+        seen += np.bincount(part, minlength=len(ids))
+        for number, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+            own = seen[ids == number]
+            assert own.sum() == round((epoch + 1) * count * weight)
+            assert own.max() - own.min() <= 1
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
+def test_a_weight_is_a_positive_number(weight):
+    with pytest.raises(ValueError, match="above 0"):
+        Source(path="x", weight=weight)
 
 
 def document(length, first=10):
