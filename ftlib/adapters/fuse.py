@@ -1,5 +1,7 @@
 """Let sibling projections share one matrix product with their adapters, on an unsharded GPU."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,36 +10,25 @@ from ftlib.kernels.lora_linear import lora_project
 from ftlib.layers.attention import Attention
 from ftlib.layers.linear import Linear
 from ftlib.layers.mlp import GatedMlp
+from ftlib.quant.fused import frozen_lora_project
 
 
-class FusedLora:
-    """Siblings over one input, their weights and adapters in one buffer (ftlib.kernels.lora_linear).
+class Fused:
+    """Siblings over one input, computed with their adapters by `product(x [N, D], scale)` -> [N, O], side by side."""
 
-    The layers' `weight` parameters become views of the buffer, so nothing is held twice. The factors stay parameters of
-    their own; `views` are the buffer's copies of them, brought up to date before each forward.
-    """
+    product: Callable[[Tensor, float], Tensor]
 
     def __init__(self, linears: list[Linear], name: str) -> None:
         self.linears, self.name = linears, name
         self.factors: list[LoraFactors] = [linear.adapters[name] for linear in linears]
         self.scale = self.factors[0].scale
         self.outs = [linear.out_features for linear in linears]
-        weight = linears[0].weight
-        dim, rank = linears[0].in_features, sum(f.rank for f in self.factors)
-        self.stacked = weight.new_zeros(sum(self.outs) + rank, dim + rank, requires_grad=False)
-        self.views: list[Tensor] = []
-        row, column = 0, 0
-        for linear, factors in zip(linears, self.factors, strict=True):
-            view = self.stacked[row : row + linear.out_features, :dim]
-            view.copy_(linear.weight.detach())
-            linear.weight = nn.Parameter(view, requires_grad=False)
-            below = sum(self.outs) + column
-            self.views.append(self.stacked[below : below + factors.rank, :dim])
-            self.views.append(
-                self.stacked[row : row + linear.out_features, dim + column : dim + column + factors.rank]
-            )
-            row, column = row + linear.out_features, column + factors.rank
         linears[0].fused = self
+
+    @property
+    def lora(self) -> tuple[list[Tensor], list[Tensor]]:
+        """lora_A and lora_B of each layer: the parameters."""
+        return [f.lora_A for f in self.factors], [f.lora_B for f in self.factors]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Outputs of the layers; None when another adapter is switched on, or some.
@@ -49,14 +40,44 @@ class FusedLora:
         off = active == {None} and not torch.is_grad_enabled()
         if active != {self.name} and not off:
             return None
-        y = lora_project(
-            x.flatten(0, -2),
-            self.stacked,
-            [f.lora_A for f in self.factors],
-            [f.lora_B for f in self.factors],
-            0.0 if off else self.scale,
-        )
+        y = self.product(x.flatten(0, -2), 0.0 if off else self.scale)
         return y.view(*x.shape[:-1], -1).split(self.outs, -1)
+
+
+class FusedLora(Fused):
+    """Weights and adapters in one buffer (ftlib.kernels.lora_linear).
+
+    The layers' `weight` parameters become views of the buffer, so nothing is held twice. The factors stay parameters of
+    their own; `views` are the buffer's copies of them, brought up to date before each forward.
+    """
+
+    def __init__(self, linears: list[Linear], name: str) -> None:
+        super().__init__(linears, name)
+        weight = linears[0].weight
+        dim, rank = linears[0].in_features, sum(f.rank for f in self.factors)
+        self.stacked = weight.new_zeros(sum(self.outs) + rank, dim + rank, requires_grad=False)
+        self.views: list[Tensor] = []
+        row, column = 0, 0
+        for linear, factors in zip(linears, self.factors, strict=True):
+            view = self.stacked[row : row + linear.out_features, :dim]
+            view.copy_(linear.weight.detach())
+            linear.weight = nn.Parameter(view, requires_grad=False)
+            below = sum(self.outs) + column
+            self.views.append(self.stacked[below : below + factors.rank, :dim])
+            self.views.append(self.stacked[row : row + linear.out_features, dim + column : dim + column + factors.rank])
+            row, column = row + linear.out_features, column + factors.rank
+
+    def product(self, x: Tensor, scale: float) -> Tensor:
+        return lora_project(x, self.stacked, *self.lora, scale)
+
+
+class FusedQuantized(Fused):
+    """Weights in few bits: the buffer is made for each product (ftlib.quant.fused)."""
+
+    def product(self, x: Tensor, scale: float) -> Tensor:
+        bases = [linear.base for linear in self.linears]
+        parts = [part for base in bases for part in base.parts]
+        return frozen_lora_project(x, parts, bases[0].form, *self.lora, scale)
 
 
 def fuse(model: nn.Module, name: str = "policy") -> int:
@@ -71,22 +92,22 @@ def fuse(model: nn.Module, name: str = "policy") -> int:
             groups += [[module.q_proj, module.k_proj, module.v_proj], [module.o_proj]]
         elif isinstance(module, GatedMlp):
             groups += [[module.gate_proj, module.up_proj], [module.down_proj]]
-    fused = [FusedLora(linears, name) for linears in groups if _fits(linears, name)]
-    copies = [view for group in fused for view in group.views]
-    factors = [p for group in fused for f in group.factors for p in (f.lora_A, f.lora_B)]
+    groups = [linears for linears in groups if _fits(linears, name)]
+    fused = [(FusedQuantized if hasattr(linears[0], "base") else FusedLora)(linears, name) for linears in groups]
+    plain = [group for group in fused if isinstance(group, FusedLora)]
+    copies = [view for group in plain for view in group.views]
+    factors = [p for group in plain for f in group.factors for p in (f.lora_A, f.lora_B)]
 
     def refresh(*_: object) -> None:
         with torch.no_grad():
             torch._foreach_copy_(copies, factors)
 
-    if fused:
+    if plain:
         model.register_forward_pre_hook(refresh)
     return len(fused)
 
 
 def _fits(linears: list[Linear], name: str) -> bool:
-    if any(hasattr(linear, "base") for linear in linears):  # quantized
-        return False
     if any(linear.bias is not None or name not in getattr(linear, "adapters", {}) for linear in linears):
         return False
     factors = [linear.adapters[name] for linear in linears]

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Kind = tuple[int, torch.dtype]
+
 
 @torch.library.custom_op("ftlib::lora_project", mutates_args=())
 def _project(
@@ -73,19 +75,30 @@ def _(grad: Tensor, x: Tensor, low: Tensor, stacked: Tensor, scale: float) -> tu
 def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN001
     x, stacked, lora_a, lora_b, ctx.scale = inputs
     ctx.save_for_backward(x, output[1], stacked)
-    ctx.lora_a = [(a.shape[0], a.dtype) for a in lora_a]
-    ctx.lora_b = [(b.shape[0], b.dtype) for b in lora_b]
+    ctx.lora_a, ctx.lora_b = kinds(lora_a), kinds(lora_b)
+
+
+def kinds(factors: Sequence[Tensor]) -> list[Kind]:
+    """(rows, dtype) of each."""
+    return [(factor.shape[0], factor.dtype) for factor in factors]
 
 
 def _backward(ctx, grad: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
     x, low, stacked = ctx.saved_tensors
     grad_x, grad_a, grad_b = torch.ops.ftlib.lora_project_backward(grad.contiguous(), x, low, stacked, ctx.scale)
+    return grad_x, None, *split_factors(grad_a, grad_b, ctx.lora_a, ctx.lora_b), None
+
+
+def split_factors(
+    grad_a: Tensor, grad_b: Tensor, lora_a: Sequence[Kind], lora_b: Sequence[Kind]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of each layer's factors, in their dtypes, from those of all [R, D] and [O, R]."""
     grads_a, grads_b, row, column = [], [], 0, 0
-    for (rank, a_dtype), (out, b_dtype) in zip(ctx.lora_a, ctx.lora_b, strict=True):
+    for (rank, a_dtype), (out, b_dtype) in zip(lora_a, lora_b, strict=True):
         grads_a.append(grad_a[column : column + rank].to(a_dtype))
         grads_b.append(grad_b[row : row + out, column : column + rank].to(b_dtype))
         row, column = row + out, column + rank
-    return grad_x, None, grads_a, grads_b, None
+    return grads_a, grads_b
 
 
 _project.register_autograd(_backward, setup_context=_setup)

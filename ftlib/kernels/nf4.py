@@ -53,13 +53,16 @@ def quantize(weight: Tensor) -> dict[str, Tensor]:
     return {"codes": codes.view(len(weight), -1), "scales": scales, "steps": steps, "mean": mean[None]}
 
 
-def dequantize(codes: Tensor, scales: Tensor, steps: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in] that the parts stand for, computed in float32."""
+def dequantize(
+    codes: Tensor, scales: Tensor, steps: Tensor, mean: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The matrix [out, in] that the parts stand for, computed in float32; into `out`, if there is one."""
     if codes.device.type == "cuda":
         from ftlib.kernels.nf4_triton import dequantize_nf4  # Triton is there where there is a GPU
 
-        return dequantize_nf4(codes, scales, steps, mean, dtype)
-    return dequantize_reference(codes, scales, steps, mean, dtype)
+        return dequantize_nf4(codes, scales, steps, mean, dtype, out)
+    whole = dequantize_reference(codes, scales, steps, mean, dtype)
+    return whole if out is None else out.copy_(whole)
 
 
 def dequantize_reference(codes: Tensor, scales: Tensor, steps: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ class Format:
 
     empty: Callable[[tuple[int, int], torch.device | str], dict[str, Tensor]]
     quantize: Callable[[Tensor], dict[str, Tensor]]
-    dequantize: Callable[..., Tensor]  # (*parts, dtype)
+    dequantize: Callable[..., Tensor]  # (*parts, dtype, out=None)
     block: int = 1
 
 

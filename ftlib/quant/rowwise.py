@@ -21,6 +21,7 @@ def quantize(weight: Tensor, kind: torch.dtype) -> dict[str, Tensor]:
     return {"codes": (scaled.round() if kind is torch.int8 else scaled).to(kind), "scales": scales}
 
 
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in] that the parts stand for, computed in float32."""
-    return (codes.to(torch.float32) * scales[:, None]).to(dtype)
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The matrix [out, in] that the parts stand for, computed in float32; into `out`, if there is one."""
+    whole = (codes.to(torch.float32) * scales[:, None]).to(dtype)
+    return whole if out is None else out.copy_(whole)

@@ -6,10 +6,13 @@ import pytest
 import torch
 from parity.shrink import reference, relative, shrunk
 
-from ftlib import models
+from ftlib import models, quant
 from ftlib.adapters import lora, merge
 from ftlib.adapters.fuse import fuse
 from ftlib.kernels.lora_linear import lora_project, lora_project_reference
+from ftlib.models.load import base_state
+from ftlib.quant import FORMATS
+from ftlib.quant.fused import frozen_lora_project
 
 
 def operands(dim, outs, rank, dtype=torch.float64):
@@ -50,6 +53,31 @@ def test_operator_is_sound_under_autograd_and_fake_tensors(dim, outs):
     torch.library.opcheck(torch.ops.ftlib.lora_project.default, (x, stacked, a, b, 1.5))
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_of_quantized_weights_too(form):
+    """The matrix made for each call is the one that adapters and weights make; so are the gradients."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 128, generator=g).requires_grad_()
+    weights = [torch.randn(out, 128, generator=g) for out in (96, 32)]
+    a, b = (
+        [torch.randn(*s, generator=g).requires_grad_() for s in sizes] for sizes in ([(3, 128)] * 2, [(96, 3), (32, 3)])
+    )
+    held = [FORMATS[form].quantize(weight) for weight in weights]
+    parts = [part for each in held for part in each.values()]
+    found = []
+    for y in (
+        frozen_lora_project(x, parts, form, a, b, 1.5),
+        torch.cat([
+            x @ FORMATS[form].dequantize(*each.values(), x.dtype).T + 1.5 * (x @ low.T) @ high.T
+            for each, low, high in zip(held, a, b, strict=True)
+        ], -1),
+    ):  # fmt: skip
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, *a, *b))))
+    assert all(relative(ours, plain) < 1e-5 for ours, plain in zip(*found, strict=True))
+    if form != "fp8":  # which the check's own comparison cannot do
+        torch.library.opcheck(torch.ops.ftlib.frozen_lora_project.default, (x, parts, form, a, b, 1.5))
+
+
 def test_switched_off_is_what_an_adapter_that_does_nothing_gives(tmp_path):
     """To the bit, in the precision of a GPU run: the first loss against a reference is then exact."""
     config = shrunk("qwen3-0.6b")
@@ -65,14 +93,21 @@ def test_switched_off_is_what_an_adapter_that_does_nothing_gives(tmp_path):
         assert torch.equal(model.logits(x), policy)
 
 
-def test_a_fused_model_equals_the_plain_one(tmp_path):
-    config = shrunk("qwen3-0.6b")
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_a_fused_model_equals_the_plain_one(form, tmp_path):
+    config = shrunk("qwen3-0.6b", intermediate_size=128, head_dim=16)
     reference(config).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     x = torch.randint(3, 160, (2, 20), generator=torch.Generator().manual_seed(0))
     found = []
     for fused in (False, True):
         model = models.from_pretrained(tmp_path).train()
+        if form:
+            weights = base_state(model)
+            quant.hold(model, form)
+            for name, base in base_state(model).items():
+                if not isinstance(base, torch.Tensor):
+                    base.fill(weights[name].detach())
         lora.attach(model, "all-linear", rank=4, alpha=8)
         lora.reset(model, 0)
         if fused:
@@ -87,9 +122,11 @@ def test_a_fused_model_equals_the_plain_one(tmp_path):
         with lora.use(model, None), torch.no_grad():
             off = model.logits(x)
         state = {n: t.clone() for n, t in model.state_dict().items()}
-        merge.merge_into(model)
-        with torch.no_grad():
-            merged = model.logits(x)
+        merged = logits.detach()
+        if not form:
+            merge.merge_into(model)
+            with torch.no_grad():
+                merged = model.logits(x)
         found.append((logits, gradients, off, state, merged))
     plain, fused = found
     assert relative(fused[0], plain[0]) <= 1e-5 and relative(fused[2], plain[2]) <= 1e-6

@@ -107,5 +107,8 @@ def test_nf4():
                 parts = nf4.quantize(torch.randn(*shape)).values()
                 exact = nf4.dequantize_reference(*parts, dtype)
                 assert torch.equal(dequantize_nf4(*parts, dtype), exact), shape
+                wider = torch.zeros(shape[0] + 2, shape[1] + 6, dtype=dtype)
+                dequantize_nf4(*parts, dtype, out=wider[1:-1, 2:-4])
+                assert torch.equal(wider[1:-1, 2:-4], exact) and wider.count_nonzero() == exact.count_nonzero()
         """
     )

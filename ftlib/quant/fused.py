@@ -1,0 +1,97 @@
+"""Sibling quantized layers with low-rank adapters in one product (ftlib.kernels.lora_linear).
+
+The matrix [W B; A 0] of that product is made for each call, forward and backward, and let go after it: weights go from
+their codes straight into their place in it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ftlib.kernels.lora_linear import kinds, split_factors
+from ftlib.quant.frozen import FORMATS
+
+
+def stack(
+    parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """[O + R, D + R] in `dtype` from the parts of each layer's weight, one layer's after the other's."""
+    each = len(parts) // len(lora_a)
+    out, rank, dim = sum(len(b) for b in lora_b), sum(len(a) for a in lora_a), lora_a[0].shape[1]
+    whole = torch.empty(out + rank, dim + rank, dtype=dtype, device=parts[0].device)
+    whole[:, dim:].zero_()
+    row, column = 0, 0
+    for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        own = parts[i * each : (i + 1) * each]
+        FORMATS[form].dequantize(*own, dtype, out=whole[row : row + len(b), :dim])
+        whole[row : row + len(b), dim + column : dim + column + len(a)].copy_(b)
+        whole[out + column : out + column + len(a), :dim].copy_(a)
+        row, column = row + len(b), column + len(a)
+    return whole
+
+
+@torch.library.custom_op("ftlib::frozen_lora_project", mutates_args=())
+def _project(
+    x: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    stacked = stack(parts, form, lora_a, lora_b, x.dtype)
+    return torch.ops.ftlib.lora_project(x, stacked, list(lora_a), list(lora_b), scale)
+
+
+@_project.register_fake
+def _(
+    x: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    out, rank = sum(b.shape[0] for b in lora_b), sum(a.shape[0] for a in lora_a)
+    return x.new_empty(x.shape[0], out), x.new_empty(x.shape[0], rank)
+
+
+@torch.library.custom_op("ftlib::frozen_lora_project_backward", mutates_args=())
+def _project_backward(
+    grad: Tensor, x: Tensor, low: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    stacked = stack(parts, form, lora_a, lora_b, grad.dtype)
+    return torch.ops.ftlib.lora_project_backward(grad, x, low, stacked, scale)
+
+
+@_project_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, low: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rank, dim, out = low.shape[1], x.shape[1], grad.shape[1]
+    stacked = grad.new_empty(out + rank, dim + rank)
+    return torch.ops.ftlib.lora_project_backward(grad, x, low, stacked, scale)
+
+
+def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN001
+    x, parts, ctx.form, lora_a, lora_b, ctx.scale = inputs
+    ctx.layers = len(lora_a)
+    ctx.kinds = kinds(lora_a), kinds(lora_b)
+    ctx.save_for_backward(x, output[1], *lora_a, *lora_b, *parts)
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
+    x, low, *rest = ctx.saved_tensors
+    lora_a, lora_b, parts = rest[: ctx.layers], rest[ctx.layers : 2 * ctx.layers], rest[2 * ctx.layers :]
+    grad_x, grad_a, grad_b = torch.ops.ftlib.frozen_lora_project_backward(
+        grad.contiguous(), x, low, parts, ctx.form, lora_a, lora_b, ctx.scale
+    )
+    grads = split_factors(grad_a, grad_b, *ctx.kinds)
+    return grad_x, [None] * len(parts), None, *grads, None
+
+
+_project.register_autograd(_backward, setup_context=_setup)
+
+
+def frozen_lora_project(
+    x: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
+) -> Tensor:
+    """y [N, O] of sibling layers over x [N, D], their outputs side by side.
+
+    `parts`: of each layer's weight in format `form`, one layer's after the other's. lora_a [r_i, D] and lora_b
+    [out_i, r_i]: the parameters, which receive the gradients. Kept for backward: x, s x A^T and what is given.
+    """
+    return torch.ops.ftlib.frozen_lora_project(x, list(parts), form, list(lora_a), list(lora_b), scale)[0]

@@ -1,0 +1,54 @@
+"""Low precision on a GPU: Triton's NF4, and compiled layers against the plain formula in float64."""
+
+import pytest
+import torch
+
+from ftlib.kernels import nf4
+from ftlib.quant import FORMATS
+from ftlib.quant.fused import frozen_lora_project
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def error(ours, theirs):
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def normal(*shape, scale=1.0, seed=0):
+    return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda") * scale
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (1000, 4096), (4096, 14336)])
+def test_nf4_equals_its_reference_to_the_bit(shape):
+    parts = nf4.quantize(normal(*shape).bfloat16()).values()
+    for dtype in (torch.bfloat16, torch.float32):
+        exact = nf4.dequantize_reference(*parts, dtype)
+        assert torch.equal(nf4.dequantize(*parts, dtype), exact)
+        wider = torch.zeros(shape[0], shape[1] + 48, dtype=dtype, device="cuda")
+        nf4.dequantize(*parts, dtype, out=wider[:, : shape[1]])
+        assert torch.equal(wider[:, : shape[1]], exact) and not wider[:, shape[1] :].any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("dim", "outs"), [(512, (512, 128, 128)), (1536, (512,))])
+def test_fused_projection_of_quantized_weights(dim, outs, form, compiled):
+    held = [FORMATS[form].quantize(normal(out, dim, scale=dim**-0.5, seed=i)) for i, out in enumerate(outs)]
+    parts = [part for each in held for part in each.values()]
+    x = normal(300, dim, seed=7).bfloat16().requires_grad_()
+    a = [normal(16, dim, scale=dim**-0.5, seed=8).requires_grad_() for _ in outs]
+    b = [normal(out, 16, scale=0.1, seed=9).requires_grad_() for out in outs]
+    project = torch.compile(frozen_lora_project, fullgraph=True) if compiled else frozen_lora_project
+
+    def gradients(y, x):
+        return y, *torch.autograd.grad(
+            (y.double() * torch.sin(torch.arange(y.shape[1], device="cuda"))).sum(), (x, *a, *b)
+        )
+
+    ours = gradients(project(x, parts, form, a, b, 2.0), x)
+    wide = x.detach().double().requires_grad_()
+    whole = [FORMATS[form].dequantize(*each.values(), torch.float32).double() for each in held]
+    exact = torch.cat(
+        [wide @ w.T + 2.0 * (wide @ i.double().T) @ o.double().T for w, i, o in zip(whole, a, b, strict=True)], -1
+    )
+    assert max(error(o, e) for o, e in zip(ours, gradients(exact, wide), strict=True)) < 2e-2
