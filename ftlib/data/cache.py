@@ -5,14 +5,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ftlib import plugins
+from ftlib.data.formats import FORMATS
 from ftlib.data.preference import Wanted
 from ftlib.data.remote import cache_folder
+from ftlib.errors import UserError
 from ftlib.sections import Data, Source
 
 LARGE = 64 << 20  # bytes of a source from which on `auto` writes what it tokenised
@@ -37,12 +41,16 @@ def key(
 ) -> str | None:
     """SHA-256 of all that decides on the documents; None for a tokenizer that cannot be told from others."""
     mark = getattr(tokenizer, "fingerprint", None)
+    try:
+        code = _code(source.format)
+    except UserError:  # said, with its place in the config, where the function is needed
+        return None
     if mark is None:
         return None
     about = {
         "files": [_digest(file) for file in files],
         "source": [source.format, source.split, sorted(source.columns.items()), sorted(source.roles.items())],
-        "code": _digest(Path(source.format.rpartition(":")[0])) if ".py:" in source.format else None,
+        "code": code,
         "settings": [cfg.seq_len, cfg.overlong, cfg.train_on, cfg.train_on_end, cfg.thinking, cfg.on_bad_row],
         "tokenizer": [mark, tokenizer.chat_template, keep_examples],
         "wanted": dataclasses.astuple(wanted),
@@ -60,6 +68,13 @@ def only_one(folder: Path) -> Iterator[None]:
     with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _code(format: str) -> str | None:
+    """The file of a function of the user; None for a format of the library."""
+    if format == "auto" or format in FORMATS:
+        return None
+    return _digest(Path(sys.modules[plugins.find("formats", format, {}).__module__].__file__))
 
 
 def _digest(file: Path) -> str:

@@ -87,6 +87,10 @@ def _guarded(example: Example, function: Callable[..., Any], *arguments: Any) ->
 
 def _prepared(example: Example, tokenizer: Tokenizer, train_on_end: End) -> "_Text | Masked":
     if example.ids is not None:
+        known, most = getattr(tokenizer, "vocab_size", 1 << 31), max(example.ids, default=0)
+        if most >= known:
+            what = f"token {most:,} is none of this tokenizer, which has {known:,}"
+            raise UserError(what, fix="take the tokenizer that the rows were made with")
         return np.array(example.ids, np.int32), np.array(example.trained_ids, bool)
     if example.messages is not None:
         made = _conversation(example, tokenizer, train_on_end)
@@ -109,9 +113,9 @@ def _segments(segments: list[tuple[str, bool]], tokenizer: Tokenizer, closed: bo
         ids = np.asarray(cut.ids, np.int32)
         if all(wanted for _, wanted in segments):
             trained[:] = True  # a token without characters is one too
-        if closed and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        if closed and tokenizer.bos_id is not None and ids[:1].tolist() != [tokenizer.bos_id]:
             ids, trained = np.insert(ids, 0, tokenizer.bos_id), np.insert(trained, 0, trained[:1].all())
-        if closed and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
+        if closed and tokenizer.eos_id is not None and ids[-1:].tolist() != [tokenizer.eos_id]:
             ids, trained = np.append(ids, np.int32(tokenizer.eos_id)), np.append(trained, True)
         return ids, trained
 

@@ -40,6 +40,9 @@ def read_pretokenized(row: dict[str, Any], shape: Shape, where: str) -> Example:
             raise UserError(f"column {shape.column(name)!r} must be a list of whole numbers", where=where)
         if value is not None and len(value) != len(ids):
             raise UserError(f"{shape.column(name)!r} has {len(value)} entries, input_ids has {len(ids)}", where=where)
+    odd = next((number for number in ids if not 0 <= number < 1 << 31), None)
+    if odd is not None:
+        raise UserError(f"{odd} in {shape.column('input_ids')!r} is no token id", where=where)
     kept = [i for i in range(len(ids)) if mask is None or mask[i]]
     trained = [labels is None or labels[i] != -100 for i in kept]
     wrong = next((i for i in kept if labels and labels[i] not in (-100, ids[i])), None)

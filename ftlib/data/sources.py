@@ -75,7 +75,7 @@ def read_all(files: Sequence[Path], split: str | None = None) -> Iterator[Place]
     places = islice(_places(files), start, stop)
     first = next(places, None)
     if first is None:
-        if start or stop is not None:
+        if (start or stop is not None) and next(_places(files), None) is not None:
             raise UserError(
                 f"the split {split} leaves no rows of {label}", fix="check the slice against the file's rows"
             )

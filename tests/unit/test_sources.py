@@ -200,7 +200,7 @@ def test_tokenised_data_are_found_by_their_content(tmp_path):
 
 CHANGES = [
     "bytes", "seq_len", "train_on", "train_on_end", "thinking", "overlong", "template", "tokenizer", "roles", "format",
-    "function", "library", "damage",
+    "function", "package", "library", "damage",
 ]  # fmt: skip
 
 
@@ -211,6 +211,10 @@ def test_what_changes_documents_is_not_found(tmp_path, change, monkeypatch):
     if change == "function":
         (tmp_path / "f.py").write_text("def rows(row): return row")
         source["format"] = f"{tmp_path / 'f.py'}:rows"
+    if change == "package":
+        (tmp_path / "rows_of_mine.py").write_text("def rows(row): return row")
+        monkeypatch.syspath_prepend(tmp_path)
+        source["format"] = "rows_of_mine:rows"
     load(Data(sources=(Source(**source),), **cfg), tokenizer, seed=0)
     if change == "bytes":
         file.write_bytes(LINES.replace(b"what", b"whit"))
@@ -219,6 +223,8 @@ def test_what_changes_documents_is_not_found(tmp_path, change, monkeypatch):
         cfg[change] = other[change]
     elif change == "function":
         (tmp_path / "f.py").write_text("def rows(row): return dict(row)")
+    elif change == "package":
+        (tmp_path / "rows_of_mine.py").write_text("def rows(row): return dict(row)")
     elif change == "library":
         monkeypatch.setattr("ftlib.data.cache._library", lambda: "another version")
     elif change == "template":
