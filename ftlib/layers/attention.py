@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlib.errors import UserError
+from ftlib.kernels.flex_attention import BlockMask, flex
 from ftlib.kernels.varlen_attention import varlen_attention
 from ftlib.layers.linear import Linear, project
 from ftlib.layers.norms import RMSNorm
@@ -34,7 +35,7 @@ class Attn:
 class AttentionLayout(Protocol):
     """Who sees whom, built once per batch (ftlib.layers.batch, ftlib.layers.cache)."""
 
-    masks: dict[int | None, Tensor]
+    masks: dict[int | None, Tensor | BlockMask | None]
     cu_seqlens: Tensor | None  # None: not packed documents
     lengths: Tensor  # int [B, T]: of each token's document
 
@@ -60,8 +61,8 @@ def attend(
     """softmax(scale q k^T) v over the keys `layout` lets each query see; `scale` is 1 / sqrt(D) when not given.
 
     q [B, T, heads, D]; k, v [B, S, kv_heads, D], heads a multiple of kv_heads. Returns [B, T, heads, D].
-    `softcap`: scores z become softcap * tanh(z / softcap); needs the backend `reference`. `sinks` [heads]: one more
-    score in each head's softmax, with no value.
+    `softcap`: scores z become softcap * tanh(z / softcap), by the backends `flex` and `reference`. `sinks` [heads]: one
+    more score in each head's softmax, with no value.
     """
     spread = getattr(layout, "attend", None)
     if spread is not None:  # the tokens of a row lie on several processes (ftlib.parallel.context)
@@ -79,7 +80,7 @@ def attend_masked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | BlockMask | None,
     backend: str,
     scale: float,
     softcap: float | None,
@@ -87,7 +88,9 @@ def attend_masked(
 ) -> Tensor:
     """`attend` where a mask, bool [B, 1, T, S] and True where a key is seen, says all (None: causal)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if backend != "reference":
+    if isinstance(mask, BlockMask):
+        y = flex(q, k, v, mask, scale, softcap)
+    elif backend != "reference" and softcap is None:
         y = _sdpa(q, k, v, mask, scale, sinks)
     else:
         y = _reference(q, k, v, mask, scale, softcap, sinks)
@@ -135,8 +138,8 @@ def choose_backend(
     requested: str, device: torch.device, dtype: torch.dtype, softcap: bool = False, sinks: bool = False
 ) -> str:
     """The backend of every layer: `varlen` on a GPU in half precision, else `sdpa`; `reference` where scores are capped
-    (`softcap`), which no kernel here does. With `sinks` the packed kernel has to be asked for: its gradients there
-    have not been seen on a GPU yet (tests/gpu/test_sinks_gpu.py).
+    (`softcap`). On a GPU `flex` can be asked for, and with `sinks` the packed kernel has to be: its gradients there
+    have not been seen on a GPU yet (tests/gpu/test_attention_gpu.py).
 
     `varlen` still hands rows that are one document each to SDPA, whose cuDNN kernel is faster there. An explicit choice
     that cannot serve is a UserError that says why.
@@ -145,12 +148,14 @@ def choose_backend(
     if requested == "auto":
         return "reference" if softcap else "varlen" if varlen and not sinks else "sdpa"
     why = None
-    if requested not in ("sdpa", "reference", "varlen"):
+    if requested not in ("sdpa", "reference", "varlen", "flex"):
         why = "is not available here"
-    elif softcap and requested != "reference":
+    elif softcap and requested not in ("reference", "flex"):
         why = "cannot cap scores softly, as this model does (attn_logit_softcapping)"
     elif requested == "varlen" and not varlen:
         why = "needs a CUDA device and dtype bf16"
+    elif requested == "flex" and (sinks or device.type != "cuda"):
+        why = "has no attention sinks, as this model does" if sinks else "needs a CUDA device"
     if why is None:
         return requested
     fix = "use auto or reference" if softcap else "use auto, sdpa or reference"

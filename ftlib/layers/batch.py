@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ftlib.kernels.flex_attention import BlockMask, Seen, block_mask
+
 IGNORED = -100  # a label that takes no part in the loss
 
 
@@ -27,7 +29,7 @@ class Layout:
     max_seqlen: int
     shape: tuple[int, int]
     kind: str = "packed"
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict, repr=False)
+    masks: dict[int | None, Tensor | BlockMask | None] = field(default_factory=dict, repr=False)
     _document_ids: Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -55,7 +57,7 @@ class Layout:
         return self.cu_seqlens.diff()[self.document_ids.long()]
 
     def prepare(self, backend: str, windows: set[int | None]) -> None:
-        """Fill `masks`, bool [B, 1, T, T] (True: the key is seen), for layers with these sliding windows.
+        """Fill `masks`, bool [B, 1, T, T] (True: the key is seen) or blocks for `flex`, for layers with these windows.
 
         None stands for plain causal attention over whole rows, which backends have a fast path for.
         """
@@ -63,7 +65,10 @@ class Layout:
             self.masks |= dict.fromkeys(windows)
             return
         for window in windows - self.masks.keys():
-            self.masks[window] = None if self.dense and window is None else self._mask(window)
+            if backend == "flex":
+                self.masks[window] = block_mask(self._seen(window), *self.shape, self.cu_seqlens.device)
+            else:
+                self.masks[window] = None if self.dense and window is None else self._mask(window)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that queries look at: while training, exactly those of the batch."""
@@ -79,11 +84,17 @@ class Layout:
         return replace(self, cu_seqlens=self.cu_seqlens.pin_memory())
 
     def _mask(self, window: int | None) -> Tensor:
-        at = torch.arange(self.shape[1], device=self.cu_seqlens.device)
-        distance = at[:, None] - at
-        near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        row, at = (torch.arange(size, device=self.cu_seqlens.device) for size in self.shape)
+        return self._seen(window)(row[:, None, None, None], row.new_zeros(()), at[:, None], at)
+
+    def _seen(self, window: int | None) -> Seen:
         ids = self.document_ids
-        return ((ids[:, :, None] == ids[:, None, :]) & near)[:, None]
+
+        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            near = (query >= key) if window is None else (query >= key) & (query - key < window)
+            return (ids[row, query] == ids[row, key]) & near
+
+        return seen
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ftlib.errors import UserError
+from ftlib.kernels.flex_attention import Seen
 from ftlib.kernels.varlen_attention import varlen_attention
 from ftlib.layers.attention import attend_masked
 from ftlib.layers.batch import Layout
@@ -63,9 +64,9 @@ class SharedPrefix(Layout):
         index, cu_keys = self._keys
         k, v = (t.flatten(0, 1)[index] for t in (k, v))
         flat = q.flatten(0, 1)
-        return varlen_attention(
-            flat, k, v, self.cu_seqlens, self.max_seqlen, scale, window, sinks, cu_keys
-        ).view(q.shape)
+        return varlen_attention(flat, k, v, self.cu_seqlens, self.max_seqlen, scale, window, sinks, cu_keys).view(
+            q.shape
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SharedPrefix":
         """The same layout on `device`."""
@@ -77,16 +78,16 @@ class SharedPrefix(Layout):
         parts = {name: getattr(self, name).pin_memory() for name in ("parents", "positions")}
         return replace(super().pin_memory(), **parts)
 
-    def _mask(self, window: int | None) -> Tensor:
-        ids = self.document_ids
+    def _seen(self, window: int | None) -> Seen:
+        ids, positions = self.document_ids, self.positions
         parent = self.parents[ids.long()]
-        at = torch.arange(self.shape[1], device=ids.device)
-        own = (ids[:, :, None] == ids[:, None, :]) & (at[:, None] >= at)
-        above = (parent[:, :, None] == ids[:, None, :]) & (parent != ids)[:, :, None]
-        seen = own | above
-        if window is not None:
-            seen &= self.positions[:, :, None] - self.positions[:, None, :] < window
-        return seen[:, None]
+
+        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            above = (parent[row, query] == ids[row, key]) & (parent[row, query] != ids[row, query])
+            found = ((ids[row, query] == ids[row, key]) & (query >= key)) | above
+            return found if window is None else found & (positions[row, query] - positions[row, key] < window)
+
+        return seen
 
     def _gathered(self) -> tuple[Tensor, Tensor]:
         """Places of the keys that each segment reads, its parent's and its own, one segment after the other, and where

@@ -67,9 +67,9 @@ class Decoder(nn.Module):
     def use_attention(self, backend: str) -> None:
         """Set the attention backend of every layer (a name from `ftlib.layers.attention.choose_backend`).
 
-        A model that caps scores softly, which no kernel here does, takes `reference` whatever is asked for.
+        A model that caps scores softly takes `reference` where the one asked for cannot.
         """
-        self.backend = "reference" if self.arch.softcap else backend
+        self.backend = "reference" if self.arch.softcap and backend != "flex" else backend
         for block in self.layers:
             block.self_attn.backend = self.backend
 

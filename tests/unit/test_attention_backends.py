@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from ftlib.errors import UserError
+from ftlib.kernels import flex_attention
 from ftlib.kernels import varlen_attention as varlen
 from ftlib.layers.attention import attend, choose_backend
 from ftlib.layers.batch import Layout
+from ftlib.layers.shared_prefix import SharedPrefix
 from ftlib.observe.output import attention_note
 
 CUDA = torch.device("cuda")
 ENDS = torch.tensor([0, 9, 16, 20, 32, 32], dtype=torch.int32)  # of two rows of 16 tokens
+POSITIONS = torch.tensor([[*range(9), *range(9, 16)], [*range(4), *range(4, 16)]])  # where answers follow prompts
 
 
 def operands(dtype=torch.float64):
@@ -74,6 +77,32 @@ def test_sinks_are_the_formula_s(monkeypatch, backend, ends, window):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda: Layout.packed(ENDS, 16, (2, 16)),
+        lambda: SharedPrefix(
+            ENDS, 16, (2, 16), parents=torch.tensor([0, 0, 2, 2, 4], dtype=torch.int32), positions=POSITIONS
+        ),
+    ],
+    ids=["packed", "shared_prefix"],
+)
+def test_flex_computes_the_formula(monkeypatch, layout, softcap, window):
+    """Uncompiled and without gradients, which it has on a GPU only."""
+    monkeypatch.setattr(flex_attention, "_compiled", lambda function: function)
+    q, k, v, _ = (t.detach() for t in operands())
+    found = []
+    for backend in ("reference", "flex"):
+        made = layout()
+        made.prepare(backend, {window})
+        found.append(attend(q, k, v, made, backend=backend, window=window, softcap=softcap))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
 def test_which_backend_a_model_gets():
     half, wide, cpu = torch.bfloat16, torch.float32, torch.device("cpu")
     assert choose_backend("auto", CUDA, half) == "varlen" and choose_backend("auto", CUDA, wide) == "sdpa"
@@ -85,8 +114,13 @@ def test_which_backend_a_model_gets():
             choose_backend(requested, CUDA, half, softcap=True)
     with pytest.raises(UserError, match="needs a CUDA device and dtype bf16"):
         choose_backend("varlen", cpu, half)
-    with pytest.raises(UserError, match="'flex' is not available here"):
-        choose_backend("flex", CUDA, half)
+    assert choose_backend("flex", CUDA, half, softcap=True) == "flex"
+    with pytest.raises(UserError, match="'flex' needs a CUDA device"):
+        choose_backend("flex", cpu, half)
+    with pytest.raises(UserError, match="'flex' has no attention sinks"):
+        choose_backend("flex", CUDA, half, sinks=True)
+    with pytest.raises(UserError, match="'flash4' is not available here"):
+        choose_backend("flash4", CUDA, half)
 
 
 def test_what_a_run_says_of_it():
@@ -96,5 +130,5 @@ def test_what_a_run_says_of_it():
         return attention_note(SimpleNamespace(backend=backend, arch=SimpleNamespace(softcap=softcap)))
 
     assert said("varlen") == ["attention: varlen"]
-    assert "no kernel here caps scores softly" in said("reference", softcap=True)[0]
+    assert "scores are capped softly" in said("reference", softcap=True)[0]
     assert attention_note(None) == []

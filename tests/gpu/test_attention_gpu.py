@@ -1,0 +1,34 @@
+"""Attention with sinks and with soft-capped scores on the GPU's kernels against the plain formula in float32."""
+
+import pytest
+import torch
+
+from ftlib.layers.attention import attend
+from ftlib.layers.batch import Layout
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("ends", [[0, 300, 512, 700, 1024, 1024], [0, 512, 1024]], ids=["packed", "dense"])
+@pytest.mark.parametrize(("backend", "dim"), [("varlen", 64), ("flex", 64), ("flex", 256)])
+def test_output_and_gradients(backend, dim, ends, window, compiled):
+    """`varlen` with sinks, `flex` with capped scores."""
+    g = torch.Generator("cuda").manual_seed(0)
+    ends = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    q, k, v = (torch.randn(2, 512, heads, dim, generator=g, device="cuda") for heads in (8, 2, 2))
+    inputs = (q, k, v, torch.randn(8, generator=g, device="cuda"))[: 3 if backend == "flex" else 4]
+    softcap = 3.0 if backend == "flex" else None
+
+    def run(backend, dtype):
+        layout = Layout.packed(ends, 512, (2, 512))
+        layout.prepare(backend, {window})
+        parts = [t.to(dtype).requires_grad_() for t in inputs]
+        function = torch.compile(attend, fullgraph=True) if compiled and backend != "reference" else attend
+        terms = {"sinks": parts[3]} if len(parts) == 4 else {"softcap": softcap}
+        y = function(*parts[:3], layout, backend=backend, window=window, **terms)
+        return y, *torch.autograd.grad((y.float() * torch.sin(3 * q)).sum(), parts)
+
+    for ours, exact in zip(run(backend, torch.bfloat16), run("reference", torch.float32), strict=True):
+        assert float((ours.float() - exact).norm() / exact.norm()) < 2e-2
