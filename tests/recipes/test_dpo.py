@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from tiny_model import ROOT, losses, steps, train, write_config
+from tiny_model import ROOT, losses, steps, train, tune, write_config
 
-from ftlib import cli
+from ftlib import build, cli, config, plugins
 from ftlib.errors import UserError
 from ftlib.sections import methods
 
@@ -166,6 +166,29 @@ def test_what_does_not_go_together_is_refused(override, says, toy, tmp_path):
     more = ["dpo.reference=adapter_off"] if override == "lora=null" else []
     with pytest.raises(UserError, match=says):
         train("dpo", "--config", file, override, *more)
+
+
+def test_answers_on_several_processes_are_refused_before_anything_is_loaded(toy, tmp_path):
+    cfg = config.load(
+        plugins.load_file(ROOT / "recipes/dpo.py").Config, ["--config", str(toy(tmp_path)), "parallel.cp=2"]
+    )
+    with pytest.raises(UserError, match="answers cannot lie on several processes"):
+        build.check(cfg, 2)
+
+
+def test_a_copy_runs_from_an_empty_folder(toy, tmp_path):
+    toy(tmp_path, steps=2)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, said, errors = tune("cp", "recipes/dpo.py", "my.py", cwd=empty)
+    assert code == 0, errors
+    copied = empty / "my.py"
+    copied.write_text(
+        copied.read_text().replace("    objective = resolve(", "    print('mine')\n    objective = resolve(")
+    )
+    code, said, errors = tune("run", "my.py", "--config", tmp_path / "config.yaml", "output_dir=out", cwd=empty)
+    assert code == 0 and "mine" in said, errors
+    assert (empty / "out/final/adapter_model.safetensors").is_file()
 
 
 def test_commands_know_the_recipe(toy, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A small model that somebody else trained: golden logits, its greedy story, and a fine-tune on real conversations."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -57,3 +58,18 @@ def test_lora_on_real_conversations(stories, tmp_path, capsys):
     assert cli.main(["generate", str(tmp_path / "merged"), "--prompt", "hi", "--max-new-tokens", "12"]) == 0
     adapter, merged = (line for line in capsys.readouterr().out.splitlines() if not line.startswith("merged "))
     assert adapter == merged
+
+
+def test_dpo_on_real_pairs(stories, tmp_path, capsys):
+    """From ln 2 downwards; pairs that are longer than a row are counted."""
+    rows = shared("preference/lf_dpo_en_demo.json")
+    data = {"sources": [{"path": str(rows)}], "seq_len": 512, "template": "chatml"}
+    file = write_config(
+        tmp_path / "config.yaml", stories, rows, data=data, steps=8, optim={"lr": 3e-4}, lora={"rank": 8},
+        batch={"rows": 2, "micro_rows": 1},
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="no token for"):
+        found = train("dpo", "--config", file)
+    assert abs(steps(found)[0] - math.log(2)) < 1e-6 and found[0]["accuracy"] == 0
+    assert sum(steps(found)[-3:]) / 3 < 0.6 and found[-1]["accuracy"] == 1
+    assert "dropped 194: longer than data.seq_len=512" in capsys.readouterr().out
