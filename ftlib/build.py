@@ -17,7 +17,7 @@ from ftlib.errors import Problems, UserError
 from ftlib.layers.attention import choose_backend
 from ftlib.models import LanguageModel, families, heads, hub, initial, load, resize
 from ftlib.models.load import DTYPES
-from ftlib.optim import schedule_free
+from ftlib.optim import adamw, in_backward, schedule_free
 from ftlib.optim.groups import parameter_groups
 from ftlib.parallel import check as mesh
 from ftlib.parallel import offload, replicas
@@ -185,6 +185,7 @@ def _check_model(cfg: Any) -> LanguageModel:
     _check_trained(cfg, built, fresh)
     if hasattr(cfg, "optim"):
         parameter_groups(built, cfg.optim)
+        adamw.check(built, cfg.optim)
     if hasattr(cfg, "schedule"):
         schedule_free.check(cfg.optim, cfg.schedule)
     return built
@@ -229,6 +230,7 @@ def _check_parallel(cfg: Any, world: int) -> int:
             where="batch",
             fix=f"set batch.rows to a multiple of {per_forward}",
         )
+    in_backward.check(cfg, per_forward, shape)
     return shard * cp * tp
 
 

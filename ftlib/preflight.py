@@ -18,6 +18,7 @@ from ftlib.errors import UserError
 from ftlib.layers.moe import Moe
 from ftlib.models.arch import Arch, Layer
 from ftlib.models.remote import size
+from ftlib.sections import Optim
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Need:
     """Bytes of one process, all ranks of a shard together holding one model."""
 
     weights: int
-    training: int  # gradients and what the optimizer keeps
+    training: int  # gradients, if they are all there at once, and what the optimizer keeps
     activations: int
     checkpoint: int  # on disk, of the whole run
     final: int
@@ -50,7 +51,8 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
         p for name, p in model.named_parameters() if not (model.arch.tied and name == "lm_head.weight")
     ]  # fmt: skip
     trained = sum(_bytes(p) for p in parameters if p.requires_grad)
-    slots = 1 + (cfg.optim.slots if hasattr(cfg, "optim") else 2)  # also the gradient; in a checkpoint, the weight
+    optim = cfg.optim if hasattr(cfg, "optim") else Optim()
+    states = int(sum(p.numel() * optim.state_bytes(p.element_size()) for p in parameters if p.requires_grad))
     everything = sum(_bytes(p) for p in parameters)
     quantized = sum(_bytes(b) for b in model.buffers())  # whole in each process
     width, tokens = 2 if cfg.dtype == "bf16" else 4, cfg.batch.micro_rows * cfg.data.seq_len
@@ -67,9 +69,9 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     gathered = max(sum(_bytes(p) for p in block.parameters()) for block in model.model.layers) if shards > 1 else 0
     return Need(
         weights=everything // shards + quantized,
-        training=slots * trained // shards,
+        training=(states + (0 if optim.in_backward else trained)) // shards,
         activations=inputs,
-        checkpoint=slots * trained,
+        checkpoint=trained + states,
         final=trained,
         kept=max(kept, inputs) + 2 * hidden,  # the last hidden states and their gradient, for the head
         working=2 * max(blocks),  # as many gradients as activations

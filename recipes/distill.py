@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ftlib import build, data, models
+from ftlib import build, data, models, optim
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
@@ -23,7 +23,6 @@ from ftlib.loop import Boundary
 from ftlib.losses.distillation import StoredTeacher, Teacher, distillation_loss, most_likely
 from ftlib.models import families, hub
 from ftlib.observe.output import Output
-from ftlib.optim import adamw
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.sections import (
@@ -115,7 +114,7 @@ def main(cfg: Config) -> list[dict]:
 
     teacher = teacher_of(cfg, run, rows.train)
     model = build.model(cfg, run)
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
     evaluate = Evaluation(cfg, rows, tokenizer, run, loader.max_documents)
 
     output = Output(cfg, run, model, steps)
@@ -132,6 +131,7 @@ def main(cfg: Config) -> list[dict]:
 
         for step in range(done + 1, steps + 1):
             batch = next(loader)
+            lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             loss = torch.zeros((), dtype=torch.float64, device=run.device)
             first = run.data_rank * len(batch.micro_batches) * cfg.batch.micro_rows
             for i, micro in enumerate(batch.micro_batches):
@@ -144,8 +144,7 @@ def main(cfg: Config) -> list[dict]:
                 part = part / batch.target_tokens
                 part.backward()
                 loss += part.detach()
-            lr = learning_rate(cfg.schedule, cfg.optim.lr, step, steps)
-            grad_norm = adamw.step(optimizer, lr, cfg.optim.max_grad_norm)
+            grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
             output.step(step, run.total(loss), grad_norm, lr, batch.tokens)
             if boundary(step):  # evaluates, saves and stops when it is time to
                 break

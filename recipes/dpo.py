@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ftlib import build, models
+from ftlib import build, models, optim
 from ftlib.adapters import peft_format
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
@@ -19,7 +19,6 @@ from ftlib.launch import launch, script
 from ftlib.loop import Boundary
 from ftlib.models import hub
 from ftlib.observe.output import Output, trained_share
-from ftlib.optim import adamw
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.preference import reference
@@ -106,7 +105,7 @@ def main(cfg: Config) -> list[dict]:
     steps = cfg.steps or max(1, round(cfg.epochs * loader.steps_per_epoch()))
 
     model = build.model(cfg, run, reference=True)
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
     output = Output(cfg, run, model, steps)
     saver = Saver(cfg.checkpoint, cfg.output_dir, run, build.fingerprint(cfg, rows), output.say)
     if saver.finished() == steps:
@@ -125,13 +124,13 @@ def main(cfg: Config) -> list[dict]:
 
         for step in range(done + 1, steps + 1):
             batch = next(loader)
+            lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             units = sum(map(len, batch.packs))  # of the step over all devices
             baseline = output.counters.get("mean_reward", 0.0) if objective.shifted else 0.0
             if objective.mismatched:
                 baseline = reference.divergence(model, batch.micro_batches, references["train"], objective, run)
             loss, sums = backward(model, batch.micro_batches, objective, references["train"], baseline, units, run)
-            lr = learning_rate(cfg.schedule, cfg.optim.lr, step, steps)
-            grad_norm = adamw.step(optimizer, lr, cfg.optim.max_grad_norm)
+            grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
             sums = run.total(sums)
             if objective.shifted:
                 running_mean(output.counters, sums)

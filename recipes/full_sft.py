@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ftlib import build, models
+from ftlib import build, models, optim
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
@@ -19,7 +19,6 @@ from ftlib.loop import Boundary
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models.noise import add_noise
 from ftlib.observe.output import Output
-from ftlib.optim import adamw
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.sections import (
@@ -76,7 +75,7 @@ def main(cfg: Config) -> list[dict]:
 
     model = build.model(cfg, run)
     add_noise(model, cfg.neftune)
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
     evaluate = Evaluation(cfg, rows, tokenizer, run, loader.max_documents)
 
     output = Output(cfg, run, model, steps)
@@ -92,6 +91,7 @@ def main(cfg: Config) -> list[dict]:
 
         for step in range(done + 1, steps + 1):
             batch = next(loader)
+            lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             loss = torch.zeros((), dtype=torch.float64, device=run.device)  # wide: sums alike in any order
             for micro in batch.micro_batches:
                 micro = micro.to(run.device, non_blocking=True)
@@ -102,8 +102,7 @@ def main(cfg: Config) -> list[dict]:
                 part = part / batch.target_tokens
                 part.backward()
                 loss += part.detach()
-            lr = learning_rate(cfg.schedule, cfg.optim.lr, step, steps)
-            grad_norm = adamw.step(optimizer, lr, cfg.optim.max_grad_norm)
+            grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
             output.step(step, run.total(loss), grad_norm, lr, batch.tokens)
             if boundary(step):  # evaluates, saves and stops when it is time to
                 break

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ftlib import build, models, tokenizers
+from ftlib import build, models, optim, tokenizers
 from ftlib.adapters import peft_format
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
@@ -23,11 +23,10 @@ from ftlib.loop import Boundary
 from ftlib.losses.policy import policy_loss
 from ftlib.models import LanguageModel, hub
 from ftlib.observe.output import Output, trained_share
-from ftlib.optim import adamw
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.parallel.run import Run
-from ftlib.rl import presets, scoring, setup
+from ftlib.rl import presets, reward_model, scoring, setup
 from ftlib.rl.environments import Dialogues
 from ftlib.rl.evaluation import Held
 from ftlib.rl.log import StepLog, step_row
@@ -96,7 +95,7 @@ def draw(
 
 
 def learn(
-    cfg: Config, samples: list[Sample], model: LanguageModel, optimizer: Optimizer, lr: float, pad_id: int, run: Run,
+    cfg: Config, samples: list[Sample], model: LanguageModel, optimizer: Optimizer, pad_id: int, run: Run,
     note: StepLog, pages: Pages,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One optimizer step for each mini-batch of the samples: (loss over all processes, last gradient norm)."""
@@ -116,7 +115,7 @@ def learn(
             pages.check(note, run)
         if pages.learns(tokens):  # else every group earned the same, on every process
             setup.fill_gradients(model, run)
-            grad_norm = adamw.step(optimizer, lr, cfg.optim.max_grad_norm)
+            grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
     return run.total(loss), grad_norm
 
 
@@ -133,10 +132,11 @@ def main(cfg: Config) -> list[dict]:
     algorithm = presets.resolve(cfg.algorithm)
     model = build.model(cfg, run, reference=algorithm.needs_reference)
     reference = setup.Reference(cfg, model, algorithm, run)
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
 
     output = Output(cfg, run, model, steps)
-    rewards, dialogues = Rewards(cfg.rewards, output.say), Dialogues(cfg.dialogue)
+    rewards = Rewards(cfg.rewards, output.say, reward_model.load_all(cfg, run))
+    dialogues = Dialogues(cfg.dialogue)
     engine = Engine(model, max_batch=cfg.rollout.max_batch)
     rollouts = Rollouts(cfg.rollout, engine, tokenizer, dialogues)
     evaluate = Held(cfg.eval, sets.eval, rollouts, rewards, algorithm, run)
@@ -161,9 +161,9 @@ def main(cfg: Config) -> list[dict]:
                 needs_old = cfg.rollout.minibatches > 1 or algorithm.token_advantages
                 setup.look_back(cfg, samples, model, reference, needs_old, tokenizer.filler_id)
             scoring.give_advantages(samples, scoring.gather(samples, rewards, run), algorithm, run)
-            lr = learning_rate(cfg.schedule, cfg.optim.lr, step, steps)
+            lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             with note.clock("train"):
-                loss, grad_norm = learn(cfg, samples, model, optimizer, lr, tokenizer.filler_id, run, note, pages)
+                loss, grad_norm = learn(cfg, samples, model, optimizer, tokenizer.filler_id, run, note, pages)
             with note.clock("sync"):
                 engine.refresh()  # it draws with the trainer's own weights: there is nothing to copy
             tokens, row = step_row(note, drawn, rewards, algorithm, reference.exists, run)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ftlib import build
+from ftlib import build, optim
 from ftlib.adapters import peft_format
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
@@ -21,7 +21,6 @@ from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import hub
 from ftlib.models.noise import add_noise
 from ftlib.observe.output import Output, trained_share
-from ftlib.optim import adamw
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.sections import (
@@ -78,7 +77,7 @@ def main(cfg: Config) -> list[dict]:
 
     model = build.model(cfg, run)
     add_noise(model, cfg.neftune)
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
     evaluate = Evaluation(cfg, rows, tokenizer, run, loader.max_documents)
 
     output = Output(cfg, run, model, steps)
@@ -95,6 +94,7 @@ def main(cfg: Config) -> list[dict]:
 
         for step in range(done + 1, steps + 1):
             batch = next(loader)
+            lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             loss = torch.zeros((), dtype=torch.float64, device=run.device)  # wide: sums alike in any order
             for micro in batch.micro_batches:
                 micro = micro.to(run.device, non_blocking=True)
@@ -105,8 +105,7 @@ def main(cfg: Config) -> list[dict]:
                 part = part / batch.target_tokens
                 part.backward()
                 loss += part.detach()
-            lr = learning_rate(cfg.schedule, cfg.optim.lr, step, steps)
-            grad_norm = adamw.step(optimizer, lr, cfg.optim.max_grad_norm)
+            grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
             output.step(step, run.total(loss), grad_norm, lr, batch.tokens)
             if boundary(step):  # evaluates, saves and stops when it is time to
                 break

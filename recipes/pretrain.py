@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ftlib import build, models
+from ftlib import build, models, optim
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
@@ -24,7 +24,6 @@ from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import hub, sizes
 from ftlib.observe.output import Output, trained_share
 from ftlib.observe.statistics import statistics
-from ftlib.optim import adamw
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.sections import (
@@ -122,7 +121,7 @@ def main(cfg: Config) -> list[dict]:
     steps = cfg.steps or max(1, round(cfg.epochs * loader.steps_per_epoch()))
 
     model = build.model(cfg, run)
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
     evaluate = Evaluation(cfg, rows, tokenizer, run, loader.max_documents)
 
     output = Output(cfg, run, model, steps)
@@ -140,6 +139,7 @@ def main(cfg: Config) -> list[dict]:
         for step in range(done + 1, steps + 1):
             with output.waiting():
                 batch = next(loader)
+            lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             loss = torch.zeros((), dtype=torch.float64, device=run.device)  # wide: sums alike in any order
             for number, micro in enumerate(batch.micro_batches):
                 if cfg.context.skip:
@@ -153,8 +153,7 @@ def main(cfg: Config) -> list[dict]:
                 part.backward()
                 loss += part.detach()
             more = columns(cfg, model, batch, step)
-            lr = learning_rate(cfg.schedule, cfg.optim.lr, step, steps)
-            grad_norm = adamw.step(optimizer, lr, cfg.optim.max_grad_norm)
+            grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
             output.step(step, run.total(loss), grad_norm, lr, batch.tokens, more)
             if boundary(step):  # evaluates, saves and stops when it is time to
                 break

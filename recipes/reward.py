@@ -9,14 +9,13 @@ from typing import Literal
 
 import torch
 
-from ftlib import build
+from ftlib import build, optim
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
 from ftlib.launch import launch, script
 from ftlib.loop import Boundary
 from ftlib.observe.output import Output, trained_share
-from ftlib.optim import adamw
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.preference import reward
@@ -71,7 +70,7 @@ def main(cfg: Config) -> list[dict]:
     steps = cfg.steps or max(1, round(cfg.epochs * loader.steps_per_epoch()))
 
     model = build.model(cfg, run)
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
     evaluate = reward.RewardEvaluation(cfg, rows, run, loader.max_documents)
 
     output = Output(cfg, run, model, steps)
@@ -88,6 +87,7 @@ def main(cfg: Config) -> list[dict]:
 
         for step in range(done + 1, steps + 1):
             batch = next(loader)
+            lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             # Pairs or steps over all devices: each micro-batch adds its part of one mean over them.
             count = sum(map(len, batch.packs)) if cfg.reward.kind == "pairs" else batch.target_tokens
             loss = torch.zeros((), dtype=torch.float64, device=run.device)
@@ -99,8 +99,7 @@ def main(cfg: Config) -> list[dict]:
                 part.backward()
                 loss += part.detach()
                 sums += counted
-            lr = learning_rate(cfg.schedule, cfg.optim.lr, step, steps)
-            grad_norm = adamw.step(optimizer, lr, cfg.optim.max_grad_norm)
+            grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
             output.step(step, run.total(loss), grad_norm, lr, batch.tokens, reward.figures(run.total(sums)))
             if boundary(step):  # evaluates, saves and stops when it is time to
                 break

@@ -1,55 +1,173 @@
-"""The optimizer over the trainable parameters, AdamW unless the config names another, and one step of it."""
+"""AdamW whose states have a precision of their own, and whose steps can be rounded stochastically."""
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ftlib.optim.choose import choose
-from ftlib.optim.groups import parameter_groups
+from ftlib.errors import UserError
+from ftlib.optim.base import Group, Update
+from ftlib.optim.lowbit import KINDS, SMALLEST, block_size, book, decode, encode
+from ftlib.optim.pieces import local, local_gradient, piece
+from ftlib.optim.rounding import noise, to_bfloat16
 from ftlib.sections import Optim
 
+WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name -> whether it has a sign
 
-def build(model: nn.Module, cfg: Optim) -> torch.optim.Optimizer:
-    """The optimizer `cfg.name`, by default AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), over the trainable
-    parameters in the groups of `ftlib.optim.groups`.
 
-    A group's `lr_scale` multiplies the learning rate in `step`. A module's `replicas` sum its gradients over processes
-    (ftlib.parallel.replicas).
+class AdamW(Update):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), computed in float32 whatever its states are kept in.
+
+    `states`: fp32, bf16, or one of `lowbit.KINDS` for matrices of `lowbit.SMALLEST` numbers or more whose rows can be
+    cut into blocks, and float32 for the rest; None: torch's own AdamW with states in the parameter's dtype. With
+    `stochastic`, bfloat16 parameters are rounded stochastically. Each process has the states of its part of a
+    parameter, in blocks that are the same on every mesh. On a GPU each parameter's step is compiled.
     """
-    optimizer = choose(cfg, parameter_groups(model, cfg))
-    optimizer.replicas = getattr(model, "replicas", None)
-    return optimizer
+
+    def __init__(
+        self, groups: Iterable[Group], *, states: str | None = None, stochastic: bool = False, **defaults: Any
+    ) -> None:
+        super().__init__(groups, **defaults)
+        self.states, self.stochastic = states, stochastic
+        parameters = (p for group in self.param_groups for p in group["params"])
+        self._number = {p: i for i, p in enumerate(parameters)}
+        self._known: dict[tuple, Tensor] = {}  # scalars of this step, on their device
+
+    def update(self, group: Group) -> None:
+        if self.states is None and not self.stochastic:
+            self.adamw(group)
+            return
+        for p in self.stepped(group):
+            self._one(p, group)
+
+    def _one(self, p: Tensor, group: Group) -> None:
+        state, block = self.state[p], self._block(p)
+        if not state:
+            state |= self._start(p, block)
+        state["step"] += 1
+        part = local(p.detach())
+        if part.numel() == 0:
+            return
+        kind = self.states if block else ""
+        slots = [local(state[name]) for name in state if name != "step"]
+        slots = [(s.view(torch.float8_e4m3fn) if kind == "fp8" and s.dtype == torch.uint8 else s) for s in slots]
+        rounds = self.stochastic and p.dtype == torch.bfloat16
+        move = mover(kind, block, rounds, p.is_cuda)
+        books = [book(kind, signed, part.device) for signed in MOMENTS.values()] if kind else []
+        where = self._where(p, state["step"]) if rounds else []
+        flat = [x.view(-1) for x in (part, *slots)]
+        move(flat[0], local_gradient(p).reshape(-1), flat[1:], books, self._terms(group, state["step"], p), where)
+
+    def _block(self, p: Tensor) -> int:
+        """Numbers in a block of this parameter's states; 0 where they are kept wide."""
+        if self.states not in KINDS or p.ndim < 2 or p.numel() < SMALLEST:
+            return 0
+        block = block_size(p.shape[-1], self.states)
+        return 0 if block and local(p).shape[-1] % block else block  # columns may be cut between processes
+
+    def _start(self, p: Tensor, block: int) -> dict[str, Any]:
+        """States of 0, with names that tell the kinds apart."""
+        if not block:
+            dtype = WIDE["fp32"] if self.states in KINDS else WIDE.get(self.states, p.dtype)
+            return {"step": 0} | {name: torch.zeros_like(p, dtype=dtype) for name in MOMENTS}
+        state, width = {"step": 0}, 2 if self.states == "int4" else 1
+        for name, signed in MOMENTS.items():
+            part = local(p.detach())
+            zeros = torch.zeros(1, block, device=p.device)
+            codes, scale = encode(zeros, self.states, signed, book(self.states, signed, p.device))
+            codes = codes.view(torch.uint8).repeat(part.numel() // block, 1)
+            state[f"{name}_{self.states}"] = _placed(codes.view(*part.shape[:-1], part.shape[-1] // width), p)
+            scales = scale.repeat(part.numel() // block).view(*part.shape[:-1], part.shape[-1] // block)
+            state[f"{name}_{self.states}_scale"] = _placed(scales, p)
+        return state
+
+    def _terms(self, group: Group, step: int, p: Tensor) -> Tensor:
+        """What a step multiplies by, one tensor on the device: as numbers they would be compiled in.
+
+        1 - beta1, beta2, 1 - beta2, eps, the decay's factor, the step's length, the root of the second's bias.
+        """
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        length, bias = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+        terms = (1 - beta1, beta2, 1 - beta2, group["eps"], 1 - lr * group["weight_decay"], length, bias)
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        key = (terms, p.device, dtype)
+        if key not in self._known:
+            if len(self._known) > 64:
+                self._known.clear()
+            self._known[key] = torch.tensor(terms, dtype=dtype).to(p.device, non_blocking=True)
+        return self._known[key]
+
+    def _where(self, p: Tensor, step: int) -> list[Tensor]:
+        """What rounding depends on, int32 scalars: the place of the local part in the whole, and parameter and step."""
+        first, stride = 0, 1
+        for cut, size in zip(reversed(piece(p).index), reversed(p.shape), strict=True):
+            first, stride = first + cut.start * stride, stride * size
+        key = zlib.crc32(f"{self._number[p]} {step}".encode())
+        return [torch.full((), _wrapped(n), dtype=torch.int32, device=p.device) for n in (first, key)]
 
 
-def step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float | None) -> Tensor:
-    """Sum over replicas, clip, step, clear gradients; returns the global gradient norm before clipping, float32 scalar.
+@cache
+def mover(kind: str, block: int, stochastic: bool, compiled: bool) -> Callable[..., None]:
+    """One step of AdamW on flat tensors in place: `move(p, gradient, slots, books, terms, where)`.
 
-    A norm that is not finite leaves parameters and optimizer state as they were (`ftlib.observe.watch` decides what
-    then). On a GPU the optimizer's kernel looks at it, so that nobody waits.
+    `kind` and `block` say how `slots` keep the moments ("" and 0: as they are); `AdamW` makes the other arguments.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if getattr(optimizer, "replicas", None) is not None:
-        optimizer.replicas.sum(parameters)
-    norm = clip(parameters, max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    if optimizer.defaults.get("fused") and not any(isinstance(p, DTensor) for p in parameters):
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
-        optimizer.step()
-    elif norm.isfinite():
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+
+    def move(
+        p: Tensor, grad: Tensor, slots: list[Tensor], books: list[Tensor], terms: Tensor, where: list[Tensor]
+    ) -> None:
+        fresh, keep, fresh_sq, eps, shrink, length, bias = terms.unbind()
+        wide = torch.promote_types(p.dtype, torch.float32)
+        g = grad.to(wide)
+        if kind:
+            shape = (-1, block // 2 if kind == "int4" else block)
+            m = decode(slots[0].view(shape), slots[1], kind, books[0]).view(-1)
+            v = decode(slots[2].view(shape), slots[3], kind, books[1]).view(-1)
+        else:
+            m, v = slots[0].to(wide), slots[1].to(wide)
+        m = m + (g - m) * fresh
+        v = v * keep + g * g * fresh_sq
+        moved = p.to(wide) * shrink - length * m / (v.sqrt() / bias + eps)
+        if kind:
+            for i, (x, signed) in enumerate(((m, True), (v, False))):
+                codes, scale = encode(x.view(-1, block), kind, signed, books[i])
+                slots[2 * i].copy_(codes.view(-1))
+                slots[2 * i + 1].copy_(scale)
+        else:
+            slots[0].copy_(m)
+            slots[1].copy_(v)
+        p.copy_(to_bfloat16(moved, noise(where[0], p.shape[0], where[1])) if stochastic else moved)
+
+    return torch.compile(move, fullgraph=True, dynamic=True) if compiled else move
 
 
-def clip(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scale gradients in place so that their global 2-norm is at most `max_norm` (None: only measure)."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+def _placed(part: Tensor, p: Tensor) -> Tensor:
+    """This process's `part` of a tensor that is split as p is, its rows of another length."""
+    if not isinstance(p, DTensor):
+        return part
+    shape = (*p.shape[:-1], part.shape[-1] * p.shape[-1] // max(1, local(p).shape[-1]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+
+
+def _wrapped(n: int) -> int:
+    """The int32 with the low 32 bits of n."""
+    return (n + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def check(model: nn.Module, cfg: Optim) -> None:
+    """UserError for what the trained parameters or this machine's GPU have no use for."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if cfg.rounding == "stochastic" and not any(p.dtype == torch.bfloat16 for p in trained):
+        raise UserError(
+            "stochastic rounding is for bf16 weights, and those that are trained are kept in fp32",
+            where="optim.rounding, dtype",
+            fix="set optim.rounding=nearest, or train the weights themselves in bf16 (recipes/full_sft.py, dtype=bf16)",
+        )
+    if cfg.states == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError("this GPU has no fp8", where="optim.states", fix="set optim.states=int8, which is as small")

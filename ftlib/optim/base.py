@@ -38,21 +38,8 @@ class Update(Optimizer, ABC):
         """Parameters of a group that have a gradient."""
         return [p for p in group["params"] if p.grad is not None]
 
-
-class MatrixUpdate(Update):
-    """`update_matrices(group)` for groups with `matrices`, AdamW for the others: embeddings, head, norms, biases."""
-
-    def update(self, group: Group) -> None:
-        if group["matrices"]:
-            self.update_matrices(group)
-        else:
-            self._adamw(group)
-
-    @abstractmethod
-    def update_matrices(self, group: Group) -> None:
-        """Move the hidden matrices of a group."""
-
-    def _adamw(self, group: Group) -> None:
+    def adamw(self, group: Group) -> None:
+        """torch's AdamW for a group, fused on a GPU."""
         params = self.stepped(group)
         for p in params:
             state = self.state[p]
@@ -67,3 +54,17 @@ class MatrixUpdate(Update):
             fused=all(p.is_cuda for p in params), amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
             lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
+
+
+class MatrixUpdate(Update):
+    """`update_matrices(group)` for groups with `matrices`, AdamW for the others: embeddings, head, norms, biases."""
+
+    def update(self, group: Group) -> None:
+        if group["matrices"]:
+            self.update_matrices(group)
+        else:
+            self.adamw(group)
+
+    @abstractmethod
+    def update_matrices(self, group: Group) -> None:
+        """Move the hidden matrices of a group."""

@@ -1,18 +1,38 @@
 """The optimizer that a config names."""
 
 import torch
+from torch import nn
 
 from ftlib.optim.adafactor import Adafactor
+from ftlib.optim.adamw import AdamW
 from ftlib.optim.dion import Dion
 from ftlib.optim.elementwise import AdEMAMix, Lion
+from ftlib.optim.groups import parameter_groups
+from ftlib.optim.in_backward import InBackward
 from ftlib.optim.muon import Muon
 from ftlib.optim.schedule_free import ScheduleFreeAdamW
 from ftlib.sections import Optim
 
 
+def build(model: nn.Module, cfg: Optim) -> torch.optim.Optimizer:
+    """The optimizer `cfg.name` over the trainable parameters, in the groups of `ftlib.optim.groups`.
+
+    A module's `replicas` sum its gradients over processes (ftlib.parallel.replicas). With `cfg.in_backward` parameters
+    move in backward from now on, at the rate that `set_rate` gave last.
+    """
+    optimizer = choose(cfg, parameter_groups(model, cfg))
+    optimizer.replicas = getattr(model, "replicas", None)
+    if cfg.in_backward:
+        optimizer.in_backward = InBackward(optimizer)
+    return optimizer
+
+
 def choose(cfg: Optim, groups: list[dict]) -> torch.optim.Optimizer:
-    """`cfg.name` over groups of parameters (ftlib.optim.groups). AdamW is torch's, fused on a GPU."""
+    """`cfg.name` over groups of parameters. AdamW is torch's, fused on a GPU, unless something is asked of it that it
+    has not."""
     common = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps}
+    if cfg.name == "adamw" and (cfg.states or cfg.rounding == "stochastic" or cfg.in_backward):
+        return AdamW(groups, **common, states=cfg.states, stochastic=cfg.rounding == "stochastic")
     if cfg.name == "adamw":
         fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
         return torch.optim.AdamW(groups, **common, fused=fused)

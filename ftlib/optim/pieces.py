@@ -46,3 +46,10 @@ def piece(tensor: Tensor) -> Piece:
 def local(tensor: Tensor) -> Tensor:
     """The tensor itself, or the part of it that this process holds (the same memory)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(p: Tensor) -> Tensor:
+    """The part of a parameter's gradient that belongs to the local part of the parameter, summed if it was not yet."""
+    if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+        return p.grad.redistribute(placements=p.placements).to_local()
+    return local(p.grad)

@@ -45,6 +45,9 @@ class Optim:
     alpha: float | None = None  # ademamix: weight of the slow momentum, 8
     beta3: float | None = None  # ademamix: decay of the slow momentum, 0.9999
     slow_warmup: int | None = None  # ademamix: steps over which alpha and beta3 rise to their values, 0
+    states: Literal["fp32", "bf16", "int8", "fp8", "int4"] | None = None  # adamw: what moments are kept in; null: dtype
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # adamw: of weights in bf16; stochastic is right on average
+    in_backward: bool = False  # move each parameter as soon as it has its gradient, and free that; no clipping
     max_grad_norm: float | None = 1.0  # clip the global gradient norm to this; null: no clipping
     nonfinite: Literal["raise", "skip", "rollback"] = "raise"  # NaN gradients, never applied: stop, go on, go back
     spike: Literal["ignore", "warn", "raise", "rollback"] = "warn"  # a loss far above the last 50
@@ -66,10 +69,18 @@ class Optim:
             if value < 0 or (name in ("momentum", "beta3") and value >= 1) or (name == "rank_fraction" and value > 1):
                 raise ValueError(f"{name}: {value} is out of range")
 
+        if self.name != "adamw" and (self.states is not None or self.rounding != "nearest"):
+            raise ValueError(f"states, rounding: are for adamw; {self.name} has none")
+
     @property
     def slots(self) -> int:
         """Tensors of a matrix's size that the optimizer keeps for it, at the least."""
         return {"ademamix": 3, "adamw": 2, "schedule_free": 2, "adafactor": 0}.get(self.name, 1)
+
+    def state_bytes(self, itemsize: int) -> float:
+        """Bytes that the optimizer keeps, at the least, for a number of a matrix that has `itemsize` bytes itself."""
+        sizes = {None: itemsize, "fp32": 4, "bf16": 2, "int8": 1, "fp8": 1, "int4": 0.5}
+        return self.slots * sizes[self.states]
 
     def setting(self, name: str) -> float:
         """A setting of the named optimizer: what is set, else its usual value."""

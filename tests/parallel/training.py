@@ -10,12 +10,11 @@ from parallel.grid import Case
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ftlib import build
+from ftlib import build, optim
 from ftlib.adapters import lora
 from ftlib.checkpoint import Saver, State
 from ftlib.data import Documents, Loader
 from ftlib.losses.language_modelling import next_token_loss
-from ftlib.optim import adamw
 from ftlib.parallel import run as processes
 from ftlib.sections import Batch, Checkpoint, Lora, Memory, Model, Optim, Parallel
 
@@ -93,7 +92,7 @@ def fresh(case: Case, models: Path, run: object) -> State:
     if case.kind != "full":
         randomise(model)  # B = 0 would hide A
     # A large eps: else a gradient that is zero but for rounding moves its weight as far as any other.
-    optimizer = adamw.build(model, Optim(lr=1e-2, weight_decay=0.1, eps=1e-4))
+    optimizer = optim.build(model, Optim(lr=1e-2, weight_decay=0.1, eps=1e-4))
     loader = Loader(
         documents(), seq_len=SEQ_LEN, rows=ROWS, micro_rows=case.micro_rows, seed=SEED, pack=case.pack, pad_id=0,
         rank=run.data_rank, ranks=run.data_ranks, share=run.share if run.world > 1 else None,
@@ -140,7 +139,7 @@ def steps(state: State, run: object, which: range) -> dict[str, torch.Tensor]:
                 replicas.sum(trained.values())
             found |= {f"grad {name}": whole(p.grad) for name, p in trained.items() if p.grad is not None}
         state.optimizer.replicas = None if step == 0 else replicas  # else they would be summed twice
-        found[f"norm {step}"] = adamw.step(state.optimizer, 1e-2, 1.0).double()
+        found[f"norm {step}"] = optim.step(state.optimizer, 1.0).double()
     return found
 
 

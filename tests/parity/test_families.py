@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from parity.shrink import reference, relative, shrunk
 from safetensors.torch import load_file, save_file
 
-from ftlib import models
+from ftlib import models, optim
 from ftlib.checkpoint import Saver, State
 from ftlib.layers.batch import from_documents
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import keys
 from ftlib.models.load import base_state
-from ftlib.optim import adamw
 from ftlib.parallel import run as processes
 from ftlib.sections import Checkpoint, Optim, Parallel
 
@@ -199,14 +198,14 @@ def test_resume_equals_never_having_stopped(pair, tmp_path):
 
     def fresh():
         model = models.from_pretrained(pair[2]).train()
-        state = State(model, adamw.build(model, Optim(lr=1e-2)), Rows())
+        state = State(model, optim.build(model, Optim(lr=1e-2)), Rows())
         return state, Saver(Checkpoint(), tmp_path, run, {}, say=lambda text: None)
 
     def step(state):
         batch, model = next(state.loader), state.model
         loss = next_token_loss(model(batch), model.lm_head.weight, batch.labels, **model.logit_terms)
         (loss / batch.target_tokens).backward()
-        adamw.step(state.optimizer, 1e-2, 1.0)
+        optim.step(state.optimizer, 1.0)
         return loss.item()
 
     through, saver = fresh()

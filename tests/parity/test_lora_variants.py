@@ -170,11 +170,11 @@ def test_dropout_in_dora_equals_peft(folder):
 def test_lora_plus_trains_b_as_peft_does(folder):
     from peft.optimizers import create_loraplus_optimizer
 
-    from ftlib.optim import adamw
+    from ftlib import optim
     from ftlib.sections import Optim
 
     mine, other = ours(folder, {"lr_ratio": 8.0, "dora": True}), theirs(folder, {"use_dora": True})
-    optimizer = adamw.build(mine, Optim(lr=1e-3, betas=(0.9, 0.999)))
+    optimizer = optim.build(mine, Optim(lr=1e-3, betas=(0.9, 0.999)))
     reference = create_loraplus_optimizer(
         other, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, eps=1e-8, betas=(0.9, 0.999)
     )
@@ -182,7 +182,7 @@ def test_lora_plus_trains_b_as_peft_does(folder):
     for _ in range(3):
         mine.logits(X).log_softmax(-1)[..., 7].mean().backward()
         other(X).logits.log_softmax(-1)[..., 7].mean().backward()
-        adamw.step(optimizer, 1e-3, None)
+        optim.step(optimizer, None)
         reference.step(), reference.zero_grad()
     with torch.no_grad():
         assert relative(mine.logits(X), other(X).logits) <= 1e-4

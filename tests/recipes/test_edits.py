@@ -30,8 +30,8 @@ def lines(first: str, last: str) -> str:
 
 
 LOSS = lines("part = next_token_loss(", "part = part / batch.target_tokens")
-MODEL, STEP = line("model = build.model("), line("grad_norm = adamw.step(")
-RATE, REPORT, LOADER = line("lr = learning_rate("), line("output.step("), line("loader = build.loader(")
+MODEL, STEP = line("model = build.model("), line("grad_norm = optim.step(")
+RATE, REPORT, LOADER = line("lr = optim.set_rate("), line("output.step("), line("loader = build.loader(")
 BATCH, BACKWARD, SEED = line("batch = next(loader)"), line("part.backward()"), line("    seed: int")
 IMPORT = line("import next_token_loss")
 FOCAL = """                hidden, head = model(micro).flatten(0, 1), model.lm_head.weight
@@ -61,7 +61,7 @@ EDITS = {
     "an own sampler": [(LOADER, """    chosen = rows.train.lengths < 34  # short rows only
     loader = build.loader(cfg, rows.train.select(chosen), tokenizer, run)
 """)],
-    "a different schedule": [(RATE, """            lr = cfg.optim.lr * min(1, step / 2, (steps - step + 1) / 3)  # up, flat, down
+    "a different schedule": [(RATE, """            lr = optim.set_rate(optimizer, cfg.optim.lr * min(1, step / 2, (steps - step + 1) / 3))  # up, flat, down
 """)],
     "an extra evaluation": [(REPORT, REPORT + """            if step % 2 == 0:
                 norm = sum(p.detach().square().sum() for p in model.parameters() if p.requires_grad).sqrt().item()

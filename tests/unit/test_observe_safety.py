@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from tiny_model import ROOT, train, tune, write_config, write_model, write_rows
 from torch import nn
 
-from ftlib import config, launch, plugins
+from ftlib import config, launch, optim, plugins
 from ftlib.checkpoint import Saver
 from ftlib.errors import UserError
 from ftlib.observe import charts, diagnose, report, sinks
 from ftlib.observe.watch import Watch
-from ftlib.optim import adamw
 from ftlib.sections import Checkpoint, Eval, Log, Optim
 
 NAN = float("nan")
@@ -69,7 +68,7 @@ def test_a_step_without_a_finite_norm_changes_nothing(fused):
 
     def step(factor):
         (model(torch.ones(2, 4)).square().sum() * factor).backward()
-        return adamw.step(optimizer, 0.1, 1.0)
+        return optim.step(optimizer, 1.0)
 
     step(1.0)
     before = [p.detach().clone() for p in model.parameters()]

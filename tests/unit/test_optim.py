@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ftlib.optim import adamw
+from ftlib import optim
 from ftlib.optim.schedule import learning_rate
 from ftlib.sections import Optim, Schedule
 
@@ -36,17 +36,17 @@ def test_short_runs_reach_the_peak_early_and_never_train_at_zero(steps):
 def test_clip_scales_to_the_norm_and_reports_the_norm_before():
     p = nn.Parameter(torch.zeros(2, 2))
     p.grad = torch.full((2, 2), 3.0)
-    assert float(adamw.clip([p], 1.0)) == pytest.approx(6.0)
+    assert float(optim.clip([p], 1.0)) == pytest.approx(6.0)
     assert float(p.grad.norm()) == pytest.approx(1.0, rel=1e-5)
     p.grad = torch.full((2, 2), 0.1)
-    adamw.clip([p], 1.0)
+    optim.clip([p], 1.0)
     assert torch.allclose(p.grad, torch.full((2, 2), 0.1))
 
 
 def test_vectors_are_not_decayed_and_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].requires_grad_(False)
-    groups = adamw.build(model, Optim(weight_decay=0.5)).param_groups
+    groups = optim.build(model, Optim(weight_decay=0.5)).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.5), (1, 0.0)]
 
 
@@ -55,13 +55,13 @@ def test_step_equals_torch_adamw_by_hand():
     a, b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     b.load_state_dict(a.state_dict())
     cfg = Optim(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), max_grad_norm=0.5)
-    ours = adamw.build(a, cfg)
+    ours = optim.build(a, cfg)
     theirs = torch.optim.AdamW(b.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     for _ in range(5):
         x = torch.randn(8, 4)
         a(x).square().sum().backward()
         b(x).square().sum().backward()
-        adamw.step(ours, 1e-2, cfg.max_grad_norm)
+        optim.step(ours, cfg.max_grad_norm)
         nn.utils.clip_grad_norm_(b.parameters(), 0.5)
         theirs.step(), theirs.zero_grad()
     assert torch.equal(a.weight, b.weight)

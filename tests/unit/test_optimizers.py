@@ -7,9 +7,10 @@ import torch
 from faults.tiny_training import Loader, one_process
 from torch import nn
 
+from ftlib import optim
 from ftlib.checkpoint import Saver, State
 from ftlib.errors import UserError
-from ftlib.optim import adamw, schedule_free
+from ftlib.optim import schedule_free
 from ftlib.optim.elementwise import slow_terms
 from ftlib.optim.muon import COEFFICIENTS, newton_schulz
 from ftlib.sections import Checkpoint, Optim, Schedule
@@ -44,10 +45,11 @@ def gradients(model, step):
 def trained(name, rates=None, **settings):
     """Parameters by name after STEPS steps of ours, and the optimizer."""
     model = Net()
-    optimizer = adamw.build(model, Optim(name=name, lr=LR, weight_decay=DECAY, **settings))
+    optimizer = optim.build(model, Optim(name=name, lr=LR, weight_decay=DECAY, **settings))
     for step in range(STEPS):
         gradients(model, step)
-        adamw.step(optimizer, LR if rates is None else rates[step], None)
+        optim.set_rate(optimizer, LR if rates is None else rates[step])
+        optim.step(optimizer, None)
     return model, optimizer
 
 
@@ -106,12 +108,12 @@ def test_muon_is_torch_muon_up_to_its_bfloat16():
     ours, theirs = nn.Parameter(weights.clone()), nn.Parameter(weights.clone())
     model = nn.Sequential()
     model.register_parameter("w", ours)
-    mine = adamw.build(model, Optim(name="muon", lr=LR, weight_decay=DECAY))
+    mine = optim.build(model, Optim(name="muon", lr=LR, weight_decay=DECAY))
     peer = torch.optim.Muon([theirs], lr=LR, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for step in range(STEPS):
         g = torch.randn(10, 4, generator=torch.Generator().manual_seed(step))
         ours.grad, theirs.grad = g.clone(), g.clone()
-        adamw.step(mine, LR, None), peer.step()
+        optim.step(mine, None), peer.step()
     assert (ours - theirs).norm() < 0.02 * (theirs - weights).norm()
 
 
@@ -208,12 +210,13 @@ def test_a_resumed_run_is_the_same_to_the_bit(name, tmp_path):
 
     def fresh():
         model = Net(torch.float32)
-        return State(model, adamw.build(model, Optim(name=name, lr=LR, weight_decay=DECAY)), Loader())
+        return State(model, optim.build(model, Optim(name=name, lr=LR, weight_decay=DECAY)), Loader())
 
     def go(state, first, last):
         for step in range(first, last):
             gradients(state.model, step)
-            adamw.step(state.optimizer, LR * (step + 1) / 10, 1.0)
+            optim.set_rate(state.optimizer, LR * (step + 1) / 10)
+            optim.step(state.optimizer, 1.0)
 
     whole, again = fresh(), fresh()
     go(whole, 0, 3)
@@ -228,7 +231,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(name, tmp_path):
 
 
 def groups_of(model, **settings):
-    return adamw.build(model, Optim(lr=1.0, **settings)).param_groups
+    return optim.build(model, Optim(lr=1.0, **settings)).param_groups
 
 
 def test_groups_by_pattern_the_first_that_matches_counts():
@@ -269,11 +272,11 @@ def changes(width, **settings):
     model = nn.Sequential(nn.Embedding(8, width), *(nn.Linear(width, width, bias=False) for _ in range(3)))
     for layer in model[1:]:
         nn.init.normal_(layer.weight, 0, width**-0.5)
-    optimizer = adamw.build(model, Optim(lr=1e-2, **settings))
+    optimizer = optim.build(model, Optim(lr=1e-2, **settings))
     tokens = torch.arange(8)
     before = model(tokens).detach()
     (model(tokens) * torch.randn(8, width)).sum().backward()
-    adamw.step(optimizer, 1e-2, None)
+    optim.step(optimizer, None)
     return (model(tokens) - before).square().mean().sqrt().item()
 
 
@@ -296,9 +299,9 @@ def test_a_decay_under_schedule_free_learning_is_refused():
 def test_slots_are_what_is_kept_for_a_matrix():
     for name in NAMES:
         model = Net(torch.float32)
-        optimizer = adamw.build(model, Optim(name=name, lr=LR))
+        optimizer = optim.build(model, Optim(name=name, lr=LR))
         gradients(model, 0)
-        adamw.step(optimizer, LR, None)
+        optim.step(optimizer, None)
         p = model.wide.weight
         kept = sum(value.numel() for value in optimizer.state[p].values() if isinstance(value, torch.Tensor))
         assert kept // p.numel() == Optim(name=name).slots, name
@@ -309,9 +312,9 @@ def test_frozen_and_gradientless_parameters_stay():
         model = Net()
         model.wide.requires_grad_(False)
         start = model.wide.weight.clone()
-        optimizer = adamw.build(model, Optim(name=name, lr=LR))
+        optimizer = optim.build(model, Optim(name=name, lr=LR))
         model.tall.weight.grad = torch.ones_like(model.tall.weight)
-        adamw.step(optimizer, LR, None)
+        optim.step(optimizer, None)
         assert torch.equal(model.wide.weight, start) and model.tall.weight.grad is None
         assert len(optimizer.state) == 1, name
 
@@ -319,10 +322,10 @@ def test_frozen_and_gradientless_parameters_stay():
 def test_a_gradient_that_is_not_finite_moves_nothing():
     for name in NAMES:
         model = Net()
-        optimizer, start = adamw.build(model, Optim(name=name, lr=LR)), model.tall.weight.clone()
+        optimizer, start = optim.build(model, Optim(name=name, lr=LR)), model.tall.weight.clone()
         gradients(model, 0)
         model.stack.grad[0, 0, 0] = math.nan
-        adamw.step(optimizer, LR, 1.0)
+        optim.step(optimizer, 1.0)
         assert torch.equal(model.tall.weight, start), name
 
 

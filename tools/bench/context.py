@@ -22,10 +22,9 @@ import common
 import plot
 import torch
 
-from ftlib import build
+from ftlib import build, optim
 from ftlib.layers.batch import Batch, Layout
 from ftlib.losses.language_modelling import next_token_loss
-from ftlib.optim import adamw
 from ftlib.parallel import run as processes
 from ftlib.quant import QuantizedLinear
 from ftlib.sections import Lora, Memory, Model, Optim, Parallel
@@ -92,7 +91,7 @@ def stepper(shape: dict, args: argparse.Namespace):  # noqa: ANN201
         if isinstance(module, QuantizedLinear):
             drawn = torch.randn(module.base.shape, device=run.device, dtype=torch.bfloat16)
             module.base.fill(drawn.mul_(0.02))
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
 
     def step(tokens: int) -> float:
         ids = torch.randint(shape["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0)).to(run.device)
@@ -101,7 +100,7 @@ def stepper(shape: dict, args: argparse.Namespace):  # noqa: ANN201
         batch = Batch(ids, common.shifted(ids), positions, Layout.packed(ends, tokens, (1, tokens)), tokens - 1)
         loss = next_token_loss(model(batch), model.lm_head.weight, batch.labels, tokens - 1, **model.logit_terms)
         (loss / (tokens - 1)).backward()
-        adamw.step(optimizer, cfg.optim.lr, 1.0)
+        optim.step(optimizer, 1.0)
         return loss.item() / (tokens - 1)
 
     return step

@@ -5,11 +5,10 @@ import numpy as np
 import ours
 
 import ftlib
-from ftlib import plugins
+from ftlib import optim, plugins
 from ftlib.data import Preferences
 from ftlib.data.documents import Documents, SourceInfo
 from ftlib.data.store import MemoryWriter
-from ftlib.optim import adamw
 from ftlib.preference import reference
 from ftlib.preference.objective import resolve
 from ftlib.sections import Dpo
@@ -20,7 +19,7 @@ RECIPE = plugins.load_file(common.ROOT / "recipes" / "dpo.py")
 def main() -> None:
     work = common.job()
     model, run, cfg = ours.build_model(work)
-    optimizer, objective = adamw.build(model, cfg.optim), resolve(Dpo())
+    optimizer, objective = optim.build(model, cfg.optim), resolve(Dpo())
     refer = reference.switched(None, objective)
     pairs = Preferences(documents(work), shared=work["share"])
     length = int(pairs.lengths[0])
@@ -30,7 +29,7 @@ def main() -> None:
         rows = [[first + i] for i in range(work["pairs"])]
         batch = pairs.batch(rows, length, 0, 1)
         loss, _ = RECIPE.backward(model, [batch], objective, refer, 0.0, work["pairs"], run)
-        return loss.item(), adamw.step(optimizer, cfg.optim.lr, None).item()
+        return loss.item(), optim.step(optimizer, None).item()
 
     checks, seconds = [], []
     for number in range(common.WARM + common.TIMED + 1):

@@ -11,10 +11,9 @@ import common
 import torch
 
 import ftlib
-from ftlib import build, plugins
+from ftlib import build, optim, plugins
 from ftlib.data.prompts import Prompt
 from ftlib.generation import Engine
-from ftlib.optim import adamw
 from ftlib.parallel import run as processes
 from ftlib.rl import presets, scoring, setup
 from ftlib.rl.environments import Dialogues
@@ -67,7 +66,7 @@ def main() -> None:
     run = processes.start(cfg.parallel, cfg.seed)
     object.__setattr__(cfg, "from_scratch", True)  # weights are drawn: there are none to read
     model, algorithm = build.model(cfg, run), presets.resolve(cfg.algorithm)
-    optimizer, engine = adamw.build(model, cfg.optim), Engine(model, max_batch=cfg.rollout.max_batch)
+    optimizer, engine = optim.build(model, cfg.optim), Engine(model, max_batch=cfg.rollout.max_batch)
     rollouts = Rollouts(cfg.rollout, engine, Endless(), Dialogues(cfg.dialogue))
     draw = torch.Generator().manual_seed(0)
     vocab, rows = model.arch.vocab, []

@@ -9,13 +9,12 @@ import common
 import torch
 
 import ftlib
-from ftlib import build
+from ftlib import build, optim
 from ftlib.adapters import lora
 from ftlib.layers.batch import Batch, Layout
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import LanguageModel
 from ftlib.models.load import base_state
-from ftlib.optim import adamw
 from ftlib.parallel import run as processes
 from ftlib.parallel.run import Run
 from ftlib.quant import FORMATS
@@ -25,7 +24,7 @@ from ftlib.sections import Lora, Memory, Model, Optim, Parallel, Train
 def main() -> None:
     work = common.job()
     model, _, cfg = build_model(work)
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
     rows, length = work["rows"], work["seq_len"]
     cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=common.DEVICE)
     positions = torch.arange(length, device=common.DEVICE).expand(rows, length)
@@ -38,7 +37,7 @@ def main() -> None:
         )
         loss = loss / batch.target_tokens
         loss.backward()
-        norm = adamw.step(optimizer, cfg.optim.lr, None)
+        norm = optim.step(optimizer, None)
         return loss.item(), norm.item()
 
     common.measure("ftlib", work, step, {"ftlib": ftlib.__version__})

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import common
 import torch
 
-from ftlib import build
+from ftlib import build, optim
 from ftlib.adapters import lora
 from ftlib.checkpoint import Saver, State, exchange
 from ftlib.layers.batch import Batch, Layout
@@ -20,7 +20,6 @@ from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import LanguageModel
 from ftlib.models.load import base_state
 from ftlib.models.shards import fill
-from ftlib.optim import adamw
 from ftlib.parallel import run as processes
 from ftlib.sections import Checkpoint, Lora, Memory, Model, Optim, Parallel
 
@@ -36,7 +35,7 @@ def main() -> None:
     started = time.perf_counter()
     model = build.model(cfg, run)
     draw_weights(model)
-    optimizer = adamw.build(model, cfg.optim)
+    optimizer = optim.build(model, cfg.optim)
     step = stepper(model, optimizer, run, work)
     wait(run)
     built = time.perf_counter() - started
@@ -107,7 +106,7 @@ def stepper(
             loss = loss / (work["rows"] * length)
             loss.backward()
             total += loss.detach()
-        norm = adamw.step(optimizer, 1e-4, 1.0)
+        norm = optim.step(optimizer, 1.0)
         return run.total(total).item(), norm.item()
 
     return step
