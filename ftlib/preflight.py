@@ -56,7 +56,9 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     everything = sum(_bytes(p) for p in parameters)
     quantized = sum(_bytes(b) for b in model.buffers())  # whole in each process
     width, tokens = 2 if cfg.dtype == "bf16" else 4, cfg.batch.micro_rows * cfg.data.seq_len
-    blocks = [tokens * width * block_elements(model.arch, layer, cfg.data.seq_len) for layer in model.arch.layers]
+    tile = min(1.0, (cfg.memory.tiled_mlp or tokens) / tokens)
+    each = (block_elements(model.arch, layer, cfg.data.seq_len, tile) for layer in model.arch.layers)
+    blocks = [tokens * width * elements for elements in each]
     hidden = tokens * width * model.arch.dim
     inputs = len(blocks) * hidden
     attended = tokens * width * sum(layer.mixer.heads * layer.mixer.head_dim for layer in model.arch.layers)
@@ -79,18 +81,19 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     )
 
 
-def block_elements(arch: Arch, layer: Layer, seq_len: int) -> int:
+def block_elements(arch: Arch, layer: Layer, seq_len: int, tile: float = 1.0) -> int:
     """Estimate of the numbers one block keeps for backward, for each token.
 
     Dense: both norms' inputs and outputs, queries, keys and values before and after they turn, what attention gives,
     and gate, up and their product. Experts keep these for each choice, and their own copies of input and output.
-    Capped scores are kept three times, two of them in float32.
+    Capped scores are kept three times, two of them in float32. `tile`: the share of the tokens that is in a dense
+    feed-forward layer at a time.
     """
     attention, ffn = layer.mixer, layer.ffn
     query, key = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    inner = 3 * ffn.hidden
+    inner = int(tile * 3 * ffn.hidden)
     if isinstance(ffn, Moe):
-        inner = ffn.top_k * (inner + 2 * arch.dim)
+        inner = ffn.top_k * (3 * ffn.hidden + 2 * arch.dim)
     scores = 5 * attention.heads * seq_len if attention.softcap is not None else 0
     return 4 * arch.dim + 2 * (query + 2 * key) + query + inner + scores
 

@@ -9,6 +9,7 @@ from ftlib.errors import UserError
 from ftlib.parallel import pulse
 
 MIB = 1 << 20
+LONG = 16_384  # tokens of a row from which feed-forward layers are worth cutting
 
 
 def explain(error: BaseException, cfg: Any) -> UserError | None:
@@ -71,6 +72,8 @@ def knobs(cfg: Any) -> list[str]:
             found.append(f"memory.recompute: {memory.recompute} -> {then} (same results, slower)")
         if getattr(memory, "offload", None) is False:
             found.append("memory.offload: false -> true (same results; activations wait in host memory)")
+        if getattr(memory, "tiled_mlp", None) == 0 and getattr(data, "seq_len", 0) >= LONG:
+            found.append(f"memory.tiled_mlp: 0 -> {LONG // 2} (same results, slower; no mixture of experts)")
     if getattr(cfg, "lora", None) is None and hasattr(cfg, "optim"):
         found.append("the recipe: full_sft -> lora_sft (no gradients and moments for the frozen weights)")
     elif hasattr(cfg, "lora") and cfg.lora.dora:

@@ -16,6 +16,8 @@ def apply(model: nn.Module, run: Run, memory: Memory, dtype: torch.dtype) -> Non
     `model.model.layers` are the blocks. The model may still be on the meta device.
     """
     layers = model.model.layers
+    for block in layers if memory.tiled_mlp else ():
+        block.mlp.tile = memory.tiled_mlp
     if run.dense["tp"].size() > 1:
         tensor.apply(model, run.dense["tp"])
     if memory.compile is True or (memory.compile == "auto" and run.device.type == "cuda"):

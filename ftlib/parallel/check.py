@@ -1,10 +1,11 @@
-"""What a mesh asks of a model and of the rows it reads, known before anything is loaded."""
+"""What a mesh and a memory setting ask of a model and of the rows it reads, known before anything is loaded."""
 
 from typing import Any
 
 from torch import nn
 
 from ftlib.errors import Problems, UserError
+from ftlib.layers.mlp import GatedMlp
 from ftlib.parallel import tensor
 
 
@@ -16,7 +17,7 @@ def check(model: nn.Module, cfg: Any, cp: int, tp: int) -> None:
             tensor.check(model, tp)
         except UserError as error:
             problems.append(str(error))
-    others = (_heads(model, cfg, cp, tp), _rows(cfg, cp, tp), _answers(cfg, cp, tp))
+    others = (_heads(model, cfg, cp, tp), _rows(cfg, cp, tp), _answers(cfg, cp, tp), _tiles(model, cfg))
     problems += [str(error) for error in others if error]
     if problems:
         raise Problems(problems)
@@ -55,4 +56,15 @@ def _answers(cfg: Any, cp: int, tp: int) -> UserError | None:
         "answers cannot be generated while sequences or matrices are shared by several processes",
         where="eval.exact_match, parallel.cp, parallel.tp",
         fix="set eval.exact_match=0 and evaluate the saved result",
+    )
+
+
+def _tiles(model: nn.Module, cfg: Any) -> UserError | None:
+    layers = (getattr(block, "mlp", None) for block in model.model.layers)
+    if not cfg.memory.tiled_mlp or all(isinstance(layer, GatedMlp) for layer in layers):
+        return None
+    return UserError(
+        "only dense feed-forward layers are computed in tiles, and this model has others (a mixture of experts?)",
+        where="memory.tiled_mlp",
+        fix="set memory.tiled_mlp=0",
     )

@@ -14,7 +14,12 @@ class Memory:
 
     recompute: Literal["none", "selective", "except_attention", "full"] = "full"  # in backward; each leaves less
     offload: bool = False  # what backward needs, and a frozen untied embedding, wait in pinned host memory
+    tiled_mlp: int = 0  # tokens at a time in feed-forward layers, again in backward: for long rows; 0: all at once
     compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on with CUDA, off on CPU
+
+    def __post_init__(self) -> None:
+        if self.tiled_mlp < 0:
+            raise ValueError("tiled_mlp: must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

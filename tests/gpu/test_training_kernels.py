@@ -115,12 +115,14 @@ def step(memory: Memory, dtype: torch.dtype):
     return loss.item() / batch.target_tokens, gradients
 
 
+@pytest.mark.parametrize("tile", [0, 300])
 @pytest.mark.parametrize("offloaded", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "except_attention", "full"])
-def test_every_memory_setting_gives_the_same_step(recompute, compiled, offloaded):
+def test_every_memory_setting_gives_the_same_step(recompute, compiled, offloaded, tile):
     exact_loss, exact = step(Memory(recompute="none", compile=False), torch.float32)
-    loss, gradients = step(Memory(recompute=recompute, compile=compiled, offload=offloaded), torch.bfloat16)
+    memory = Memory(recompute=recompute, compile=compiled, offload=offloaded, tiled_mlp=tile)
+    loss, gradients = step(memory, torch.bfloat16)
     assert abs(loss - exact_loss) < 5e-3 * exact_loss
     assert error(gradients, exact) < 5e-2
 

@@ -17,6 +17,7 @@ class Case:
     pack: bool = True
     micro_rows: int = 1  # accumulation = 8 rows / (micro_rows x data ranks)
     recompute: str = "none"
+    tiled_mlp: int = 0
     compile: bool = False
     dtype: str = "fp64"
     elastic: bool = False  # deterministic: elastic
@@ -34,7 +35,8 @@ class Case:
     @property
     def work(self) -> str:
         words = [self.kind, self.model, "packed" if self.pack else "not packed", f"micro rows {self.micro_rows}"]
-        words += ["recompute"] * (self.recompute != "none") + ["compiled"] * self.compile + ["elastic"] * self.elastic
+        words += ["recompute"] * (self.recompute != "none") + ["tiled"] * bool(self.tiled_mlp)
+        words += ["compiled"] * self.compile + ["elastic"] * self.elastic
         return ", ".join([*words, self.dtype])
 
 
@@ -60,7 +62,7 @@ SHORT = [
     Case(cp=2, kind="lora", model="qwen2", pack=False),
     Case(replicate=2, shard=2, micro_rows=2),
     Case(shard=2, tp=2),
-    Case(shard=2, tp=2, kind="lora", model="qwen2", recompute="full"),
+    Case(shard=2, tp=2, kind="lora", model="qwen2", recompute="full", tiled_mlp=7),
     Case(cp=2, tp=2, style=GATHER),
     Case(shard=2, cp=2, kind="saved"),
 ]

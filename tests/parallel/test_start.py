@@ -33,7 +33,7 @@ def on_meta(config):
 
 def settings(seq_len=64, exact_match=0, **parallel):
     data, evaluation = SimpleNamespace(seq_len=seq_len), SimpleNamespace(exact_match=exact_match)
-    return SimpleNamespace(parallel=Parallel(**parallel), data=data, eval=evaluation)
+    return SimpleNamespace(parallel=Parallel(**parallel), data=data, eval=evaluation, memory=Memory())
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def config(case: Case, models: Path) -> SimpleNamespace:
     """What build.model reads of a recipe's config."""
     cfg = SimpleNamespace(
         model=Model(path=str(models / case.model)),
-        memory=Memory(recompute=case.recompute, compile=case.compile),
+        memory=Memory(recompute=case.recompute, tiled_mlp=case.tiled_mlp, compile=case.compile),
         parallel=mesh(case),
         batch=Batch(rows=ROWS, micro_rows=case.micro_rows),
         deterministic="elastic" if case.elastic else False,
@@ -173,7 +173,7 @@ def compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> 
 
 def one_process(case: Case) -> Case:
     """The same work without a mesh."""
-    return dataclasses.replace(case, replicate=1, shard=1, cp=1, tp=1, recompute="none", compile=False)
+    return dataclasses.replace(case, replicate=1, shard=1, cp=1, tp=1, recompute="none", tiled_mlp=0, compile=False)
 
 
 def start(case: Case) -> processes.Run:

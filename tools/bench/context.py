@@ -1,7 +1,8 @@
 """Peak memory over the length of one document: a step of recipes/lora_sft.py at each length, doubled until it fails.
 
     python tools/bench/context.py --out tools/bench/results/context_h100.json          # and a plot, context_h100.svg
-    python tools/bench/context.py --quantize nf4 --out tools/bench/results/context_h100.json   # one more curve in it
+    python tools/bench/context.py --tiled-mlp 8192 --out tools/bench/results/context_h100.json  # one more curve
+    python tools/bench/context.py --quantize nf4 --out tools/bench/results/context_h100.json
     python tools/bench/context.py --from 262144 --limit 560 --out …                    # goes on where time ran out
     python tools/bench/context.py --tiny                                               # runs on a CPU
 
@@ -37,7 +38,8 @@ ONCE = 15.0  # seconds; a first step that took longer, compiling included, is no
 def main() -> None:
     started, args = time.perf_counter(), arguments()
     shape = common.config_of(args.shape) | (TINY if args.tiny else {})
-    parts = [args.shape, "LoRA", args.quantize, args.recompute, "offloaded" if args.offload else None]
+    parts = [args.shape, "LoRA", args.quantize, f"{args.recompute} recompute", "offloaded" if args.offload else None]
+    parts.append(f"tiles of {args.tiled_mlp}" if args.tiled_mlp else None)
     name = "tiny" if args.tiny else " ".join(part for part in parts if part)
     step = stepper(shape, args)
     rows, length, last = [], args.first, 0.0
@@ -59,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--quantize", choices=("nf4", "int8", "fp8"))
     parser.add_argument("--recompute", default="full", choices=("none", "selective", "except_attention", "full"))
+    parser.add_argument("--tiled-mlp", type=int, default=0, help="tokens at a time in feed-forward layers")
     parser.add_argument("--no-offload", dest="offload", action="store_false")
     parser.add_argument("--from", dest="first", type=int, default=4096)
     parser.add_argument("--to", dest="last", type=int, default=1 << 20)
@@ -78,7 +81,7 @@ def stepper(shape: dict, args: argparse.Namespace):  # noqa: ANN201
     cfg = SimpleNamespace(
         model=Model(path=str(folder), quantize=args.quantize),
         lora=Lora(rank=16, alpha=32),
-        memory=Memory(recompute=args.recompute, offload=args.offload),
+        memory=Memory(recompute=args.recompute, offload=args.offload, tiled_mlp=args.tiled_mlp),
         parallel=Parallel(),
         optim=Optim(lr=1e-4),
         from_scratch=True,
