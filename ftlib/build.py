@@ -78,10 +78,10 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     return built.train()
 
 
-def frozen(cfg: Any, run: Run, path: str) -> LanguageModel:
-    """Another model that a run looks at and never trains: a teacher, or what a full fine-tune started from."""
+def frozen(cfg: Any, run: Run, path: str, head: heads.Head | None = None) -> LanguageModel:
+    """A model that a run looks at and never trains: a teacher, what a full fine-tune began with; with `head` scores."""
     folder, dtype = hub.resolve(path), DTYPES[cfg.dtype]
-    built = load.build(folder, dtype)
+    built = load.build(folder, dtype, head=head)
     weights = load.check_weights(built, folder)
     built.model.use_attention(_backend(cfg, built, run.device))
     built.requires_grad_(False)

@@ -26,7 +26,7 @@ from ftlib.observe.output import Output, trained_share
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.parallel.run import Run
-from ftlib.rl import presets, scoring, setup
+from ftlib.rl import presets, reward_model, scoring, setup
 from ftlib.rl.environments import Dialogues
 from ftlib.rl.evaluation import Held
 from ftlib.rl.log import StepLog, step_row
@@ -135,7 +135,7 @@ def main(cfg: Config) -> list[dict]:
     optimizer = optim.build(model, cfg.optim)
 
     output = Output(cfg, run, model, steps)
-    rewards, dialogues = Rewards(cfg.rewards, output.say), Dialogues(cfg.dialogue)
+    rewards, dialogues = Rewards(cfg.rewards, output.say, reward_model.load_all(cfg, run)), Dialogues(cfg.dialogue)
     engine = Engine(model, max_batch=cfg.rollout.max_batch)
     rollouts = Rollouts(cfg.rollout, engine, tokenizer, dialogues)
     evaluate = Held(cfg.eval, sets.eval, rollouts, rewards, algorithm, run)

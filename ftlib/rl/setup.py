@@ -15,7 +15,7 @@ from ftlib.errors import Problems, UserError
 from ftlib.kernels.linear_logprobs import linear_logprobs
 from ftlib.models import LanguageModel
 from ftlib.parallel.run import Run, sizes
-from ftlib.rl import environments
+from ftlib.rl import environments, reward_model
 from ftlib.rl.presets import Resolved, resolve
 from ftlib.rl.rewards import run as rewards
 from ftlib.rl.samples import Micro, Sample, log_probabilities, pack
@@ -169,3 +169,4 @@ def _check_data(cfg: Any) -> None:
     environments.check(cfg.dialogue)
     sets = load_prompts(cfg, build.tokenizer(cfg))
     rewards.check(cfg.rewards, sets.columns)
+    reward_model.check(cfg.rewards, cfg.dtype)

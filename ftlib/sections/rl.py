@@ -98,15 +98,20 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """One reward function, run in a process of its own; the reward of a completion is the weighted sum of all."""
+    """A function, run in a process of its own, or a model; the reward of a completion is the weighted sum of all."""
 
-    fn: MaybeFile  # `gsm8k`, `exact`, …, `./file.py:name` or `package:name`
+    fn: MaybeFile | None = None  # `gsm8k`, `exact`, …, `./file.py:name` or `package:name`
+    model: LocalOrHub | None = None  # instead: a trained reward model (recipes/reward.py) that scores conversations
     weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)  # further keyword arguments
     timeout_s: float = 10.0  # for one completion; beyond it the reward is None, and its process is killed
     workers: int = 1  # processes that share the completions
 
     def __post_init__(self) -> None:
+        if (self.fn is None) == (self.model is None):
+            raise ValueError("fn, model: exactly one of them")
+        if self.model is not None and self.args:
+            raise ValueError("args: a function's, a model takes none")
         if self.timeout_s <= 0:
             raise ValueError("timeout_s: must be above 0")
         if self.workers < 1:

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,26 +13,32 @@ from ftlib.sections.rl import Reward
 
 PASSED = ("prompts", "completions", "completion_ids")  # what every function is offered besides the columns
 Values = list[float | None]
+Messages = list[dict[str, Any]]
+Scorer = Callable[[list[Messages], list[Messages]], list[float]]  # prompts, completions -> a score for each
 
 
 class Rewards:
-    """`rewards(prompts, completions, completion_ids, columns)` -> a list of values per function, in the config's order.
+    """`rewards(prompts, completions, completion_ids, columns)` -> a list of values per reward, in the config's order.
 
-    `counts` holds what went wrong since it was last cleared: `timeouts`, `errors`, `unscorable`.
+    `models` are those of rewards that name one, by their place in the config. `counts` holds what went wrong since it
+    was last cleared: `timeouts`, `errors`, `unscorable`.
     """
 
-    def __init__(self, cfg: Sequence[Reward], say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, cfg: Sequence[Reward], say: Callable[[str], None] = print, models: Mapping[int, Scorer] | None = None
+    ) -> None:
         self.cfg, self.names, self.say = cfg, names(cfg), say
         self.weights = [reward.weight for reward in cfg]
         self.counts: Counter[str] = Counter()
-        self._workers = [[Worker("rewards", r.fn) for _ in range(r.workers)] for r in cfg]
-        self._signatures = [_parameters(find("rewards", r.fn)) for r in cfg]
+        self._models = dict(models or {})
+        self._workers = [[Worker("rewards", r.fn) for _ in range(r.workers)] if r.fn else [] for r in cfg]
+        self._signatures = [_parameters(find("rewards", r.fn)) if r.fn else set() for r in cfg]
         self._told: set[str] = set()
 
     def __call__(
         self,
-        prompts: list[list[dict[str, Any]]],
-        completions: list[list[dict[str, Any]]],
+        prompts: list[Messages],
+        completions: list[Messages],
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]],
     ) -> list[Values]:
@@ -53,6 +59,11 @@ class Rewards:
 
     def _one(self, number: int, offered: dict[str, list[Any]], count: int) -> Values:
         reward, pool, wanted = self.cfg[number], self._workers[number], self._signatures[number]
+        if number in self._models:
+            scores = self._models[number](offered["prompts"], offered["completions"])
+            values = [_value(score, reward.model) for score in scores]
+            self._note(reward, values, [])
+            return values
         given = {k: v for k, v in offered.items() if (wanted is None or k in wanted) and k not in reward.args}
         size = max(1, math.ceil(count / len(pool)))
         spans = [range(at, min(at + size, count)) for at in range(0, count, size)]
@@ -109,7 +120,7 @@ class Rewards:
 
 def names(cfg: Sequence[Reward]) -> list[str]:
     """A name for each reward, as its metrics are called: the function's own, numbered where two are alike."""
-    plain = [reward.fn.rpartition(":")[2] for reward in cfg]
+    plain = [reward.fn.rpartition(":")[2] if reward.fn else "model" for reward in cfg]
     return [f"{name}_{plain[:i].count(name) + 1}" if name in plain[:i] else name for i, name in enumerate(plain)]
 
 
@@ -122,6 +133,8 @@ def check(cfg: Sequence[Reward], columns: set[str]) -> None:
 
 def _problems(reward: Reward, columns: set[str], number: int) -> list[UserError]:
     key = f"rewards[{number}]"
+    if reward.fn is None:
+        return []  # a model: ftlib.rl.reward_model looks at it
     try:
         function = find("rewards", reward.fn)
     except UserError as error:
