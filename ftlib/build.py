@@ -47,8 +47,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     folder, dtype = hub.resolve(cfg.model.path), DTYPES[cfg.dtype]
     built = load.build(folder, dtype, _decoder(cfg.model.code), _head(cfg))
     weights = None if from_scratch(cfg) else load.check_weights(built, folder)
-    if cfg.model.quantize:
-        quant.hold(built, cfg.model.quantize)
+    quant.attach(built, cfg)
     trained, fresh = new_tokens(cfg, built)
     if fresh and weights is not None:
         weights = resize.Grown(weights, built, fresh)
@@ -174,9 +173,8 @@ def _check_model(cfg: Any) -> LanguageModel:
     _backend(cfg, built, default_device())
     if not from_scratch(cfg):
         load.check_weights(built, folder)
-    if cfg.model.quantize:
-        _check_quantized(cfg)
-        quant.hold(built, cfg.model.quantize)
+    quant.check(cfg)
+    quant.attach(built, cfg)
     trained, fresh = new_tokens(cfg, built)
     if getattr(cfg, "lora", None) is not None:
         adapters.attach(built, cfg.lora, tokens=trained)
@@ -189,17 +187,6 @@ def _check_model(cfg: Any) -> LanguageModel:
     if hasattr(cfg, "schedule"):
         schedule_free.check(cfg.optim, cfg.schedule)
     return built
-
-
-def _check_quantized(cfg: Any) -> None:
-    """UserError where the matrices train, or would have to be cut."""
-    where = "model.quantize"
-    if getattr(cfg, "lora", None) is None:
-        what = "only the frozen matrices below an adapter can be quantized"
-        raise UserError(what, where=where, fix="train adapters (recipes/lora_sft.py, a lora section), or leave it out")
-    if cfg.parallel.tp > 1:
-        what = "quantized matrices are not cut: each process keeps them whole"
-        raise UserError(what, where=f"{where}, parallel.tp", fix="set parallel.tp=1; the other axes work")
 
 
 def _check_stream(cfg: Any) -> None:
@@ -266,8 +253,9 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
         "seed": cfg.seed,
         "dtype": cfg.dtype,
     }
-    if cfg.model.quantize:
-        found["model.quantize"] = cfg.model.quantize
+    for key in ("quantize", "fp8"):
+        if getattr(cfg.model, key):
+            found[f"model.{key}"] = getattr(cfg.model, key)
     if cfg.tokenizer.add_tokens:
         found["tokenizer.add_tokens"] = list(cfg.tokenizer.add_tokens)
     if getattr(cfg, "lora", None) is not None:

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ftlib.adapters.lora import LoraFactors
+from ftlib.kernels.fp8_linear import fp8_frozen_linear
 from ftlib.kernels.lora_linear import lora_project
 from ftlib.layers.attention import Attention
 from ftlib.layers.linear import Linear
 from ftlib.layers.mlp import GatedMlp
+from ftlib.quant import QuantizedLinear
+from ftlib.quant.float8 import Float8Frozen
 from ftlib.quant.fused import frozen_lora_project
 
 
@@ -80,6 +83,31 @@ class FusedQuantized(Fused):
         return frozen_lora_project(x, parts, bases[0].form, *self.lora, scale)
 
 
+class FusedFloat8(Fused):
+    """Frozen codes in one buffer, multiplied in fp8, the input cast once; the adapters' products stay in its dtype."""
+
+    def __init__(self, linears: list[Float8Frozen], name: str) -> None:
+        super().__init__(linears, name)
+        self.rows = linears[0].rows
+        self.parts = [torch.cat(same) for same in zip(*(linear.base.parts[:2] for linear in linears), strict=True)]
+        self.turned = None
+        if len(linears[0].base.parts) > 2:
+            self.turned = torch.cat([linear.base.turned for linear in linears], 1)
+        row = 0
+        for linear in linears:  # views: nothing is held twice
+            mine = slice(row, row + linear.out_features)
+            linear.base.codes, linear.base.scales = (part[mine] for part in self.parts)
+            if self.turned is not None:
+                linear.base.turned = self.turned[:, mine]
+            row = mine.stop
+
+    def product(self, x: Tensor, scale: float) -> Tensor:
+        lora_a, lora_b = self.lora
+        low = (x @ torch.cat(lora_a).to(x.dtype).T) * scale
+        y = fp8_frozen_linear(x, *self.parts, self.turned, self.rows)
+        return y + low @ torch.block_diag(*lora_b).to(x.dtype).T
+
+
 def fuse(model: nn.Module, name: str = "policy") -> int:
     """Fuse every group of siblings whose layers all carry a plain adapter `name` and no bias; returns how many.
 
@@ -93,7 +121,8 @@ def fuse(model: nn.Module, name: str = "policy") -> int:
         elif isinstance(module, GatedMlp):
             groups += [[module.gate_proj, module.up_proj], [module.down_proj]]
     groups = [linears for linears in groups if _fits(linears, name)]
-    fused = [(FusedQuantized if hasattr(linears[0], "base") else FusedLora)(linears, name) for linears in groups]
+    kinds = {Float8Frozen: FusedFloat8, QuantizedLinear: FusedQuantized}
+    fused = [kinds.get(type(linears[0]), FusedLora)(linears, name) for linears in groups]
     plain = [group for group in fused if isinstance(group, FusedLora)]
     copies = [view for group in plain for view in group.views]
     factors = [p for group in plain for f in group.factors for p in (f.lora_A, f.lora_B)]
@@ -108,6 +137,8 @@ def fuse(model: nn.Module, name: str = "policy") -> int:
 
 
 def _fits(linears: list[Linear], name: str) -> bool:
+    if len({type(linear) for linear in linears}) > 1:
+        return False
     if any(linear.bias is not None or name not in getattr(linear, "adapters", {}) for linear in linears):
         return False
     factors = [linear.adapters[name] for linear in linears]

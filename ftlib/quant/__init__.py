@@ -1,5 +1,6 @@
-"""Weights of a frozen base in fewer bits."""
+"""Low precision: weights of a frozen base in fewer bits, products in 8-bit floats."""
 
-from ftlib.quant.frozen import FORMATS, FrozenWeight, QuantizedLinear, hold, note
+from ftlib.quant.frozen import FORMATS, FrozenWeight, QuantizedLinear, hold
+from ftlib.quant.setup import attach, check, note
 
-__all__ = ["FORMATS", "FrozenWeight", "QuantizedLinear", "hold", "note"]
+__all__ = ["FORMATS", "FrozenWeight", "QuantizedLinear", "attach", "check", "hold", "note"]

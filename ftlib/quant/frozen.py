@@ -34,6 +34,7 @@ FORMATS = {
     "nf4": Format(nf4.empty, nf4.quantize, nf4.dequantize, nf4.BLOCK),
     "int8": _rowwise(torch.int8),
     "fp8": _rowwise(torch.float8_e4m3fn),
+    "fp8_turned": Format(rowwise.empty_turned, rowwise.quantize_turned, rowwise.dequantize_turned),
 }
 
 
@@ -82,10 +83,22 @@ class QuantizedLinear(Linear):
         raise AttributeError("a quantized weight is frozen")
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base
-        y = torch.ops.ftlib.frozen_linear(x, base.parts, base.form, self.out_features)
+        y = self.product(x)
         y = y if self.bias is None else y + self.bias
         return y if self.active is None else self.adapters[self.active](x, y, self)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T."""
+        return torch.ops.ftlib.frozen_linear(x, self.base.parts, self.base.form, self.out_features)
+
+
+def replace(model: nn.Module, make: Callable[[Linear], Linear], fits: Callable[[Linear], bool]) -> int:
+    """Put `make(layer)` in place of each linear layer in the blocks that `fits`; returns how many."""
+    found = [(name, m) for name, m in model.model.layers.named_modules() if isinstance(m, Linear) and fits(m)]
+    for name, linear in found:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.model.layers.get_submodule(parent), leaf, make(linear))
+    return len(found)
 
 
 def hold(model: nn.Module, form: str) -> int:
@@ -93,30 +106,17 @@ def hold(model: nn.Module, form: str) -> int:
 
     `form`: a name in FORMATS. The model may be on the meta device; adapters come after.
     """
-    linears = {name: module for name, module in model.model.layers.named_modules() if isinstance(module, Linear)}
     if any(isinstance(module, ExpertLinear) for module in model.modules()):
         raise UserError(
             "stacked experts are not kept quantized",
             where="model.quantize",
             fix="leave it out for a mixture of experts",
         )
-    for name, linear in linears.items():
-        if linear.in_features % FORMATS[form].block:
+    for name, linear in model.model.layers.named_modules():
+        if isinstance(linear, Linear) and linear.in_features % FORMATS[form].block:
             what = f"layers.{name} has {linear.in_features} inputs, {form} needs a multiple of {FORMATS[form].block}"
             raise UserError(what, where="model.quantize", fix="int8 or fp8")
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.model.layers.get_submodule(parent), leaf, QuantizedLinear(linear, form))
-    return len(linears)
-
-
-def note(model: nn.Module) -> list[str]:
-    """What a run says: how many matrices are kept how, and in how many bits a weight."""
-    held = [module.base for module in model.modules() if isinstance(module, QuantizedLinear)]
-    if not held:
-        return []
-    size = sum(part.numel() * part.element_size() for base in held for part in base.parts)
-    bits = 8 * size / sum(base.shape.numel() for base in held)
-    return [f"base: {len(held)} matrices in {held[0].form}, {bits:.2f} bits a weight, {size / 2**20:,.1f} MiB"]
+    return replace(model, lambda linear: QuantizedLinear(linear, form), lambda linear: not hasattr(linear, "base"))
 
 
 @torch.library.custom_op("ftlib::frozen_linear", mutates_args=())

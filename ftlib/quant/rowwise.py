@@ -21,6 +21,25 @@ def quantize(weight: Tensor, kind: torch.dtype) -> dict[str, Tensor]:
     return {"codes": (scaled.round() if kind is torch.int8 else scaled).to(kind), "scales": scales}
 
 
+def empty_turned(shape: tuple[int, int], device: torch.device | str) -> dict[str, Tensor]:
+    """The same for e4m3, and the codes transposed [in, out]."""
+    kept = empty(shape, device, torch.float8_e4m3fn)
+    return kept | {"turned": torch.empty(*shape[::-1], dtype=torch.float8_e4m3fn, device=device)}
+
+
+def quantize_turned(weight: Tensor) -> dict[str, Tensor]:
+    """Parts as `empty_turned` has them."""
+    kept = quantize(weight, torch.float8_e4m3fn)
+    return kept | {"turned": kept["codes"].t().contiguous()}
+
+
+def dequantize_turned(
+    codes: Tensor, scales: Tensor, turned: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """As `dequantize`; the transposed codes say nothing more."""
+    return dequantize(codes, scales, dtype, out)
+
+
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The matrix [out, in] that the parts stand for, computed in float32; into `out`, if there is one."""
     whole = (codes.to(torch.float32) * scales[:, None]).to(dtype)

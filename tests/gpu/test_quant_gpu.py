@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from ftlib.kernels import nf4
+from ftlib.kernels.fp8_linear import fp8_frozen_linear, fp8_linear
 from ftlib.quant import FORMATS
+from ftlib.quant.float8 import supported
 from ftlib.quant.fused import frozen_lora_project
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -52,3 +54,30 @@ def test_fused_projection_of_quantized_weights(dim, outs, form, compiled):
         [wide @ w.T + 2.0 * (wide @ i.double().T) @ o.double().T for w, i, o in zip(whole, a, b, strict=True)], -1
     )
     assert max(error(o, e) for o, e in zip(ours, gradients(exact, wide), strict=True)) < 2e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [False, True], ids=["tensorwise", "rowwise"])
+@pytest.mark.parametrize("tokens", [300, 1024])
+def test_products_in_fp8(tokens, rows, compiled):
+    """A trained weight's three products and a frozen one's two, against those of the same rounded operands."""
+    if not supported(torch.device("cuda")):
+        pytest.skip("needs 8-bit products")
+    x = normal(tokens, 512, seed=1).bfloat16().requires_grad_()
+    weight = normal(768, 512, scale=512**-0.5, seed=2).bfloat16().requires_grad_()
+    kept = FORMATS["fp8_turned"].quantize(weight.detach())
+
+    def trained(x, weight):
+        return fp8_linear(x.tanh(), weight, rows)
+
+    def frozen(x, weight):
+        return fp8_frozen_linear(x.tanh(), *kept.values(), rows)
+
+    for run, inputs in ((trained, (x, weight)), (frozen, (x,))):
+        y = (torch.compile(run, fullgraph=True) if compiled else run)(x, weight)
+        ours = y, *torch.autograd.grad(y, inputs, y.detach().sin())
+        wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+        exact = wide[0].tanh() @ wide[1].T
+        exact = exact, *torch.autograd.grad(exact, wide[: len(inputs)], exact.detach().sin())
+        # Two roundings to 3 bits of fraction, or 2 of a gradient; the inner gradient follows y's own error.
+        assert max(error(o, e) for o, e in zip(ours, exact, strict=True)) < 0.1

@@ -74,7 +74,7 @@ def test_of_quantized_weights_too(form):
     ):  # fmt: skip
         found.append((y, *torch.autograd.grad(y.square().sum(), (x, *a, *b))))
     assert all(relative(ours, plain) < 1e-5 for ours, plain in zip(*found, strict=True))
-    if form != "fp8":  # which the check's own comparison cannot do
+    if "fp8" not in form:  # which the check's own comparison cannot do
         torch.library.opcheck(torch.ops.ftlib.frozen_lora_project.default, (x, parts, form, a, b, 1.5))
 
 

@@ -57,7 +57,7 @@ def test_storage_and_error(form, shape):
     assert {n: (p.shape, p.dtype) for n, p in parts.items()} == {n: (p.shape, p.dtype) for n, p in empty.items()}
     back = FORMATS[form].dequantize(*parts.values(), torch.float32)
     error = float((back - weight).norm() / weight.norm())
-    assert 0 < error < {"nf4": 0.11, "int8": 0.012, "fp8": 0.03}[form]
+    assert 0 < error < {"nf4": 0.11, "int8": 0.012}.get(form, 0.03)
     zeros = FORMATS[form].quantize(torch.zeros(shape))
     assert not FORMATS[form].dequantize(*zeros.values(), torch.float32).any()
 
@@ -111,7 +111,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize(
-    "form", [form if form == "nf4" else pytest.param(form, marks=pytest.mark.slow) for form in FORMATS]
+    "form", [form if form == "nf4" else pytest.param(form, marks=pytest.mark.slow) for form in ("nf4", "int8", "fp8")]
 )
 def test_training_and_resuming_to_the_bit(form, tmp_path, capsys):
     one, plain = tmp_path / "one", tmp_path / "plain"

@@ -51,11 +51,13 @@ def rounded(weight: torch.Tensor, form: str) -> torch.Tensor:
 def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
     """The model with everybody's weights, the run it belongs to, and the config that made it."""
     folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(common.config_of(work["shape"])))
+    config = common.config_of(work["shape"])
+    (folder / "config.json").write_text(json.dumps(config))
+    fp8 = {"fp8": work.get("fp8"), "fp8_smallest": min(1024, config["hidden_size"])}
     lora_only = work["method"] == "lora"
     method = {"lora": Lora(rank=work["rank"], alpha=2 * work["rank"])} if lora_only else {"train": Train()}
     cfg = SimpleNamespace(
-        model=Model(path=str(folder), quantize=work.get("quantize")),
+        model=Model(path=str(folder), quantize=work.get("quantize"), **fp8),
         **method,
         memory=Memory(recompute=work["recompute"], offload=work.get("offload", False)),
         parallel=Parallel(),

@@ -37,6 +37,7 @@ def title(work: dict) -> str:
     kept = {"none": "nothing recomputed", "selective": "selective"}.get(work["recompute"], "recomputed")
     offload = ", offloaded" if work.get("offload") else ""
     method = work.get("method", "lora") + (f" on {work['quantize']}" if work.get("quantize") else "")
+    method += f" in fp8 {work['fp8']}" if work.get("fp8") else ""
     return f"{work['shape']} {method}, {work['rows']} x {work['seq_len']}, {kept}{offload}"
 
 

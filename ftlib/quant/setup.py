@@ -1,0 +1,79 @@
+"""From a config to layers of low precision, and what cannot be combined."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftlib.errors import UserError
+from ftlib.layers.linear import Linear
+from ftlib.quant import float8, frozen
+
+
+def attach(model: nn.Module, cfg: Any) -> None:
+    """Replace the linear layers of a model on meta as `cfg.model` says; before adapters, and before weights."""
+    section, below_adapters = cfg.model, getattr(cfg, "lora", None) is not None
+    if section.fp8 is not None:
+        rows, turn = section.fp8 == "rowwise", section.quantize is None
+        if not float8.compute_in_fp8(model, rows, section.fp8_smallest, below_adapters, turn):
+            what = f"no layer has {section.fp8_smallest} inputs and outputs at least, both multiples of 16"
+            raise UserError(what, where="model.fp8, model.fp8_smallest", fix="leave model.fp8 out: small layers lose")
+        if section.quantize is None:
+            return
+    if section.quantize is not None:
+        frozen.hold(model, section.quantize)
+
+
+def check(cfg: Any) -> None:
+    """UserError where a combination does not work, with the nearest that does."""
+    section, below_adapters = cfg.model, getattr(cfg, "lora", None) is not None
+    if section.quantize and not below_adapters:
+        raise UserError(
+            "only the frozen matrices below an adapter can be quantized",
+            where="model.quantize",
+            fix="train adapters (recipes/lora_sft.py, a lora section), or leave it out; model.fp8 computes in 8 bits",
+        )
+    if section.quantize and cfg.parallel.tp > 1:
+        raise UserError(
+            "quantized matrices are not cut: each process keeps them whole",
+            where="model.quantize, parallel.tp",
+            fix="set parallel.tp=1; the other axes work",
+        )
+    if section.fp8 is None:
+        return
+    if cfg.parallel.tp > 1:
+        raise UserError(
+            "the scales of 8-bit products are those of whole matrices",
+            where="model.fp8, parallel.tp",
+            fix="set parallel.tp=1; the other axes work",
+        )
+    if section.quantize not in (None, "fp8"):
+        raise UserError(
+            f"a base kept in {section.quantize} is made whole in bf16 for its products",
+            where="model.quantize, model.fp8",
+            fix="model.quantize=fp8, or leave one of them out",
+        )
+    if torch.cuda.is_available() and not float8.supported(torch.device("cuda")):
+        raise UserError(
+            f"{torch.cuda.get_device_name()} has no 8-bit products",
+            where="model.fp8",
+            fix="leave it out; model.quantize saves memory on any GPU",
+        )
+
+
+def note(model: nn.Module) -> list[str]:
+    """What a run says: how many matrices are kept how, and in how many bits a weight; how many products run in fp8."""
+    lines = []
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    held = [module.base for module in linears if isinstance(module, frozen.QuantizedLinear)]
+    if held:
+        size = sum(part.numel() * part.element_size() for base in held for part in base.parts)
+        bits = 8 * size / sum(base.shape.numel() for base in held)
+        form = held[0].form.removesuffix("_turned")
+        lines.append(f"base: {len(held)} matrices in {form}, {bits:.2f} bits a weight, {size / 2**20:,.1f} MiB")
+    eight = [module for module in linears if isinstance(module, float8.Float8Linear | float8.Float8Frozen)]
+    if eight:
+        scales = "a scale a row" if eight[0].rows else "a scale a tensor"
+        where = "" if torch.cuda.is_available() else ", as a GPU would compute them"
+        lines.append(f"fp8: products of {len(eight)} layers of {len(linears) - 1}, {scales}{where}")
+    return lines

@@ -1,0 +1,169 @@
+"""Products in 8-bit floats: against torchao's, against the rounded operands, in layers, in training and resuming."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity.shrink import relative
+
+from ftlib import models, quant
+from ftlib.adapters import lora
+from ftlib.adapters.fuse import fuse
+from ftlib.cli import main as tune
+from ftlib.kernels.fp8_linear import E4M3, E5M2, cast, fp8_frozen_linear, fp8_linear
+from ftlib.layers.linear import Linear, project
+from ftlib.models.load import base_state
+from ftlib.quant.float8 import Float8Frozen, Float8Linear, compute_in_fp8
+
+BOTH = pytest.mark.parametrize("rows", [False, True], ids=["tensorwise", "rowwise"])
+RUN = ["eval.exact_match=0", "data.eval=8", "batch.rows=2", "batch.micro_rows=2", "data.seq_len=128", "steps=6"]
+RUN += ["checkpoint.every=3", "model.fp8_smallest=16"]
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(x, rows, kind=E4M3):
+    codes, scales = cast(x, rows, kind)
+    return codes.double() * scales
+
+
+def gradients(y, *inputs):
+    return y.detach(), *torch.autograd.grad((y * drawn(*y.shape, seed=9)).sum(), inputs, retain_graph=True)
+
+
+@BOTH
+def test_every_product_is_that_of_the_rounded_operands(rows):
+    x, w = drawn(37, 64).requires_grad_(), drawn(48, 64, seed=1).requires_grad_()
+    x.data[3] *= 100  # an outlier
+    ours = gradients(fp8_linear(x, w, rows), x, w)
+    grad, kind = drawn(37, 48, seed=9), E4M3 if rows else E5M2
+    wanted = (
+        rounded(x, rows) @ rounded(w, rows).T,
+        rounded(grad, rows, kind) @ rounded(w.T, rows).T,
+        rounded(grad.T, rows, kind) @ rounded(x.T, rows).T,
+    )
+    assert all(relative(mine, exact) < 1e-5 for mine, exact in zip(ours, wanted, strict=True))
+    assert relative(rounded(x.detach(), rows), x.detach()) < 0.04  # 3 bits of fraction
+
+
+@BOTH
+def test_it_is_torchaos(rows):
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear import Float8Linear as Theirs
+
+    plain = torch.nn.Linear(64, 48, bias=False)
+    recipe = Float8LinearConfig.from_recipe_name("rowwise" if rows else "tensorwise")
+    object.__setattr__(recipe, "emulate", True)
+    object.__setattr__(recipe, "round_scales_to_power_of_2", False)
+    theirs = Theirs.from_float(plain, config=recipe)
+    x = drawn(32, 64).requires_grad_()
+    found = gradients(theirs(x), x, theirs.weight)
+    ours = gradients(fp8_linear(x, plain.weight, rows), x, plain.weight)
+    assert all(relative(mine, its) < 1e-5 for mine, its in zip(ours, found, strict=True))
+
+
+@BOTH
+def test_a_frozen_weight_is_the_same_forward_and_backward(rows):
+    x = drawn(33, 64).requires_grad_()
+    kept = quant.FORMATS["fp8_turned"].quantize(drawn(48, 64, seed=1))
+    whole = quant.FORMATS["fp8"].dequantize(kept["codes"], kept["scales"], torch.float64)
+    ours = gradients(fp8_frozen_linear(x, *kept.values(), rows), x)
+    folded = drawn(33, 48, seed=9) * kept["scales"]
+    grad = rounded(folded, rows, E4M3 if rows else E5M2) / kept["scales"]
+    assert relative(ours[0], rounded(x, rows) @ whole.T) < 1e-5 and relative(ours[1], grad @ whole) < 1e-5
+    again = gradients(fp8_frozen_linear(x, kept["codes"], kept["scales"], None, rows), x)
+    assert all(torch.equal(mine, its) for mine, its in zip(ours, again, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_is_eager(frozen, rows):
+    linear = Linear(64, 48, bias=True)
+    layer = Float8Frozen(linear, rows, turn=True) if frozen else Float8Linear(linear, rows)
+    if frozen:
+        layer.base.fill(linear.weight.detach())
+    x = drawn(2, 16, 64).requires_grad_()
+    inputs = (x, linear.bias) if frozen else (x, linear.weight, linear.bias)
+    eager = gradients(layer(x), *inputs)
+    compiled = gradients(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), *inputs)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(eager, compiled, strict=True))
+    assert relative(eager[0], F.linear(x, linear.weight, linear.bias)) < 0.06
+
+
+@BOTH
+def test_fused_siblings_are_the_layers(rows):
+    """One group, as what follows would round otherwise after another order of a sum."""
+    found = []
+    for fused in (False, True):
+        model = models.from_pretrained("ftlib:demo/model", dtype=torch.float32).train()
+        weights = {name: weight.detach() for name, weight in base_state(model).items()}
+        assert compute_in_fp8(model, rows, 16, frozen=True) == 28
+        for name, base in base_state(model).items():
+            if not isinstance(base, torch.Tensor):
+                base.fill(weights[name])
+        lora.attach(model, "all-linear", rank=4)
+        lora.reset(model, 0)
+        assert not fused or fuse(model) == 16
+        for _, _, factors in lora.adapted(model):
+            torch.nn.init.normal_(factors.lora_B, 0, 0.1, torch.Generator().manual_seed(3))
+        attention = model.model.layers[1].self_attn
+        siblings = attention.q_proj, attention.k_proj, attention.v_proj
+        x = drawn(2, 20, siblings[0].in_features).requires_grad_()
+        y = torch.cat(project(siblings, x), -1)
+        factors = [p for linear in siblings for p in linear.adapters["policy"].parameters()]
+        found.append(gradients(y, x, *factors))
+        with lora.use(model, None):
+            found[-1] += gradients(torch.cat(project(siblings, x), -1), x)
+    gaps = [relative(ours, plain) for ours, plain in zip(*found, strict=True)]
+    # The gradient of x alone: one product over all siblings' outputs has other scales than theirs apart.
+    assert max(gaps[:1] + gaps[2:-1]) < 1e-5 and max(gaps[1], gaps[-1]) < 0.05, gaps
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mode"),
+    [
+        ("lora", "tensorwise"), ("full", "rowwise"),
+        pytest.param("lora", "rowwise", marks=pytest.mark.slow),
+        pytest.param("full", "tensorwise", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_training_and_resuming_to_the_bit(recipe, mode, tmp_path, capsys):
+    run = ["run", f"recipes/{recipe}_sft.py", "--config", f"configs/demo_{recipe}.yaml", *RUN]
+    one, plain = tmp_path / "one", tmp_path / "plain"
+    assert tune([*run, f"model.fp8={mode}", f"output_dir={one}"]) == 0
+    scales = {"tensorwise": "a scale a tensor", "rowwise": "a scale a row"}[mode]
+    assert f"fp8: products of 28 layers of 28, {scales}" in capsys.readouterr().out
+    assert tune([*run, f"output_dir={plain}"]) == 0
+    gaps = [abs(a - b) / b for a, b in zip(losses(one), losses(plain), strict=True)]
+    assert 1e-5 < gaps[0] < 0.01 and max(gaps) < 0.2, gaps  # not the plain products, and near them
+    before = losses(one)
+    shutil.rmtree(one / "checkpoints/step_000006")
+    shutil.rmtree(one / "final")
+    capsys.readouterr()
+    assert tune([*run, f"model.fp8={mode}", f"output_dir={one}"]) == 0
+    assert "resuming from step_000003" in capsys.readouterr().out
+    assert losses(one) == before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "says"),
+    [
+        ("full", ["parallel.tp=2"], "scales of 8-bit products are those of whole matrices"),
+        ("lora", ["model.quantize=nf4"], "a base kept in nf4 is made whole"),
+        ("full", ["model.fp8_smallest=100000"], "no layer has 100000 inputs and outputs"),
+        ("full", ["model.fp8=fp8"], "expected 'tensorwise' or 'rowwise'"),
+    ],
+)
+def test_refused(recipe, more, says, tmp_path, capsys):
+    words = ["validate", f"recipes/{recipe}_sft.py", "--config", f"configs/demo_{recipe}.yaml", "model.fp8=rowwise"]
+    assert tune([*words, *more, f"output_dir={tmp_path}"]) == 2
+    assert says in capsys.readouterr().err
