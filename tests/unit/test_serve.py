@@ -107,6 +107,32 @@ def test_many_streaming_clients_share_the_batch_and_get_what_they_would_get_alon
     assert not served.service.engine.busy
 
 
+def test_the_openai_package_streams_to_as_many_clients(served):
+    """Its own client, a connection each: streams, whole answers, completions of texts, errors by its own names."""
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    served.service.engine.most = 0
+
+    def client(number):
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as one:
+            events = one.chat.completions.create(
+                model="demo", messages=talk(number), max_tokens=24, temperature=0.9, seed=number, stream=True
+            )
+            return "".join(event.choices[0].delta.content or "" for event in events)
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        said = list(pool.map(client, range(CLIENTS)))
+    assert served.service.engine.most > CLIENTS // 2 and not served.service.engine.busy
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as one:
+        asked = {"model": "demo", "max_tokens": 24, "temperature": 0.9}
+        for number in (0, 17, 63):
+            whole = one.chat.completions.create(**asked, messages=talk(number), seed=number)
+            assert whole.choices[0].message.content == said[number] and whole.usage.completion_tokens > 0
+        assert one.completions.create(**asked, prompt="Order: Eva").choices[0].finish_reason in ("stop", "length")
+        assert [model.id for model in one.models.list()] == ["demo"]
+        with pytest.raises(openai.BadRequestError, match="max_tokens"):
+            one.chat.completions.create(model="demo", messages=talk(0), max_tokens=-1)
+
+
 def test_texts_and_token_ids_in_whole_answers(served):
     text, tokenizer = "Order: Eva, 14 books", served.tokenizer
     ids = tokenizer.encode(text, bos=tokenizer.bos_id is not None)
