@@ -54,19 +54,25 @@ def tokenize_all(
 ) -> list[Masked | UserError]:
     """The same of many rows, in their order, or what is wrong with them: each step for all, which is faster."""
     with _without_collection():
-        made = [_guarded(example, _prepared, example, tokenizer, train_on_end) for example in examples]
-        texts = [one.text for one in made if isinstance(one, _Text)]
-        encode = getattr(tokenizer, "encode_batch", None)
-        cuts = iter(encode(texts) if encode else [SpanCut(*tokenizer.encode_with_offsets(text)) for text in texts])
-        return [
-            _guarded(example, one.finish, next(cuts)) if isinstance(one, _Text) else one
-            for example, one in zip(examples, made, strict=True)
-        ]
+        return _tokenize_all(examples, tokenizer, train_on_end)
+
+
+def _tokenize_all(
+    examples: Sequence[Example], tokenizer: Tokenizer, train_on_end: End
+) -> list[Masked | UserError]:
+    made = [_guarded(example, _prepared, example, tokenizer, train_on_end) for example in examples]
+    texts = [one.text for one in made if isinstance(one, _Text)]
+    encode = getattr(tokenizer, "encode_batch", None)
+    cuts = iter(encode(texts) if encode else [SpanCut(*tokenizer.encode_with_offsets(text)) for text in texts])
+    return [
+        _guarded(example, one.finish, next(cuts)) if isinstance(one, _Text) else one
+        for example, one in zip(examples, made, strict=True)
+    ]
 
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """No search for garbage among the many small objects of some rows, which all end together."""
+    """No search for garbage among the many small objects of some rows, which are gone when it is allowed again."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -48,7 +48,9 @@ class _Running:
 _RUNNING: ContextVar[_Running] = ContextVar("running")  # of this thread or task
 
 
-def render(template: str, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> tuple[str, Rendering]:
+def render(
+    template: str, messages: Sequence[dict[str, Any]], variables: dict[str, Any], meter: Meter | None = None
+) -> tuple[str, Rendering]:
     """A conversation as text, and piece by piece. `variables`: tools, bos_token, and whatever else the template reads.
 
     The template runs in a sandbox for at most two seconds and writes at most 1 MiB. UserError, with the template's
@@ -58,7 +60,7 @@ def render(template: str, messages: Sequence[dict[str, Any]], variables: dict[st
         if not isinstance(values, list | tuple) or not all(isinstance(value, dict) for value in values):
             raise UserError(f"{name} for a chat template must be a list of dicts")
     own = [dict(message) for message in messages]  # each an object of its own, to tell equal ones apart
-    running = _Running(Meter(), Trail(own))
+    running = _Running(meter or Meter(), Trail(own))
     before = _RUNNING.set(running)
     try:
         rendering = _collect(_compiled(template).generate(variables, messages=own), running)
@@ -100,6 +102,7 @@ class _Generation(Extension):
         return _Generated(caller())
 
 
+NOW = "strftime_now"
 _OF_DICTS = frozenset(dir(dict))
 _SMALL = 1 << 12  # characters of a sum that need not be weighed: the deadline bounds how many there are
 
@@ -157,6 +160,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             for scope in ("_loop_vars", "_block_vars"):
                 kwargs.pop(scope, None)
             return meter.weigh(function(context.eval_ctx, *args, **kwargs))
+        meter.watch(NOW if function is _now else "", (*args, *kwargs.values()))
         check_call(function, (*args, *kwargs.values()))
         return meter.weigh(super().call(context, function, *args, **kwargs))
 
@@ -176,6 +180,7 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def limited(*args: Any, **kwargs: Any) -> Any:
         meter = _RUNNING.get().meter
         meter.tick()
+        meter.watch(name, (*args[first:], *kwargs.values()))
         check_filter(name, args[first] if len(args) > first else None, (*args[first + 1 :], *kwargs.values()))
         return meter.weigh(function(*args, **kwargs))
 
@@ -189,7 +194,7 @@ def _environment() -> Environment:
     environment.filters = {name: _limited(name, function) for name, function in environment.filters.items()}
     del environment.globals["lipsum"]  # writes any amount of text
     environment.globals["namespace"] = _Namespace
-    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals |= {"raise_exception": _raise, NOW: _now}
     for function in (begin, turn, end, assigned, tick, write, weigh, add):
         setattr(environment, PREFIX + function.__name__, function)
     return environment
@@ -200,6 +205,12 @@ def _compiled(template: str) -> Template:
     environment = _environment()
     code = environment.compile(instrument(_parsed(template)))
     return Template.from_code(environment, code, environment.make_globals(None))
+
+
+@functools.lru_cache(maxsize=64)
+def has_captures(template: str) -> bool:
+    """Whether a template keeps what a {% set %} block writes."""
+    return next(_parsed(template).find_all(nodes.AssignBlock), None) is not None
 
 
 def _parsed(template: str) -> nodes.Template:
@@ -258,6 +269,10 @@ def _to_json(
 
 class _Refused(TemplateError):
     """raise_exception was called."""
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 def _raise(message: str) -> None:

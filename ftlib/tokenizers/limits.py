@@ -47,6 +47,9 @@ class Meter:
             raise TooMuch(f"it wrote more than {VALUE:,} characters")
         return value
 
+    def watch(self, name: str, values: Sequence[Any]) -> None:
+        """Called before a filter, or a function (then without a name), gets these values. Here they pass."""
+
     def weigh(self, value: Any) -> Any:
         """Return a value that is small enough, its parts counted each time they occur; else raise TooMuch."""
         if isinstance(value, str | bytes):

@@ -41,9 +41,9 @@ def render_with_spans(
     """
     form = _Template(template, {**variables, "add_generation_prompt": False})
     text, rendering = form.render(messages)
-    marked = rendering.generations > 0 and "assistant" in roles
-    spans = _marked(rendering, messages) if marked else []
-    wanted = [i for i in _of(messages, roles) if not (marked and messages[i]["role"] == "assistant")]
+    marks = rendering.generations > 0 and "assistant" in roles
+    spans = marked(rendering, messages) if marks else []
+    wanted = [i for i in _of(messages, roles) if not (marks and messages[i]["role"] == "assistant")]
     if not wanted:
         return Rendered(text, spans)
     headers = _Headers(form, messages, text)
@@ -71,7 +71,7 @@ def _places(events: list[Event]) -> list[tuple[int, int, Event]]:
     return [(end - len(event.text), end, event) for end, event in zip(ends, events, strict=True)]
 
 
-def _marked(rendering: Rendering, messages: Messages) -> list[Span]:
+def marked(rendering: Rendering, messages: Messages) -> list[Span]:
     """Spans of {% generation %} blocks."""
     found, at = [], 0
     for text, owner, generated in rendering.events:

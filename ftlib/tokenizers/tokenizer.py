@@ -15,6 +15,7 @@ from ftlib.tokenizers.cut import Cut, Span, SpanCut
 from ftlib.tokenizers.files import ADDED, TEMPLATES, Files, find
 from ftlib.tokenizers.jinja import render
 from ftlib.tokenizers.ranks import RanksBackend
+from ftlib.tokenizers.replay import Replay
 from ftlib.tokenizers.spans import Rendered, render_with_spans
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -54,6 +55,7 @@ class Tokenizer:
         self._tool_template = self.files.tool_template if template == self.files.template else None
         if template is not None:
             self.special_tokens = {**self._controls, **self.special_tokens}
+        self._replay: Replay | None = None  # of this template and these names
         self._index()
 
     def _index(self) -> None:
@@ -92,7 +94,7 @@ class Tokenizer:
         if self.special_tokens[token] == self.eos_id:
             what = f"{token} ends answers: libraries that leave padding out of the loss would never train it"
             raise UserError(what, where="tokenizer.pad_token", fix="name another token; a new one is added")
-        self.names["pad_token"], self.pad_id = token, self.special_tokens[token]
+        self.names["pad_token"], self.pad_id, self._replay = token, self.special_tokens[token], None
         self._new[token] = self.pad_id
 
     @property
@@ -199,7 +201,12 @@ class Tokenizer:
         **variables: Any,
     ) -> Rendered:
         """A conversation as text, and the characters its assistants (or `roles`) wrote, terminators included."""
-        return render_with_spans(self._template(tools), messages, self._variables(tools, variables), roles)
+        template = self._template(tools)
+        if tools is not None or variables or roles != ("assistant",):
+            return render_with_spans(template, messages, self._variables(tools, variables), roles)
+        if self._replay is None:
+            self._replay = Replay(template, self._variables(None, {}))
+        return self._replay.render(messages)
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into `folder`, with the chat template in use, for us and for transformers."""
