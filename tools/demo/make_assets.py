@@ -16,9 +16,14 @@ from pathlib import Path
 
 from make_tasks import write_tasks
 from make_text import write_text
-from train_tokenizer import END, END_OF_TEXT, PAD, documents, save, train
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+from train_tokenizer import documents, save, train  # noqa: E402
+
+# Special tokens take the first ids. The call markers are single tokens but not special: decoded text shows them.
+PAD, END_OF_TEXT, START, END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+MARKERS = ("<tool_call>", "</tool_call>")
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 VOCAB, POSITIONS, STEPS = 512, 1024, 2700
 SOURCES = "[{path: 'DATA/pretrain_chat.jsonl.gz'}, {path: 'DATA/pretrain_stories.jsonl.gz'}]"
@@ -58,8 +63,8 @@ def make(out: Path) -> None:
     write_tasks(data)
     template = TEMPLATE.read_text(encoding="utf-8")
     texts = documents([data / "pretrain_chat.jsonl.gz", data / "pretrain_stories.jsonl.gz"], template)
-    tokenizer = train(texts, VOCAB)
-    save(tokenizer, model, template, POSITIONS)
+    tokenizer = train(texts, VOCAB, (PAD, END_OF_TEXT, START, END), MARKERS)
+    save(tokenizer, model, eos=END, pad=PAD, template=template, stops=[END_OF_TEXT], max_length=POSITIONS)
     config = model_config({name: tokenizer.token_to_id(name) for name in (PAD, END, END_OF_TEXT)})
     (model / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
