@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ftlib import data, loop, plugins, preflight, quant, tokenizers
+from ftlib import budget, data, loop, plugins, preflight, quant, tokenizers
 from ftlib.adapters import freeze, token_rows
 from ftlib.adapters import setup as adapters
 from ftlib.adapters.fuse import fuse
@@ -74,6 +74,8 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     if run.dense["fsdp"].size() == 1:
         built.replicas = _replicas(built, cfg, run)
     built.source = folder
+    if cfg.memory.budget_gib is not None:
+        budget.settle(built.train(), cfg, run)
     return built.train()
 
 
@@ -209,6 +211,7 @@ def _check_parallel(cfg: Any, world: int) -> int:
     replicas.check(cfg, shape)
     if cfg.memory.offload and default_device().type != "cuda":
         raise UserError("offload needs a GPU to offload from", where="memory.offload", fix="set memory.offload=false")
+    budget.check(cfg, world)
     per_forward = cfg.batch.micro_rows * replicate * shard
     if getattr(cfg.batch, "rows", per_forward) % per_forward:
         raise UserError(

@@ -20,6 +20,8 @@ from ftlib.models.arch import Arch, Layer
 from ftlib.models.remote import size
 from ftlib.sections import Optim
 
+PARKED = 4  # tensors on their way to host memory and back
+
 
 @dataclass(frozen=True)
 class Need:
@@ -60,7 +62,8 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     each = (block_elements(model.arch, layer, cfg.data.seq_len, tile) for layer in model.arch.layers)
     blocks = [tokens * width * elements for elements in each]
     hidden = tokens * width * model.arch.dim
-    inputs = len(blocks) * hidden
+    parked = cfg.memory.offload or cfg.memory.budget_gib is not None  # which offloads where it has to
+    inputs = (min(len(blocks), PARKED) if parked else len(blocks)) * hidden
     attended = tokens * width * sum(layer.mixer.heads * layer.mixer.head_dim for layer in model.arch.layers)
     kept = {
         "full": inputs,
@@ -68,6 +71,8 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
         "selective": int(0.7 * sum(blocks)),
         "none": sum(blocks),
     }[cfg.memory.recompute]
+    if cfg.memory.offload:
+        kept = min(kept, inputs)
     gathered = max(sum(_bytes(p) for p in block.parameters()) for block in model.model.layers) if shards > 1 else 0
     return Need(
         weights=everything // shards + quantized,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ftlib import config, quant
+from ftlib import budget, config, quant
 from ftlib.errors import UserError
 from ftlib.observe import report, sinks
 from ftlib.observe.environment import environment
@@ -36,7 +36,7 @@ class Output:
         self.must_go_back = False  # what `watch` said about the last step
         self._sinks: list[sinks.Sink] = []
         self._last = steps  # step that was done last
-        self._notes = [*attention_note(getattr(model, "model", None)), *quant.note(model)]
+        self._notes = [*attention_note(getattr(model, "model", None)), *quant.note(model), *budget.note(model)]
         mixers = [(layer.mixer.heads * layer.mixer.head_dim, layer.mixer.window) for layer in model.arch.layers]
         peak = None
         if run.device.type == "cuda":

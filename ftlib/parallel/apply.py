@@ -1,11 +1,10 @@
 """Transforms of a built model, in the one order that composes: tensor parallel, compile, recompute, shard."""
 
 import torch
-import torch._functorch.config
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from ftlib.parallel import tensor
+from ftlib.parallel import recompute, tensor
 from ftlib.parallel.run import Run
 from ftlib.sections import Memory
 
@@ -15,33 +14,11 @@ def apply(model: nn.Module, run: Run, memory: Memory, dtype: torch.dtype) -> Non
 
     `model.model.layers` are the blocks. The model may still be on the meta device.
     """
-    layers = model.model.layers
-    for block in layers if memory.tiled_mlp else ():
-        block.mlp.tile = memory.tiled_mlp
     if run.dense["tp"].size() > 1:
         tensor.apply(model, run.dense["tp"])
-    if memory.compile is True or (memory.compile == "auto" and run.device.type == "cuda"):
-        _compile(layers, memory.recompute)
-    else:
-        whole = ("full", "except_attention")
-        for i, block in enumerate(layers):
-            block.recompute = memory.recompute in whole or (memory.recompute == "selective" and i % 2 == 0)
+    recompute.use(model, memory, run.device)
     if run.dense["fsdp"].size() > 1:  # copies that are not sharded: ftlib.parallel.replicas
         _shard(model, run, dtype)
-
-
-def _compile(layers: nn.ModuleList, recompute: str) -> None:
-    """Compile each block; its compiler decides what backward recomputes, and leaves out what backward never reads.
-
-    `full` keeps a block's input alone. `except_attention` keeps the output of attention too, the dearest to make again
-    (and, where they are trained, matrix products). `selective` makes elementwise results again (normalised inputs, the
-    product inside the feed-forward layer), which costs little, and keeps the outputs of matrix products and attention.
-    """
-    partitioner = torch._functorch.config  # read when a block is compiled; no public switch exists
-    partitioner.aggressive_recomputation = recompute == "except_attention"
-    partitioner.activation_memory_budget = {"full": 0.0, "selective": 0.7}.get(recompute, 1.0)
-    for block in layers:
-        block.compute = torch.compile(block.compute, fullgraph=True)  # in place: parameter names do not change
 
 
 def _shard(model: nn.Module, run: Run, dtype: torch.dtype) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 from torch import nn
 
 from ftlib.errors import Problems, UserError
-from ftlib.layers.mlp import GatedMlp
 from ftlib.parallel import tensor
 
 
@@ -61,7 +60,7 @@ def _answers(cfg: Any, cp: int, tp: int) -> UserError | None:
 
 def _tiles(model: nn.Module, cfg: Any) -> UserError | None:
     layers = (getattr(block, "mlp", None) for block in model.model.layers)
-    if not cfg.memory.tiled_mlp or all(isinstance(layer, GatedMlp) for layer in layers):
+    if not cfg.memory.tiled_mlp or all(hasattr(layer, "tile") for layer in layers):
         return None
     return UserError(
         "only dense feed-forward layers are computed in tiles, and this model has others (a mixture of experts?)",

@@ -1,6 +1,7 @@
 """What blocks keep for backward, in pinned host memory meanwhile, moved on a stream of its own."""
 
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -49,6 +50,14 @@ def attach(model: nn.Module) -> None:
     weights = frozenset(tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     parking = HostOffload(weights)
     model.model.saving = lambda: torch.autograd.graph.saved_tensors_hooks(parking.pack, parking.unpack)
+
+
+def detach(model: nn.Module, device: torch.device) -> None:
+    """Undo `attach`, between two steps."""
+    embedding = model.model.embed_tokens
+    if embedding.__dict__.pop("forward", None) is not None:
+        embedding.weight = nn.Parameter(embedding.weight.detach().to(device), requires_grad=False)
+    model.model.saving = nullcontext
 
 
 @dataclass(eq=False)

@@ -15,11 +15,16 @@ class Memory:
     recompute: Literal["none", "selective", "except_attention", "full"] = "full"  # in backward; each leaves less
     offload: bool = False  # what backward needs, and a frozen untied embedding, wait in pinned host memory
     tiled_mlp: int = 0  # tokens at a time in feed-forward layers, again in backward: for long rows; 0: all at once
+    budget_gib: float | Literal["auto"] | None = None  # of the GPU: recompute, offload and tiles are found by trial
     compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on with CUDA, off on CPU
 
     def __post_init__(self) -> None:
         if self.tiled_mlp < 0:
             raise ValueError("tiled_mlp: must not be negative")
+        if self.budget_gib not in (None, "auto") and self.budget_gib <= 0:
+            raise ValueError("budget_gib: must be above 0")
+        if self.budget_gib is not None and (self.offload or self.tiled_mlp):
+            raise ValueError("budget_gib: finds offload and tiled_mlp itself, leave them out")
 
 
 @dataclass(frozen=True, kw_only=True)

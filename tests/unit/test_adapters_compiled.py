@@ -8,7 +8,8 @@ from parity.shrink import reference, relative, shrunk
 
 from ftlib import models
 from ftlib.adapters import lora
-from ftlib.parallel import apply
+from ftlib.parallel import recompute
+from ftlib.sections import Memory
 
 X = torch.randint(3, 160, (2, 24), generator=torch.Generator().manual_seed(2))
 SAVED = ("lm_head", "input_layernorm", "q_norm")  # two of them inside the blocks
@@ -66,7 +67,7 @@ def test_compiled_equals_eager(folder, monkeypatch, kind):
     torch._dynamo.reset()
     wanted = run(adapted(folder, KINDS[kind]))
     model = adapted(folder, KINDS[kind])
-    apply._compile(model.model.layers, "none")
+    recompute.use(model, Memory(recompute="none", compile=True), torch.device("cpu"))
     for ours, theirs in zip(run(model), wanted, strict=True):
         assert relative(ours, theirs) <= 1e-5
 
@@ -77,6 +78,6 @@ def test_inductor_on_a_cpu_equals_eager(folder, kind):
     torch._dynamo.reset()
     wanted = run(adapted(folder, KINDS[kind]))
     model = adapted(folder, KINDS[kind])
-    apply._compile(model.model.layers, "full")
+    recompute.use(model, Memory(recompute="full", compile=True), torch.device("cpu"))
     for ours, theirs in zip(run(model), wanted, strict=True):
         assert relative(ours, theirs) <= 1e-4

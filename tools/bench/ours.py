@@ -9,7 +9,7 @@ import common
 import torch
 
 import ftlib
-from ftlib import build, optim
+from ftlib import budget, build, optim
 from ftlib.adapters import lora
 from ftlib.layers.batch import Batch, Layout
 from ftlib.losses.language_modelling import next_token_loss
@@ -18,7 +18,7 @@ from ftlib.models.load import base_state
 from ftlib.parallel import run as processes
 from ftlib.parallel.run import Run
 from ftlib.quant import FORMATS
-from ftlib.sections import Lora, Memory, Model, Optim, Parallel, Train
+from ftlib.sections import Lora, Loss, Memory, Model, Optim, Parallel, Train
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         norm = optim.step(optimizer, None)
         return loss.item(), norm.item()
 
-    common.measure("ftlib", work, step, {"ftlib": ftlib.__version__})
+    common.measure("ftlib", work | {"note": budget.note(model)}, step, {"ftlib": ftlib.__version__})
 
 
 def rounded(weight: torch.Tensor, form: str) -> torch.Tensor:
@@ -59,7 +59,11 @@ def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
     cfg = SimpleNamespace(
         model=Model(path=str(folder), quantize=work.get("quantize"), **fp8),
         **method,
-        memory=Memory(recompute=work["recompute"], offload=work.get("offload", False)),
+        memory=memory(work),
+        batch=SimpleNamespace(rows=work.get("rows"), micro_rows=work.get("rows")),
+        data=SimpleNamespace(seq_len=work.get("seq_len")),
+        loss=Loss(),
+        output_dir=folder,
         parallel=Parallel(),
         optim=Optim(lr=1e-4, max_grad_norm=None),
         from_scratch=True,
@@ -80,6 +84,13 @@ def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
         for name, _, factors in lora.adapted(model):
             factors.lora_A.copy_(common.weight(f"{name}.lora_A", factors.lora_A.shape))
     return model, run, cfg
+
+
+def memory(work: dict) -> Memory:
+    """The settings named, or what `memory.budget_gib` makes of a budget."""
+    if work.get("budget_gib"):
+        return Memory(budget_gib=work["budget_gib"])
+    return Memory(recompute=work["recompute"], offload=work.get("offload", False), tiled_mlp=work.get("tiled_mlp", 0))
 
 
 def hugging_face_name(name: str) -> str:

@@ -21,7 +21,8 @@ MEASURED, DATASHEET = 744e12, 989e12  # dense bf16 FLOP/s of an H100: a large ma
 
 def main() -> None:
     args = arguments()
-    keys = ("shape", "method", "rows", "seq_len", "recompute", "rank", "offload", "quantize", "fp8")
+    keys = ("shape", "method", "rows", "seq_len", "recompute", "rank", "offload", "quantize", "fp8", "tiled_mlp")
+    keys += ("budget_gib",)
     work = {key: getattr(args, key) for key in keys}
     paths = dict(entry.split("=", 1) for entry in args.peer_path)
     peers = [f"{peer}_peer" for peer in args.vs.split(",") if peer]
@@ -45,6 +46,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--recompute", choices=("none", "selective", "except_attention", "full"), default="none")
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--tiled-mlp", type=int, default=0, help="tokens at a time in ours' feed-forward layers")
+    parser.add_argument("--budget-gib", type=float, help="ours finds its settings itself; peers have those named")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--quantize", choices=("nf4", "int8", "fp8"), help="the frozen base below the adapters")
     parser.add_argument("--fp8", choices=("tensorwise", "rowwise"), help="products of the blocks in 8-bit floats")

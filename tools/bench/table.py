@@ -35,6 +35,8 @@ def cell(row: dict) -> str:
 
 def title(work: dict) -> str:
     kept = {"none": "nothing recomputed", "selective": "selective"}.get(work["recompute"], "recomputed")
+    if work.get("budget_gib"):
+        kept = f"within {work['budget_gib']:g} GiB"
     offload = ", offloaded" if work.get("offload") else ""
     method = work.get("method", "lora") + (f" on {work['quantize']}" if work.get("quantize") else "")
     method += f" in fp8 {work['fp8']}" if work.get("fp8") else ""

@@ -1,0 +1,39 @@
+"""How the blocks of a model trade speed for memory: what backward computes again, and in what pieces."""
+
+import torch
+import torch._functorch.config
+from torch import nn
+
+from ftlib.sections import Memory
+
+
+def use(model: nn.Module, memory: Memory, device: torch.device) -> None:
+    """Put a setting into the blocks, `model.model.layers`; again with another one is allowed between two steps.
+
+    The model may still be on the meta device; `device` is where it will compute.
+    """
+    layers = model.model.layers
+    for block in layers:
+        if hasattr(getattr(block, "mlp", None), "tile"):
+            block.mlp.tile = memory.tiled_mlp
+    if memory.compile is True or (memory.compile == "auto" and device.type == "cuda"):
+        _compile(layers, memory.recompute)
+        return
+    whole = ("full", "except_attention")
+    for i, block in enumerate(layers):
+        block.recompute = memory.recompute in whole or (memory.recompute == "selective" and i % 2 == 0)
+
+
+def _compile(layers: nn.ModuleList, recompute: str) -> None:
+    """Compile each block; its compiler decides what backward recomputes, and leaves out what backward never reads.
+
+    `full` keeps a block's input alone. `except_attention` keeps the output of attention too, the dearest to make again
+    (and, where they are trained, matrix products). `selective` makes elementwise results again (normalised inputs, the
+    product inside the feed-forward layer), which costs little, and keeps the outputs of matrix products and attention.
+    """
+    partitioner = torch._functorch.config  # read when a block is compiled; no public switch exists
+    partitioner.aggressive_recomputation = recompute == "except_attention"
+    partitioner.activation_memory_budget = {"full": 0.0, "selective": 0.7}.get(recompute, 1.0)
+    for block in layers:
+        block.__dict__.pop("compute", None)  # what an earlier setting compiled
+        block.compute = torch.compile(block.compute, fullgraph=True)  # in place: parameter names do not change

@@ -1,0 +1,149 @@
+"""The setting that `memory.budget_gib` finds: which, from what was measured, and the same again when a run goes on."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from parity.shrink import published
+
+from ftlib import budget
+from ftlib.adapters import lora
+from ftlib.cli import main as tune
+from ftlib.errors import UserError
+from ftlib.models import load
+from ftlib.parallel import run as processes
+from ftlib.sections import Batch, Data, Loss, Memory, Parallel, Source
+
+NAMES = ("none", "selective", "except_attention", "full", "offload", "tiles")
+
+
+def name(memory):
+    return "tiles" if memory.tiled_mlp else "offload" if memory.offload else memory.recompute
+
+
+@pytest.fixture(scope="module")
+def rungs(tmp_path_factory):
+    """Llama-3.1-8B with adapters, one row of 32k tokens."""
+    folder = tmp_path_factory.mktemp("shape")
+    (folder / "config.json").write_text(json.dumps(published("llama-3.1-8b")))
+    model = load.build(folder, torch.bfloat16)
+    lora.attach(model, "all-linear", rank=16)
+    data = Data(sources=(Source(path="x"),), seq_len=32_768)
+    cfg = SimpleNamespace(dtype="bf16", data=data, batch=Batch(), memory=Memory(budget_gib=24.0))
+    return budget.ladder(model, cfg)
+
+
+def test_the_ladder_goes_from_fast_to_lean(rungs):
+    assert tuple(name(rung.memory) for rung in rungs) == NAMES
+    estimates = [rung.estimate for rung in rungs]
+    assert estimates == sorted(estimates, reverse=True)
+    assert all(rung.memory.budget_gib is None for rung in rungs)
+
+
+TRUE = (100, 80, 50, 40, 30, 20)  # GiB of each rung
+
+
+@pytest.mark.parametrize(
+    ("guess", "allowed", "found", "tried"),
+    [
+        (TRUE, 45, "full", "full"),  # the estimate is right: one measured step
+        (TRUE, 200, "none", "none"),
+        (TRUE, 20, "tiles", "tiles"),
+        ((60, 50, 40, 30, 20, 10), 45, "full", "except_attention full"),  # too low: down
+        ((60, 50, 40, 30, 20, 10), 35, "offload", "full offload"),
+        ((200, 180, 150, 140, 130, 120), 85, "selective", "tiles offload full except_attention selective"),  # up
+        ((101, 79, 79, 40, 30, 20), 79, "except_attention", "selective except_attention"),  # as estimated, but tight
+        ((90, 53, 51, 49, 30, 20), 51, "except_attention", "except_attention"),  # above is hopeless
+    ],
+)
+def test_the_fastest_that_fits(rungs, guess, allowed, found, tried):
+    settings = [budget.Rung(rung.memory, size) for rung, size in zip(rungs, guess, strict=True)]
+    seen = []
+
+    def measure(memory):
+        seen.append(name(memory))
+        return TRUE[NAMES.index(name(memory))]
+
+    at, peak = budget.choose(settings, measure, allowed)
+    assert (name(rungs[at].memory), peak) == (found, TRUE[at])
+    assert seen == tried.split()
+
+
+def test_out_of_memory_counts_as_too_much_and_the_end_of_the_ladder_is_said(rungs):
+    settings = [budget.Rung(rung.memory, 1) for rung in rungs]
+    at, _ = budget.choose(settings, lambda m: None if name(m) != "offload" else 3, 10)
+    assert name(rungs[at].memory) == "offload"
+    with pytest.raises(UserError, match=r"leanest setting takes more than there is(.|\n)*where: memory\.budget_gib"):
+        budget.choose(settings, lambda m: None, 10)
+    with pytest.raises(UserError, match=r"leanest setting takes 3\.0 GiB"):
+        budget.choose(settings, lambda m: 3 << 30, 1 << 30)
+
+
+GIB = 1 << 30
+OPTIONS = ["eval.exact_match=0", "data.eval=2", "batch.rows=4", "batch.micro_rows=2", "data.seq_len=128",
+           "memory.recompute=full", "checkpoint.every=2", "schedule.name=constant"]  # fmt: skip
+
+
+def test_a_run_that_goes_on_repeats_what_was_found(tmp_path, monkeypatch, capsys):
+    def train(folder, steps, *more):
+        recipe = ["recipes/lora_sft.py", "--config", "configs/demo_lora.yaml", f"output_dir={tmp_path / folder}"]
+        assert tune(["run", *recipe, *OPTIONS, f"steps={steps}", *more]) == 0
+        rows = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row]
+
+    def fake(model, cfg, device):
+        seen.append([block.recompute for block in model.model.layers])
+        return 4 * GIB if all(seen[-1]) else 7 * GIB if any(seen[-1]) else 9 * GIB
+
+    seen = []
+    monkeypatch.setattr(budget, "check", lambda cfg, world: None)
+    monkeypatch.setattr(budget, "trial", fake)
+    monkeypatch.setattr(budget, "states", lambda model, cfg: 2 * GIB)
+    monkeypatch.setattr(budget, "room", lambda asked, device: 10 * GIB)
+    asked = ["memory.budget_gib=auto"]
+    assert train("a", 2, *asked) == train("b", 2)
+    said = capsys.readouterr().out
+    assert "memory: recompute selective: measured 9.0 GiB of 10.0 GiB" in said
+    layers = len(seen[0])
+    assert seen[-1] == [i % 2 == 0 for i in range(layers)], "states of the optimizer count"
+    measured = len(seen)
+    again = train("a", 4, *asked)
+    assert len(seen) == measured, "a run that goes on measures nothing"
+    assert "recompute selective: measured 9.0 GiB of 10.0 GiB, as before" in capsys.readouterr().out
+    assert again == train("c", 4, *asked)
+    assert len(seen) == 2 * measured
+    train("a", 6, *asked, "optim.eps=1e-7")
+    assert len(seen) == 3 * measured, "another question"
+
+
+def test_a_setting_can_be_put_in_place_of_another(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(published("qwen3-0.6b") | {"num_hidden_layers": 2}))
+    model, cpu = load.build(tmp_path, torch.float32), torch.device("cpu")
+    for memory in (Memory(recompute="none", tiled_mlp=16), Memory(recompute="full"), Memory(recompute="selective")):
+        budget.put(model, memory, cpu)
+        assert [block.mlp.tile for block in model.model.layers] == [memory.tiled_mlp] * 2
+        assert [block.recompute for block in model.model.layers] == {
+            "none": [False, False], "full": [True, True], "selective": [True, False],
+        }[memory.recompute]  # fmt: skip
+        assert "compute" not in vars(model.model.layers[0])
+    budget.put(model, Memory(compile=True), cpu)
+    first = model.model.layers[0].compute
+    budget.put(model, Memory(recompute="none", compile=True), cpu)
+    assert model.model.layers[0].compute is not first and first is not None
+
+
+def test_where_it_cannot_work_it_is_refused():
+    cfg = SimpleNamespace(memory=Memory(budget_gib="auto"), loss=Loss())
+    with pytest.raises(UserError) as caught:
+        budget.check(SimpleNamespace(memory=cfg.memory), 2)
+    words = str(caught.value)
+    assert "several" in words and "next-token" in words and words.count("memory.budget_gib") >= 2
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="measured on a GPU"):
+            budget.check(cfg, 1)
+    budget.check(SimpleNamespace(memory=Memory()), 8)
+    for wrong in ({"offload": True}, {"tiled_mlp": 64}):
+        with pytest.raises(ValueError, match="budget_gib"):
+            Memory(budget_gib=8.0, **wrong)
+    assert processes.start(Parallel(), 0).world == 1
