@@ -156,7 +156,9 @@ def _columns(*alternatives: tuple[str, ...], names: tuple[str, ...] | None = Non
 
 def _unpaired(row: dict[str, Any], columns: Columns) -> dict[str, str]:
     label = columns.get("label", "label")
-    answered = _messages(row, columns) or _columns(("prompt", "completion"))(row, columns)
+    answered = _messages(row, columns) or _columns(*records.RATED)(row, columns)
+    if not answered and isinstance(row.get(columns.get("completion", "completion")), list):
+        answered = {"completion": columns.get("completion", "completion")}  # the whole conversation
     return {"label": label, **answered} if isinstance(row.get(label), bool) and answered else {}
 
 
@@ -210,6 +212,10 @@ FORMATS = {  # in the order of detection
     "sharegpt": Format(_sharegpt, read_messages, _CONVERSATION, "a list of {from, value} in `conversations`"),
     "messages": Format(_messages, read_messages, _CONVERSATION, "a list in `messages` or `conversations`"),
     "oasst": Format(_columns(("message_tree_id", "prompt")), records.read_oasst, ("prompt",), "`message_tree_id`"),
+    "unanswerable": Format(
+        _columns(("unanswerable_question",)), pairs.read_unanswerable,
+        ("unanswerable_question", "context", "system", "history"), "`unanswerable_question`",
+    ),
     "instances": Format(
         _columns(("instruction", "instances")), pairs.read_instances, ("instruction", "instances"),
         "`instruction` and `instances`",

@@ -8,6 +8,7 @@ from ftlib.errors import UserError
 
 ALPACA = (
     ("instruction", "output"), ("instruction", "response"), ("INSTRUCTION", "RESPONSE"), ("instruction", "revision"),
+    ("instruction", "answer"),
 )  # fmt: skip
 QUESTIONS = (
     ("question", "answer"), ("question", "response"), ("query", "response"), ("prompt", "response"),
@@ -17,6 +18,7 @@ QUESTIONS = (
 )  # fmt: skip
 COMPLETIONS = (("prompt", "completion"), ("prompt", "canonical_solution"))
 SYSTEM, CONTEXT = ("system", "system_prompt"), ("context", "article", "passage")
+UNANSWERED = "The text does not say."  # what is learned of a question that its text does not answer
 
 
 def read_alpaca(row: dict[str, Any], shape: Shape, where: str) -> Example:
@@ -41,6 +43,15 @@ def read_qa(row: dict[str, Any], shape: Shape, where: str) -> Example:
         raise UserError(f"column {shape.column('choices')!r} must be a list", where=where)
     example.add("user", "\n\n".join(filter(None, (context, question, "\n".join(map(str, choices or ()))))))
     example.add("assistant", shape.text(row, "answer", where))
+    return example
+
+
+def read_unanswerable(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """A text and a question that it does not answer, to which the answer is to say so."""
+    example = opening(row, shape, where)
+    context = _first(row, shape, "context", CONTEXT)
+    example.add("user", "\n\n".join(filter(None, (context, shape.text(row, "unanswerable_question", where)))))
+    example.add("assistant", UNANSWERED)
     return example
 
 

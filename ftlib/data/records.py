@@ -11,6 +11,7 @@ from ftlib.errors import UserError
 CHOSEN = (
     ("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("chosen_response", "rejected_response"),
 )  # fmt: skip
+RATED = (("prompt", "completion"), ("instruction", "completion"), ("question", "completion"))
 _HH = re.compile(r"\n\n(Human|Assistant): ?")
 _ANSWERS = ("chosen", "rejected", "completion", "label", "completions", "labels", "answers")
 _PROMPTS = (*MESSAGES, "prompt", "question", "instruction", "input")
@@ -111,6 +112,9 @@ def read_unpaired(row: dict[str, Any], shape: Shape, where: str) -> Example:
         del example.trained[-1:]
     elif isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
+    elif isinstance(completion, list) and not example.messages and len(completion) > 1:  # the prompt is in there
+        completion = [add_turns(example, completion, shape, shape.column("completion")).messages.pop()]
+        del example.trained[-1:]
     if not isinstance(completion, list):
         raise UserError("it has no answer that the label could be about", where=where)
     label = shape.value(row, "label", where)

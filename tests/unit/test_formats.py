@@ -47,6 +47,10 @@ ROWS = [
     ("qa", {"prompt": "2+2?", "generation": "4"}, TALK),
     ("qa", {"input": "2+2?", "output": "4"}, TALK),
     ("completion", {"prompt": [ASK], "completion": [ANSWER]}, TALK),
+    ("alpaca", {"instruction": "2+2?", "answer": "4", "scores": "S", "critiques": "C"}, TALK),
+    ("alpaca", {"instruction": "2+2?", "answer": "5", "critiques": "C", "revision": "4"}, TALK),
+    ("unanswerable", {"article": "Sums.", "unanswerable_question": "Who?"},
+     [("user", "Sums.\n\nWho?"), ("assistant", "The text does not say.")]),
     ("oasst", {"message_tree_id": "x", "prompt": {"role": "prompter", "text": "2+2?", "replies": [
         {"role": "assistant", "text": "5", "rank": 1, "replies": []},
         {"role": "assistant", "text": "no", "rank": 0, "deleted": True},
@@ -99,7 +103,10 @@ def test_other_records():
     assert (shape.format, said(example), example.record) == (
         "unpaired", TALK[:1], {"completion": ASSISTANT, "label": True},
     )  # fmt: skip
-    assert read({"prompt": "2+2?", "completion": "4", "label": False})[1][0].record["label"] is False
+    for asked in ("prompt", "instruction", "question"):
+        assert read({asked: "2+2?", "completion": "4", "label": False})[1][0].record["label"] is False
+    shape, (example,) = read({"completion": [ASK, *ASSISTANT], "label": True})
+    assert (shape.format, said(example), example.record["completion"]) == ("unpaired", TALK[:1], ASSISTANT)
     shape, (example,) = read({"prompt": "2+2?", "completions": ["a", "b"], "labels": [True, False]})
     assert (shape.format, example.record) == ("stepwise", {"completions": ["a", "b"], "labels": [True, False]})
     shape, (example,) = read({"messages": [ASK], "ground_truth": "4", "dataset": "x"})
