@@ -36,11 +36,11 @@ class Fused:
     def __call__(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Outputs of the layers; None when another adapter is switched on, or some.
 
-        With none, and no gradient asked for, it is the same product with nothing in the adapter's place: a policy whose
-        adapter does nothing yet gives what its reference gives, to the bit.
+        With none it is the same product with nothing in the adapter's place: a policy whose adapter does nothing yet
+        gives what its reference gives, to the bit.
         """
         active = {linear.active for linear in self.linears}
-        off = active == {None} and not torch.is_grad_enabled()
+        off = active == {None}
         if active != {self.name} and not off:
             return None
         y = self.product(x.flatten(0, -2), 0.0 if off else self.scale)
@@ -137,7 +137,8 @@ def fuse(model: nn.Module, name: str = "policy") -> int:
 
 
 def _fits(linears: list[Linear], name: str) -> bool:
-    if len({type(linear) for linear in linears}) > 1:
+    kinds = {type(linear) for linear in linears}
+    if len(kinds) > 1 or not kinds <= {Linear, QuantizedLinear, Float8Frozen}:
         return False
     if any(linear.bias is not None or name not in getattr(linear, "adapters", {}) for linear in linears):
         return False

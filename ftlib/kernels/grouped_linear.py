@@ -42,4 +42,6 @@ def _served(x: Tensor, weight: Tensor) -> bool:
 
 
 def _torch(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if 1 not in weight.stride()[1:]:  # the kernel wants each matrix by rows or by columns
+        weight = weight.contiguous()
     return _TORCH(x, weight.mT, offs=ends)

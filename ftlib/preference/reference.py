@@ -53,12 +53,18 @@ def make(
 
 
 def switched(adapter: str | None, objective: Objective) -> Reference:
-    """The same weights with another adapter; None: with none at all."""
+    """The same weights with another adapter; None: with none at all.
 
-    @torch.no_grad()
+    Called with gradients on, the blocks keep what backward would need although none follows: compiled code for
+    training rounds differently from code for inference, and the first loss is to be ln 2 to the bit.
+    """
+
     def reference(model: LanguageModel, batch: AnswerBatch) -> Tensor:
         with lora.use(model, adapter):
-            return logprobs(model, batch, objective)
+            hidden = model(batch)
+        terms = {"length_alpha": objective.length_alpha, **model.logit_terms}
+        with torch.no_grad():
+            return answer_logprobs(hidden.detach(), model.lm_head.weight, batch.answers, **terms)
 
     return reference
 

@@ -31,7 +31,7 @@ def test_output_and_gradients(ends, transposed, compiled):
     weight = torch.randn(len(ends), *((256, 384) if transposed else (384, 256)), generator=g, device="cuda") / 16
 
     def run(f, dtype):
-        parts = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        parts = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight)]
         y = f(parts[0], parts[1].mT if transposed else parts[1], ends)
         return y, *torch.autograd.grad((y.double() * torch.sin(3 * y.detach().double())).sum(), parts)
 

@@ -163,7 +163,8 @@ def test_two_processes_save_right_after_evaluating_and_end_with_the_same_best(ba
     file = cfg_file(base, tmp_path, batch={"rows": 4, "micro_rows": 2}, schedule={"name": "constant"}, **sections)
     train("full_sft", "--config", file, f"output_dir={tmp_path}/one")
     argv = ("recipes/full_sft.py", "--config", file, f"output_dir={tmp_path}/two")
-    assert tune("run", "--nproc-per-node", 2, *argv)[0] == 0
+    code, *said = tune("run", "--nproc-per-node", 2, *argv)
+    assert code == 0, said
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(two[key], value, rtol=0, atol=1e-4) for key, value in one.items())
 
