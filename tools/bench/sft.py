@@ -27,15 +27,25 @@ def main() -> None:
     paths = dict(entry.split("=", 1) for entry in args.peer_path)
     peers = [f"{peer}_peer" for peer in args.vs.split(",") if peer]
     order = ["ours", *peers, "ours"] if peers else ["ours"]
-    rows = [run(script, work, paths, args.limit) for script in order]
-    for row in rows:
-        row.update(judge(row, rows[0]))
-    print_table(rows)
-    if args.out:
-        out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        command = "python tools/bench/sft.py " + " ".join(sys.argv[1:])
-        out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    rows: list[dict] = []
+    for script in order:
+        add(rows, run(script, work, paths, args.limit), args.out)
+
+
+def add(rows: list[dict], row: dict, out: str | None) -> None:
+    """Judge a row, print it, and write all so far: what is cut off later keeps what it has."""
+    rows.append(row)
+    row.update(judge(row, rows[0]))
+    print_row(row, heading=len(rows) == 1)
+    write(rows, out)
+
+
+def write(rows: list[dict], out: str | None) -> None:
+    """Rows and the command that gave them."""
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python", f"tools/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        Path(out).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -112,17 +122,18 @@ def mfu(row: dict) -> dict:
     return {"mfu_measured": round(rate / MEASURED, 3), "mfu_datasheet": round(rate / DATASHEET, 3)}
 
 
-def print_table(rows: list[dict]) -> None:
-    print(f"{'contender':12} {'tok/s':>8} {'MFU':>6} {'peak GiB':>9} {'ours/this':>9} {'first s':>8}  agrees")
-    for row in rows:
-        if "failed" in row:
-            print(f"{row['contender']:12} failed: {row['failed'][-600:]}")
-            continue
-        print(
-            f"{row['contender']:12} {row['tokens_per_s']:8,} {row.get('mfu_measured', 0):6.1%} {row['peak_gib']:9.2f}"
-            f" {row.get('ratio', 0):9.3f} {row['first_step_s']:8.1f}  {row.get('agrees')}"
-            f" (loss {row.get('loss_gap', 0):.1e}, gradient {row.get('grad_gap', 0):.1e})"
-        )
+def print_row(row: dict, heading: bool) -> None:
+    if heading:
+        print(f"{'contender':12} {'tok/s':>8} {'MFU':>6} {'peak GiB':>9} {'ours/this':>9} {'first s':>8}  agrees")
+    if "failed" in row:
+        print(f"{row['contender']:12} failed: {row['failed'][-600:]}", flush=True)
+        return
+    print(
+        f"{row['contender']:12} {row['tokens_per_s']:8,} {row.get('mfu_measured', 0):6.1%} {row['peak_gib']:9.2f}"
+        f" {row.get('ratio', 0):9.3f} {row['first_step_s']:8.1f}  {row.get('agrees')}"
+        f" (loss {row.get('loss_gap', 0):.1e}, gradient {row.get('grad_gap', 0):.1e})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
