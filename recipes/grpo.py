@@ -33,7 +33,7 @@ from ftlib.rl.log import StepLog, step_row
 from ftlib.rl.pages import Pages
 from ftlib.rl.rewards.run import Rewards
 from ftlib.rl.rollouts import Rollouts
-from ftlib.rl.samples import Sample, pack
+from ftlib.rl.samples import Sample
 from ftlib.sections import Checkpoint, Log, Lora, Memory, Model, Optim, Parallel, Schedule, Tokenizer, Train
 from ftlib.sections.rl import Algorithm, Dialogue, Greedy, MicroBatch, Prompts, Reward, Rollout, Teacher
 
@@ -104,13 +104,13 @@ def learn(
     for number, part in enumerate(scoring.split(samples, cfg.rollout.minibatches)):
         # The weights of tokens hold one denominator for all micro-batches of all processes.
         trained, tokens = scoring.give_weights(part, algorithm, cfg.rollout.max_new_tokens, run)
-        for micro in pack(trained, cfg.data.seq_len, cfg.batch.micro_rows, pad_id):
-            micro = micro.to(run.device)
+        for micro in setup.micro_batches(cfg, trained, pad_id, run):
             new, entropy = setup.score_tokens(model, micro, cfg.rollout.temperature, entropy=True)
             part_loss, logs = policy_loss(new, micro.tokens, algorithm.objective)
             part_loss.backward()
             loss += part_loss.detach()
-            note.tokens(micro, new.detach(), entropy, logs, first=number == 0)
+            if micro.samples:
+                note.tokens(micro, new.detach(), entropy, logs, first=number == 0)
         if number == 0:
             pages.check(note, run)
         if pages.learns(tokens):  # else every group earned the same, on every process
@@ -136,14 +136,14 @@ def main(cfg: Config) -> list[dict]:
 
     output = Output(cfg, run, model, steps)
     rewards, dialogues = Rewards(cfg.rewards, output.say, reward_model.load_all(cfg, run)), Dialogues(cfg.dialogue)
-    engine = Engine(model, max_batch=cfg.rollout.max_batch)
-    rollouts = Rollouts(cfg.rollout, engine, tokenizer, dialogues)
-    evaluate = Held(cfg.eval, sets.eval, rollouts, rewards, algorithm, run)
     state = State(model, optimizer, prompts, extra=output.counters)
     saver = Saver(cfg.checkpoint, cfg.output_dir, run, setup.fingerprint(cfg, sets), output.say)
     if saver.finished() == steps:
         return output.already_finished()
     done = saver.resume(state)
+    engine = Engine(model, max_batch=cfg.rollout.max_batch, adapter="gathered" if setup.shared(run) else "live")
+    rollouts = Rollouts(cfg.rollout, engine, tokenizer, dialogues)
+    evaluate = Held(cfg.eval, sets.eval, rollouts, rewards, algorithm, run)
     pages, boundary = Pages(cfg, run, output, done), Boundary(cfg, run, steps, evaluate, output, saver, state)
 
     with rewards, dialogues, output.begin(done, sets.report), boundary:
@@ -158,13 +158,13 @@ def main(cfg: Config) -> list[dict]:
             engine.release()  # the update has the memory of keys and values
             with note.clock("logprobs"):
                 needs_old = cfg.rollout.minibatches > 1 or algorithm.token_advantages
-                setup.look_back(cfg, samples, model, reference, needs_old, tokenizer.filler_id)
+                setup.look_back(cfg, samples, model, reference, needs_old, tokenizer.filler_id, run)
             scoring.give_advantages(samples, scoring.gather(samples, rewards, run), algorithm, run)
             lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             with note.clock("train"):
                 loss, grad_norm = learn(cfg, samples, model, optimizer, tokenizer.filler_id, run, note, pages)
             with note.clock("sync"):
-                engine.refresh()  # it draws with the trainer's own weights: there is nothing to copy
+                engine.refresh()  # on whole models it draws with the trainer's own weights: there is nothing to copy
             tokens, row = step_row(note, drawn, rewards, algorithm, reference.exists, run)
             output.step(step, loss, grad_norm, lr, tokens, row)
             pages.write(step, drawn, rewards.names)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ftlib.errors import UserError
+from ftlib.generation.gathered import Gathered
 from ftlib.generation.merged import Merged
 from ftlib.generation.pages import PAGE, Pool, PromptLayout, pages_of
 from ftlib.generation.params import Completion, SamplingParams
@@ -48,7 +49,9 @@ class Engine:
     and its tokens are computed again later. `compile`: where they serve, decode steps are replayed as CUDA graphs
     ("graphs"), of blocks that are compiled first ("auto": a wait of its own, for long runs), or nothing is ("off").
     `adapter`: "merged" draws from a side copy of the weights under adapter `policy`, with it folded in, brought up to
-    date by `refresh`: fewer products a step, memory for the copy, and switching adapters has no effect.
+    date by `refresh`: fewer products a step, memory for the copy, and switching adapters has no effect. "gathered": the
+    same of a model that processes share, all of it in each, so that each draws for itself; making and `refresh` are
+    collective.
     """
 
     def __init__(
@@ -58,9 +61,10 @@ class Engine:
         max_batch: int = 256,
         max_tokens: int | None = None,
         compile: Literal["auto", "graphs", "off"] = "auto",
-        adapter: Literal["live", "merged"] = "live",
+        adapter: Literal["live", "merged", "gathered"] = "live",
     ) -> None:
-        self.merged = Merged(model) if adapter == "merged" else None
+        copies = {"live": None, "merged": Merged, "gathered": Gathered}
+        self.merged = copies[adapter] and copies[adapter](model)
         self.model = model if self.merged is None else self.merged.model
         self.max_batch, self.max_tokens, self.compile = max_batch, max_tokens, compile
         self.pool: Pool | None = None

@@ -71,7 +71,7 @@ class Sample:
 @dataclass(eq=False)
 class Micro:
     """A forward pass of the update: packed completions, `at`: where in the B*T positions their drawn tokens are
-    predicted, int64 [n], in the order of `tokens`."""
+    predicted, int64 [n], in the order of `tokens`. `samples` is empty where it is `idle`."""
 
     batch: Batch
     at: Tensor
@@ -96,6 +96,16 @@ def pack(samples: Sequence[Sample], seq_len: int, micro_rows: int, pad_id: int) 
         members = [[samples[index] for index in row] for row in rows[start : start + micro_rows]]
         found.append(_micro(members, seq_len, pad_id))
     return found
+
+
+def idle(seq_len: int, micro_rows: int, pad_id: int) -> Micro:
+    """A micro-batch of nobody's completions: its one token weighs 0, and it takes part in every collective."""
+    nobody = Sample(Prompt([], [pad_id], {}, ""), 0)
+    nobody.append([pad_id], [0.0])
+    nobody.advantages = nobody.old = nobody.ref = torch.zeros(1)
+    micro = _micro([[nobody], *([] for _ in range(micro_rows - 1))], seq_len, pad_id)
+    micro.samples = []
+    return micro
 
 
 def _micro(rows: list[list[Sample]], seq_len: int, pad_id: int) -> Micro:
@@ -126,6 +136,8 @@ def log_probabilities(
     """Of each sample the values that `of(micro)` gives for its drawn tokens, float32 on the host, in their order."""
     found: dict[int, Tensor] = {}
     for micro in micros:
-        parts = of(micro).float().cpu().split([sample.length for sample in micro.samples])
-        found |= {id(sample): part for sample, part in zip(micro.samples, parts, strict=True)}
+        values = of(micro).float().cpu()
+        if micro.samples:
+            parts = values.split([sample.length for sample in micro.samples])
+            found |= {id(sample): part for sample, part in zip(micro.samples, parts, strict=True)}
     return [found[id(sample)] for sample in samples]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ftlib import build
 from ftlib.adapters import lora
 from ftlib.adapters import setup as adapters
+from ftlib.checkpoint.agree import exchange
 from ftlib.data import prompts as asked
 from ftlib.errors import Problems, UserError
 from ftlib.kernels.linear_logprobs import linear_logprobs
@@ -18,7 +19,7 @@ from ftlib.parallel.run import Run, sizes
 from ftlib.rl import environments, reward_model
 from ftlib.rl.presets import Resolved, resolve
 from ftlib.rl.rewards import run as rewards
-from ftlib.rl.samples import Micro, Sample, log_probabilities, pack
+from ftlib.rl.samples import Micro, Sample, idle, log_probabilities, pack
 from ftlib.sections import Train
 from ftlib.tokenizers import Tokenizer
 
@@ -100,12 +101,28 @@ def score_tokens(model: LanguageModel, micro: Micro, temperature: float, entropy
     return tuple(value[micro.at] for value in found) if entropy else found[micro.at]
 
 
+def micro_batches(cfg: Any, samples: Sequence[Sample], pad_id: int, run: Run) -> list[Micro]:
+    """The samples packed, on the device. Processes that share a model compute together: they have as many, the last of
+    them idle where there is less to do. Collective."""
+    shape = cfg.data.seq_len, cfg.batch.micro_rows, pad_id
+    micros = pack(samples, *shape)
+    if shared(run):
+        micros += [idle(*shape) for _ in range(max(exchange(run, len(micros))) - len(micros))]
+    return [micro.to(run.device) for micro in micros]
+
+
+def shared(run: Run) -> bool:
+    """Whether a copy of the model lies on several processes."""
+    return run.dense["fsdp"].size() > 1
+
+
 @torch.no_grad()
 def look_back(
-    cfg: Any, samples: Sequence[Sample], policy: LanguageModel, reference: Reference, needs_old: bool, pad_id: int
-) -> None:
+    cfg: Any, samples: Sequence[Sample], policy: LanguageModel, reference: Reference, needs_old: bool, pad_id: int,
+    run: Run,
+) -> None:  # fmt: skip
     """Fill `old` (when it is needed) and `ref` (when there is one) of every sample, before the first update on them."""
-    micros = [m.to(policy.lm_head.weight.device) for m in pack(samples, cfg.data.seq_len, cfg.batch.micro_rows, pad_id)]
+    micros = micro_batches(cfg, samples, pad_id, run)
 
     def of(model: LanguageModel) -> Callable[[Micro], Tensor]:
         return lambda micro: score_tokens(model, micro, cfg.rollout.temperature)
@@ -138,10 +155,10 @@ def _check_algorithm(cfg: Any, world: int) -> None:
         wrong("no part of this algorithm looks at a teacher", "teacher.path", "set algorithm.preset=distill")
     if not taught and not cfg.rewards:
         wrong("nothing says how good a completion is", "rewards", "name at least one: rewards=[{fn: gsm8k}]")
-    ranks, *others = sizes(cfg.parallel, world)
-    if cfg.rollout.prompts % ranks:
-        what = f"rollout.prompts {cfg.rollout.prompts} is no multiple of parallel.dp_replicate {ranks}"
-        wrong(what, "rollout.prompts", f"set it to a multiple of {ranks}")
+    replicate, shard, *others = sizes(cfg.parallel, world)
+    if cfg.rollout.prompts % (replicate * shard):
+        what = f"rollout.prompts {cfg.rollout.prompts} is no multiple of the {replicate * shard} processes that draw"
+        wrong(what, "rollout.prompts", f"set it to a multiple of {replicate * shard}")
     compares = algorithm.advantage not in ("whiten", "teacher")
     if cfg.rollout.group == 1 and compares:
         fix = "raise it, or take algorithm.preset=reinforce++"
@@ -159,8 +176,12 @@ def _check_algorithm(cfg: Any, world: int) -> None:
     if cfg.lora is not None and cfg.train != Train():
         wrong("adapters train here, not the model", "train", "leave out the train section, or lora")
     if max(others) > 1:
-        fix = f"set parallel.dp_replicate={world} and parallel.dp_shard=1"
-        wrong("each process draws completions with a whole model", "parallel", fix)
+        wrong("each process draws completions with a whole model", "parallel.cp, parallel.tp", "set both to 1")
+    whole = f"set parallel.dp_replicate={world} and parallel.dp_shard=1"
+    if shard > 1 and cfg.model.quantize:
+        wrong("quantized matrices are not gathered for drawing", "model.quantize, parallel.dp_shard", whole)
+    if shard > 1 and any(reward.model for reward in cfg.rewards):
+        wrong("processes that share a model would have to score together", "rewards, parallel.dp_shard", whole)
     if problems:
         raise Problems(problems)
 

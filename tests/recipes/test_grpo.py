@@ -313,7 +313,8 @@ def test_checked_before_a_run(toy, tmp_path, capsys):
         "column": ({"rewards": [{"fn": "code_tests", "args": {"allow": True, "unsafe_local": True}}]}, "needs tests"),
         "preset": ({"algorithm": {"preset": "grop"}}, "did you mean 'grpo'"),
         "mesh": ({"parallel": {"tp": 2}}, "whole model"),
-        "mesh by default": ({}, "parallel.dp_replicate=2"),
+        "mesh of the judge": ({"rewards": [{"model": str(toy)}]}, "would have to score together"),
+        "mesh of prompts": ({"rollout": {"prompts": 3}}, "no multiple of the 2 processes"),
     }
     for name, (sections, message) in wrong.items():
         file = tmp_path / f"{name}.yaml"

@@ -124,18 +124,34 @@ def test_a_teacher_is_learned_from_its_own_completions(toy, tmp_path):
     assert gaps[-1] < 0.5 * gaps[0]
 
 
-def test_two_processes_learn_what_one_does(toy, tmp_path):
-    """Each draws for its own prompts with its own engine; one of them has nothing to learn from in some step."""
-    values = rl_toys.settings(toy, "length", tmp_path / "out", steps=3, rollout={"prompts": 2, "group": 6})
-    values["parallel"] = {"dp_replicate": 2, "dp_shard": 1}
+def on_two(toy, out, mesh, **sections):
+    """Rows of two steps on two processes."""
+    values = rl_toys.settings(toy, "length", out, steps=2, **sections)
+    values["rollout"] |= {"prompts": 2, "group": 6}
+    values["parallel"] = mesh
     values["data"]["eval"] = 5
-    (tmp_path / "c.yaml").write_text(json.dumps(values))
-    words = ("run", "--nproc-per-node", "2", "recipes/grpo.py", "--config", tmp_path / "c.yaml")
-    code, _, errors = tune(*words)
+    file = out.with_suffix(".yaml")
+    file.write_text(json.dumps(values))
+    code, _, errors = tune("run", "--nproc-per-node", "2", "recipes/grpo.py", "--config", file)
     assert code == 0, errors
-    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "loss" in row]
-    assert len(steps) == 3 and all(row["mismatch/max"] < 1e-4 for row in steps) and steps[0]["grad_norm"] > 0
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", [pytest.param("lora", marks=pytest.mark.slow), "full"])
+def test_two_processes_learn_alike_whether_they_share_a_model_or_not(how, toy, tmp_path):
+    """Each draws for its own prompts with its own engine; rows of unequal number, and in some step one has nothing to
+    learn from: with a shared model it computes idle ones."""
+    sections = {"batch": {"micro_rows": 2}, "algorithm": {"preset": "grpo_paper"}}
+    sections |= {"lora": {"rank": 4}} if how == "lora" else {}
+    apart = on_two(toy, tmp_path / "apart", {"dp_replicate": 2, "dp_shard": 1}, **sections)
+    shared = on_two(toy, tmp_path / "shared", {"dp_shard": 2}, **sections)
+    steps = [[row for row in rows if "loss" in row] for rows in (apart, shared)]
+    assert [len(rows) for rows in steps] == [2, 2] and steps[0][0]["grad_norm"] > 0
+    for one, other in zip(*steps, strict=True):
+        assert other["mismatch/max"] < 1e-4 and one["mismatch/max"] < 1e-4
+        for key in ("loss", "reward", "grad_norm", "kl", "tokens", "entropy", "length/mean"):
+            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
+    assert shared[-1]["eval_reward"] == pytest.approx(apart[-1]["eval_reward"], abs=1e-6)
 
 
 def test_gsm8k_runs_whole(tmp_path):
