@@ -256,9 +256,13 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
         "seed": cfg.seed,
         "dtype": cfg.dtype,
     }
+    if getattr(cfg, "qat", None) is not None:
+        found["qat"] = dataclasses.asdict(cfg.qat)
     for key in ("quantize", "fp8"):
         if getattr(cfg.model, key):
             found[f"model.{key}"] = getattr(cfg.model, key)
+    if getattr(getattr(cfg, "optim", None), "states", None) is not None:
+        found["optim.states"] = cfg.optim.states
     if cfg.tokenizer.add_tokens:
         found["tokenizer.add_tokens"] = list(cfg.tokenizer.add_tokens)
     if getattr(cfg, "lora", None) is not None:

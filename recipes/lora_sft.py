@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ftlib import build, optim
+from ftlib import build, optim, quant
 from ftlib.adapters import peft_format
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
@@ -35,6 +35,7 @@ from ftlib.sections import (
     Model,
     Optim,
     Parallel,
+    Qat,
     Schedule,
     Tokenizer,
 )
@@ -49,6 +50,7 @@ class Config:
     batch: Batch = Batch()
     steps: int | None = None  # optimizer steps; wins over epochs
     epochs: float = 1.0  # passes over the data
+    qat: Qat | None = None  # train against the rounding of recipes/quantize.py; null: none
     loss: Loss = Loss()
     neftune: float = 0.0  # noise on embeddings while training (arXiv 2310.05914); 5 is usual, 0 is none
     optim: Optim = Optim(lr=2e-4)
@@ -93,6 +95,7 @@ def main(cfg: Config) -> list[dict]:
         output.say(f"adapters: {trained_share(model)}")
 
         for step in range(done + 1, steps + 1):
+            quant.at(step, model)  # where `qat` says so, layers are rounded from here on
             batch = next(loader)
             lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             loss = torch.zeros((), dtype=torch.float64, device=run.device)  # wide: sums alike in any order

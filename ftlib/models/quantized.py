@@ -175,6 +175,42 @@ def from_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, *,
     return (codes - zeros[group].T) * scales.float()[group].T
 
 
+def _compressed(out: Dequantized, config: dict) -> None:
+    """compressed-tensors: `weight_packed` (int32, the first value in the lowest bits, above zero by an offset) or
+    `weight` (int8, float8), and a scale a tensor, a row or a group of inputs."""
+    groups = list(config.get("config_groups", {}).values())
+    forms = {group.get("format") or config.get("format") for group in groups}
+    weights = [group["weights"] for group in groups]
+    known = ("pack-quantized", "int-quantized", "float-quantized")
+    wrong = [str(form) for form in forms if form not in known]
+    wrong += ["zero points" for w in weights if not w.get("symmetric", True)]
+    wrong += ["reordered inputs" for w in weights if w.get("actorder")]
+    wrong += [f"{w['strategy']}s" for w in weights if w["strategy"] not in ("tensor", "channel", "group")]
+    if wrong or not groups:
+        raise UserError(f"compressed-tensors with {', '.join(wrong) or 'no groups'} is not supported")
+    bits = weights[0]["num_bits"]
+    for key in [key for key in out.raw.files if key.endswith(".weight_scale")]:
+        name = key.removesuffix("_scale")
+        parts = [part for part in (f"{name}_packed", name) if part in out.raw.files]
+
+        def make(name: str = name, key: str = key, parts: list[str] = parts) -> Tensor:
+            codes = out.raw.read(parts[0])
+            if parts[0] != name:
+                codes = (unpack(codes, bits).flatten(1) - 2 ** (bits - 1))[:, : out.raw.read(f"{name}_shape")[1]]
+            return from_groups(codes, out.raw.read(key))
+
+        shape = out.raw.shapes[parts[0]]
+        if parts[0] != name:
+            shape = tuple(out.raw.read(f"{name}_shape").tolist())
+        out.replace(name, shape, [*parts, key, f"{name}_shape", f"{name}_g_idx"], make)
+
+
+def from_groups(codes: Tensor, scales: Tensor) -> Tensor:
+    """codes [out, in], scales [out, groups], [out, 1] or [1]. Returns [out, in]."""
+    scales = scales.float().view(len(scales), -1)
+    return (codes.float().unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
+
+
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """Fields of `bits` bits of an int32 [...], the lowest first: [..., 32 / bits]."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
@@ -193,4 +229,5 @@ METHODS: dict[str, Callable[[Dequantized, dict], None]] = {
     "bitsandbytes": _bitsandbytes,
     "awq": _awq,
     "gptq": _gptq,
+    "compressed-tensors": _compressed,
 }

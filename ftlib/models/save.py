@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import safe_open
@@ -15,21 +15,30 @@ from ftlib.models.language_model import LanguageModel
 from ftlib.models.load import base_state
 
 SHARD_BYTES = 5 * 1024**3
+Tensors = Iterator[tuple[str, Tensor]]
+Packed = tuple[Callable[[Tensors], Tensors], dict]
 
 
 def save_pretrained(
-    model: LanguageModel, folder: str | Path, *, shard_bytes: int = SHARD_BYTES, write: bool = True
+    model: LanguageModel,
+    folder: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    write: bool = True,
+    packed: Packed | None = None,
 ) -> None:
     """Write config.json and safetensors shards of at most `shard_bytes`, plus the source's generation_config.json.
 
     Every process of a sharded model must call this; only the one with `write` touches the disk. Peak memory: one shard.
+    `packed`: what the tensors become before they are written, and the `quantization_config` that says so.
     """
     folder = Path(folder)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
     shards: list[tuple[Path, list[str]]] = []
     total = 0
-    for tensors in _shards(hf_tensors(model), shard_bytes):
+    every = hf_tensors(model) if packed is None else packed[0](hf_tensors(model))
+    for tensors in _shards(every, shard_bytes):
         if write:
             path = folder / f"part-{len(shards)}.safetensors"
             save_file(tensors, path, metadata={"format": "pt"})
@@ -43,6 +52,8 @@ def save_pretrained(
     config.pop("quantization_config", None)
     dtype = next(iter(base_state(model).values())).dtype
     config |= {"tie_word_embeddings": model.arch.tied, "dtype": str(dtype).removeprefix("torch.")}
+    if packed is not None:
+        config["quantization_config"] = packed[1]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     source = getattr(model, "source", None)
     if source is not None and (source / "generation_config.json").exists():

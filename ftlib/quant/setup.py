@@ -7,12 +7,15 @@ from torch import nn
 
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
-from ftlib.quant import float8, frozen
+from ftlib.quant import float8, frozen, qat
 
 
 def attach(model: nn.Module, cfg: Any) -> None:
     """Replace the linear layers of a model on meta as `cfg.model` says; before adapters, and before weights."""
     section, below_adapters = cfg.model, getattr(cfg, "lora", None) is not None
+    for where in ("qat", "to"):
+        if (rounding := getattr(cfg, where, None)) is not None:
+            qat.attach(model, rounding, where)
     if section.fp8 is not None:
         rows, turn = section.fp8 == "rowwise", section.quantize is None
         if not float8.compute_in_fp8(model, rows, section.fp8_smallest, below_adapters, turn):
@@ -39,6 +42,9 @@ def check(cfg: Any) -> None:
             where="model.quantize, parallel.tp",
             fix="set parallel.tp=1; the other axes work",
         )
+    for where in ("qat", "to"):
+        if getattr(cfg, where, None) is not None:
+            _check_rounding(cfg, where)
     if section.fp8 is None:
         return
     if cfg.parallel.tp > 1:
@@ -61,6 +67,31 @@ def check(cfg: Any) -> None:
         )
 
 
+def _check_rounding(cfg: Any, where: str) -> None:
+    if cfg.model.quantize or cfg.model.fp8:
+        raise UserError(
+            "layers are rounded as the result will be, not in a second way beside it",
+            where=f"{where}, model.quantize, model.fp8",
+            fix="leave model.quantize and model.fp8 out",
+        )
+    if cfg.parallel.tp > 1:
+        what = "matrices are rounded whole"
+        raise UserError(what, where=f"{where}, parallel.tp", fix="set parallel.tp=1; the other axes work")
+    steps, lora = getattr(cfg, "steps", None), getattr(cfg, "lora", None)
+    if where == "qat" and steps is not None and cfg.qat.after >= steps:
+        raise UserError(f"rounding would begin after the last of {steps} steps", where="qat.after", fix="a smaller one")
+    if lora is not None and (lora.dora or lora.dropout):
+        raise UserError(
+            "what is rounded is the merged matrix, which has no dropout and no gradient for a length",
+            where="qat, lora.dropout, lora.dora",
+            fix="lora.dropout=0 and lora.dora=false",
+        )
+    inside = [name for name in getattr(lora, "modules_to_save", ()) if name not in ("embed_tokens", "lm_head", "norm")]
+    if inside:
+        what = f"{', '.join(inside)}: a module trained whole inside a block is not rounded"
+        raise UserError(what, where="qat, lora.modules_to_save", fix="train it by an adapter")
+
+
 def note(model: nn.Module) -> list[str]:
     """What a run says: how many matrices are kept how, and in how many bits a weight; how many products run in fp8."""
     lines = []
@@ -71,6 +102,9 @@ def note(model: nn.Module) -> list[str]:
         bits = 8 * size / sum(base.shape.numel() for base in held)
         form = held[0].form.removesuffix("_turned")
         lines.append(f"base: {len(held)} matrices in {form}, {bits:.2f} bits a weight, {size / 2**20:,.1f} MiB")
+    if layers := qat.rounded(model):
+        begins = f", after step {layers[0].after}" if layers[0].after else ""
+        lines.append(f"rounding: {len(layers)} layers of {len(linears) - 1} to {layers[0].name}{begins}")
     eight = [module for module in linears if isinstance(module, float8.Float8Linear | float8.Float8Frozen)]
     if eight:
         scales = "a scale a row" if eight[0].rows else "a scale a tensor"

@@ -8,6 +8,7 @@ from ftlib.sections.lora import Lora
 from ftlib.sections.loss import Loss
 from ftlib.sections.model import Model, Tokenizer
 from ftlib.sections.optim import Optim, Schedule
+from ftlib.sections.quant import Qat, Rounding
 from ftlib.sections.reward import Reward
 from ftlib.sections.run import Checkpoint, Eval, Log, Memory, Parallel
 from ftlib.sections.sizes import Context, Init, Sizes
@@ -16,6 +17,6 @@ from ftlib.sections.train import Train
 
 __all__ = [
     "Batch", "Checkpoint", "Context", "Data", "Diffusion", "Distill", "Dpo", "Eval", "Init", "Log", "Lora",
-    "Loss", "Memory", "Model", "Optim", "Parallel", "Reward", "Schedule", "Sizes", "Source", "Stream",
-    "Tokenizer", "Train",
+    "Loss", "Memory", "Model", "Optim", "Parallel", "Qat", "Reward", "Rounding", "Schedule", "Sizes", "Source",
+    "Stream", "Tokenizer", "Train",
 ]

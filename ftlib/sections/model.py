@@ -13,8 +13,7 @@ class Model:
     path: LocalOrHub  # folder in Hugging Face layout, a Hub id `org/name` or `org/name@revision`, or `ftlib:demo/model`
     code: MaybeFile | None = None  # `my_model.py:Decoder`: your own decoder class in place of the library's
     quantize: Literal["nf4", "int8", "fp8"] | None = None  # the frozen matrices below an adapter, as they are loaded
-    # products of the blocks in 8-bit floats, forward and backward, a scale a tensor or a row; H100 or later
-    fp8: Literal["tensorwise", "rowwise"] | None = None
+    fp8: Literal["tensorwise", "rowwise"] | None = None  # products of the blocks in 8-bit floats; H100 or later
     fp8_smallest: int = 1024  # layers with fewer inputs or outputs keep their dtype: they would lose by it
     attention: Literal["auto", "reference", "sdpa", "varlen", "flex", "flash4"] = "auto"  # attention backend
 
