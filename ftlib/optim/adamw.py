@@ -36,6 +36,7 @@ class AdamW(Update):
         self.states, self.stochastic = states, stochastic
         parameters = (p for group in self.param_groups for p in group["params"])
         self._number = {p: i for i, p in enumerate(parameters)}
+        self._packed = 2 if states == "int4" else 1  # codes in a byte
         self._known: dict[tuple, Tensor] = {}  # scalars of this step, on their device
 
     def update(self, group: Group) -> None:
@@ -60,8 +61,10 @@ class AdamW(Update):
         move = mover(kind, block, rounds, p.is_cuda)
         books = [book(kind, signed, part.device) for signed in MOMENTS.values()] if kind else []
         where = self._where(p, state["step"]) if rounds else []
-        flat = [x.view(-1) for x in (part, *slots)]
-        move(flat[0], local_gradient(p).reshape(-1), flat[1:], books, self._terms(group, state["step"], p), where)
+        shapes = [(-1, block), (-1, block // self._packed), (-1,)] if kind else [(-1, 1)] * 3
+        slots = [x.view(shapes[1 + i % 2]) for i, x in enumerate(slots)]
+        grad = local_gradient(p).reshape(shapes[0])
+        move(part.view(shapes[0]), grad, slots, books, self._terms(group, state["step"], p), where)
 
     def _block(self, p: Tensor) -> int:
         """Numbers in a block of this parameter's states; 0 where they are kept wide."""
@@ -75,13 +78,13 @@ class AdamW(Update):
         if not block:
             dtype = WIDE["fp32"] if self.states in KINDS else WIDE.get(self.states, p.dtype)
             return {"step": 0} | {name: torch.zeros_like(p, dtype=dtype) for name in MOMENTS}
-        state, width = {"step": 0}, 2 if self.states == "int4" else 1
+        state = {"step": 0}
         for name, signed in MOMENTS.items():
             part = local(p.detach())
             zeros = torch.zeros(1, block, device=p.device)
             codes, scale = encode(zeros, self.states, signed, book(self.states, signed, p.device))
             codes = codes.view(torch.uint8).repeat(part.numel() // block, 1)
-            state[f"{name}_{self.states}"] = _placed(codes.view(*part.shape[:-1], part.shape[-1] // width), p)
+            state[f"{name}_{self.states}"] = _placed(codes.view(*part.shape[:-1], part.shape[-1] // self._packed), p)
             scales = scale.repeat(part.numel() // block).view(*part.shape[:-1], part.shape[-1] // block)
             state[f"{name}_{self.states}_scale"] = _placed(scales, p)
         return state
@@ -113,9 +116,10 @@ class AdamW(Update):
 
 @cache
 def mover(kind: str, block: int, stochastic: bool, compiled: bool) -> Callable[..., None]:
-    """One step of AdamW on flat tensors in place: `move(p, gradient, slots, books, terms, where)`.
+    """One step of AdamW in place on p and gradient [blocks, block]: `move(p, gradient, slots, books, terms, where)`.
 
-    `kind` and `block` say how `slots` keep the moments ("" and 0: as they are); `AdamW` makes the other arguments.
+    `slots` are codes and scales of each moment, for `kind` "" the moments themselves, all [numbers, 1]; `AdamW` makes
+    the other arguments.
     """
 
     def move(
@@ -125,25 +129,27 @@ def mover(kind: str, block: int, stochastic: bool, compiled: bool) -> Callable[.
         wide = torch.promote_types(p.dtype, torch.float32)
         g = grad.to(wide)
         if kind:
-            shape = (-1, block // 2 if kind == "int4" else block)
-            m = decode(slots[0].view(shape), slots[1], kind, books[0]).view(-1)
-            v = decode(slots[2].view(shape), slots[3], kind, books[1]).view(-1)
+            m, v = decode(*slots[:2], kind, books[0]), decode(*slots[2:], kind, books[1])
         else:
             m, v = slots[0].to(wide), slots[1].to(wide)
         m = m + (g - m) * fresh
         v = v * keep + g * g * fresh_sq
         moved = p.to(wide) * shrink - length * m / (v.sqrt() / bias + eps)
-        if kind:
-            for i, (x, signed) in enumerate(((m, True), (v, False))):
-                codes, scale = encode(x.view(-1, block), kind, signed, books[i])
-                slots[2 * i].copy_(codes.view(-1))
-                slots[2 * i + 1].copy_(scale)
-        else:
-            slots[0].copy_(m)
-            slots[1].copy_(v)
-        p.copy_(to_bfloat16(moved, noise(where[0], p.shape[0], where[1])) if stochastic else moved)
+        kept = (*encode(m, kind, True, books[0]), *encode(v, kind, False, books[1])) if kind else (m, v)
+        for slot, value in zip(slots, kept, strict=True):
+            slot.copy_(value)
+        p.copy_(to_bfloat16(moved, noise(where[0], p.shape, where[1])) if stochastic else moved)
 
-    return torch.compile(move, fullgraph=True, dynamic=True) if compiled else move
+    if not compiled:
+        return move
+    fused = torch.compile(move, fullgraph=True, dynamic=False)
+
+    def run(p: Tensor, grad: Tensor, slots: list[Tensor], *rest: Any) -> None:
+        for x in (p, grad, *slots):
+            torch._dynamo.maybe_mark_dynamic(x, 0)  # compiled once for matrices of any size, with blocks of this one
+        fused(p, grad, slots, *rest)
+
+    return run
 
 
 def _placed(part: Tensor, p: Tensor) -> Tensor:

@@ -7,15 +7,15 @@ from torch import Tensor
 FACTORS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 
 
-def noise(first: Tensor, count: int, key: Tensor) -> Tensor:
-    """int32 [count] in 0 … 65535, for the elements from `first` on of a tensor; `first`, `key` int32 scalars.
+def noise(first: Tensor, shape: tuple[int, int], key: Tensor) -> Tensor:
+    """int32 [rows, columns] in 0 … 65535 for the elements from `first` on of a tensor; `first`, `key` int32 scalars.
 
     A counter in place of a generator: the same for equal `key` and place, so that a run that goes on, and a tensor in
     shards, round as they would have.
     """
-    x = torch.arange(count, dtype=torch.int32, device=key.device) + first
-    x = _mixed(x) ^ key
-    return _mixed(x) & 0xFFFF
+    rows, columns = (torch.arange(n, dtype=torch.int32, device=key.device) for n in shape)
+    x = rows[:, None] * shape[1] + columns + first
+    return _mixed(_mixed(x) ^ key) & 0xFFFF
 
 
 def to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
