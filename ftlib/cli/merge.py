@@ -3,7 +3,8 @@
     tune merge MODEL ADAPTER OUT
     tune merge MODEL output/run/checkpoints/step_000100 OUT      any checkpoint of a run on MODEL, LoRA or full
 
-The sum is computed in float32 and stored in the precision of MODEL.
+The sum is computed in float32 and stored in the precision of MODEL. An adapter that was trained on a quantized base has
+learned to make up for what that lost: with --quantize it is merged into that very base.
 """
 
 import os
@@ -20,11 +21,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="the base: a folder, a Hub id or ftlib:demo/model")
     parser.add_argument("adapter", metavar="ADAPTER", help="a LoRA adapter in PEFT format, or a run's checkpoint")
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--quantize", choices=("nf4", "int8", "fp8"), help="model.quantize of the adapter's run")
     args = parser.parse(argv)
     out = Path(os.path.expanduser(args.out))
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists and stays as it is", fix="name a folder that does not exist yet, or is empty")
-    from ftlib import models  # imports torch: a wrong argument answers at once
+    from ftlib import models, quant  # imports torch: a wrong argument answers at once
     from ftlib.adapters import merge
     from ftlib.checkpoint.final import publish, staging
     from ftlib.cli import checkpoints, loading
@@ -34,12 +36,14 @@ def main(argv: Sequence[str]) -> int:
     if checkpoints.is_checkpoint(checkpoint):
         base = hub.resolve(args.model)
         model = models.from_pretrained(base, dtype=loading.stored_dtype(base))
+        quant.round_through(model, args.quantize)
         count = merge.merge_into(model) if checkpoints.fill(model, checkpoint) else None
         tokenizer = checkpoints.tokenizer(checkpoint, base)
         said = f"{checkpoint} of {base} -> {out}" + (f", {count} adapted layers merged" if count else "")
     else:
         base, adapter = loading.find(args.model, args.adapter)
         model, tokenizer = loading.load(base, adapter, dtype=loading.stored_dtype(base), device="cpu")
+        quant.round_through(model, args.quantize)
         said = f"merged {merge.merge_into(model)} layers of {adapter} into {base} -> {out}"
     folder = staging(out)
     models.save_pretrained(model, folder)

@@ -69,6 +69,7 @@ class Stored(Protocol):
     dtype: torch.dtype
 
     def fill(self, weight: Tensor) -> None: ...
+    def dequantize(self) -> Tensor: ...
 
 
 def base_state(model: LanguageModel) -> dict[str, Tensor | Stored]:

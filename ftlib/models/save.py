@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ftlib.models import keys
 from ftlib.models.language_model import LanguageModel
-from ftlib.models.load import base_state
+from ftlib.models.load import Stored, base_state
 
 SHARD_BYTES = 5 * 1024**3
 Tensors = Iterator[tuple[str, Tensor]]
@@ -72,8 +72,8 @@ def hf_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
             yield key, opened.get_tensor(key)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
+def _whole(tensor: Tensor | Stored) -> Tensor:
+    tensor = (tensor if isinstance(tensor, Tensor) else tensor.dequantize()).detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 
 

@@ -119,6 +119,16 @@ def hold(model: nn.Module, form: str) -> int:
     return replace(model, lambda linear: QuantizedLinear(linear, form), lambda linear: not hasattr(linear, "base"))
 
 
+@torch.no_grad()
+def round_through(model: nn.Module, form: str | None) -> None:
+    """Give every linear layer in the blocks of a model with plain weights those that `form`, if there is one, keeps of
+    them: the base that an adapter saw, where it was trained on a quantized one."""
+    for linear in model.model.layers.modules():
+        if form is not None and isinstance(linear, Linear):
+            parts = FORMATS[form].quantize(linear.weight)
+            linear.weight.copy_(FORMATS[form].dequantize(*parts.values(), linear.weight.dtype))
+
+
 @torch.library.custom_op("ftlib::frozen_linear", mutates_args=())
 def _frozen_linear(x: Tensor, parts: Sequence[Tensor], form: str, out: int) -> Tensor:
     return F.linear(x, FORMATS[form].dequantize(*parts, x.dtype))

@@ -6,17 +6,22 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from parity.shrink import reference, relative, shrunk
 
 from ftlib import models
-from ftlib.adapters import lora
+from ftlib.adapters import lora, peft_format
 from ftlib.cli import main as tune
 from ftlib.kernels import nf4
+from ftlib.models import load
 from ftlib.quant import FORMATS, QuantizedLinear, hold, note
 from ftlib.sections import Lora
 
 RUN = ["recipes/lora_sft.py", "--config", "configs/demo_lora.yaml", "eval.exact_match=0", "data.eval=8", "batch.rows=2"]
 RUN += ["batch.micro_rows=2", "data.seq_len=128", "steps=6", "checkpoint.every=3"]
 
+QUICK = pytest.mark.parametrize(
+    "form", [form if form == "nf4" else pytest.param(form, marks=pytest.mark.slow) for form in ("nf4", "int8", "fp8")]
+)
 
 def drawn(out, dim, seed=0):
     return torch.randn(out, dim, generator=torch.Generator().manual_seed(seed))
@@ -105,14 +110,50 @@ def test_adapters_see_the_quantized_weight():
     assert "28 matrices in int8" in note(model)[0]
 
 
+@QUICK
+def test_exported_with_its_quantized_base(form, tmp_path):
+    """transformers computes what was trained: the base as it was kept, and with the adapter merged into it."""
+    from transformers import AutoModelForCausalLM
+
+    config = shrunk("llama-3.2-1b", head_dim=16, intermediate_size=128)
+    reference(config).save_pretrained(tmp_path / "base")
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    model = load.build(tmp_path / "base", torch.float32)
+    weights = load.check_weights(model, tmp_path / "base")
+    hold(model, form)
+    lora.attach(model, "all-linear", rank=4)
+    model.to_empty(device="cpu")
+    model.tie()
+    load.load_weights(model, weights)
+    lora.reset(model, 0)
+    ids = torch.arange(3, 30)[None]
+
+    def theirs(folder):
+        with torch.no_grad():
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+    models.save_pretrained(model, tmp_path / "kept")
+    with torch.no_grad():
+        kept = model.logits(ids)
+        assert relative(theirs(tmp_path / "kept"), kept) < 1e-5 < relative(theirs(tmp_path / "base"), kept)
+        for _, _, factors in lora.adapted(model):
+            factors.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        trained = model.logits(ids)
+    peft_format.save(model, tmp_path / "adapter", base=str(tmp_path / "base"))
+    words = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "merged")]
+    shutil.copytree("ftlib/assets/demo/model", tmp_path / "base", dirs_exist_ok=True, ignore=lambda folder, names: [
+        name for name in names if not name.startswith(("tokenizer", "special"))
+    ])  # fmt: skip
+    assert tune([*words, "--quantize", form]) == 0
+    assert relative(theirs(tmp_path / "merged"), trained) < 1e-5
+
+
 def losses(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize(
-    "form", [form if form == "nf4" else pytest.param(form, marks=pytest.mark.slow) for form in ("nf4", "int8", "fp8")]
-)
+@QUICK
 def test_training_and_resuming_to_the_bit(form, tmp_path, capsys):
     one, plain = tmp_path / "one", tmp_path / "plain"
     assert tune(["run", *RUN, f"model.quantize={form}", f"output_dir={one}"]) == 0
