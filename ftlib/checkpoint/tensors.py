@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -31,7 +32,14 @@ def reshard(model: nn.Module) -> None:
     While they are there, `named_parameters` gives them, in the dtype of the arithmetic, in place of what is trained.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if not isinstance(module, FSDPModule):
+            continue
+        module.reshard()
+        if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            # torch 2.11 still waits for the head to be called, whose weight is read instead (nothing public ends that).
+            state = module._get_fsdp_state()
+            state._modules_to_run_forward.clear()
+            state._fsdp_param_group._training_state = TrainingState.IDLE
             module.reshard()
 
 
