@@ -8,6 +8,7 @@ import torch
 
 from ftlib.data import Documents, Loader, eval_batches
 from ftlib.data.documents import SourceInfo
+from ftlib.data.loader import AHEAD
 from ftlib.errors import UserError
 from ftlib.layers.batch import Batch, Layout
 
@@ -198,3 +199,13 @@ def test_loss_of_packed_documents_equals_each_alone():
             if key != PAD:
                 torch.testing.assert_close(y, alone[key][0], rtol=1e-12, atol=1e-12)
                 torch.testing.assert_close(grad, alone[key][1], rtol=1e-12, atol=1e-12)
+
+
+def test_steps_are_made_while_a_step_is_trained_on():
+    loader = make_loader(make_documents())
+    next(loader)
+    made = list(loader._made)
+    assert len(made) == AHEAD
+    for step in made:  # without being asked for
+        assert step.result(timeout=60)[0].micro_batches
+    assert next(loader) is made[0].result()[0]
