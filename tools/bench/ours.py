@@ -65,7 +65,7 @@ def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
         loss=Loss(),
         output_dir=folder,
         parallel=Parallel(),
-        optim=Optim(lr=1e-4, max_grad_norm=None),
+        optim=optimizer_of(work),
         from_scratch=True,
         dtype="bf16",
         seed=0,
@@ -91,6 +91,12 @@ def memory(work: dict) -> Memory:
     if work.get("budget_gib"):
         return Memory(budget_gib=work["budget_gib"])
     return Memory(recompute=work["recompute"], offload=work.get("offload", False), tiled_mlp=work.get("tiled_mlp", 0))
+
+
+def optimizer_of(work: dict) -> Optim:
+    """AdamW as the peers have it, or what was asked for."""
+    asked = {key: work[key] for key in ("states", "rounding", "in_backward") if key in work}
+    return Optim(name=work.get("optimizer", "adamw"), lr=1e-4, max_grad_norm=None, **asked)
 
 
 def hugging_face_name(name: str) -> str:
