@@ -6,13 +6,13 @@ from typing import Any
 
 from ftlib.checkpoint import Saver, State, StopFlag, stop_agreed
 from ftlib.checkpoint.agree import Ranks
-from ftlib.checkpoint.tensors import reshard
 from ftlib.errors import Stopped, UserError
 from ftlib.observe import sinks
 from ftlib.observe.output import Output
 from ftlib.observe.profile import StepProfile
 from ftlib.optim import schedule_free
 from ftlib.parallel import pulse
+from ftlib.parallel.apply import reshard
 
 
 def check(cfg: Any) -> None:

@@ -22,6 +22,7 @@ from ftlib.checkpoint.agree import Ranks, exchange, together, wire_device
 from ftlib.checkpoint.background import Background
 from ftlib.checkpoint.verify import newest_good, read_state, verify
 from ftlib.errors import UserError
+from ftlib.parallel.apply import reshard
 from ftlib.parallel.run import reseed
 from ftlib.sections import Checkpoint
 
@@ -157,7 +158,7 @@ class Saver:
 
     def _everything(self, state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All live tensors that a checkpoint holds, and the optimizer's plain numbers."""
-        tensors.reshard(state.model)
+        reshard(state.model)
         slots, numbers = tensors.optimizer_state(state.model, state.optimizers)
         return tensors.model_tensors(state.model) | slots, numbers
 
@@ -220,7 +221,7 @@ class Saver:
         return None if best is None else format.step_name(best["step"])
 
     def _fill(self, name: str, state: State) -> int:
-        tensors.reshard(state.model)
+        reshard(state.model)
         with together(self.run, f"reading {name}"):
             broken = verify(self.root / name) if self.run.is_main else None
             if broken:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -24,23 +22,6 @@ from ftlib.errors import UserError
 
 FILE_BYTES = 512 << 20  # of one file: each is built in host memory before it is written, and checked in parallel
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # recompute and compile put these into names
-
-
-def reshard(model: nn.Module) -> None:
-    """Give up the whole copies of sharded weights that a forward without backward (an evaluation) left behind.
-
-    While they are there, `named_parameters` gives them, in the dtype of the arithmetic, in place of what is trained.
-    """
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        module.reshard()
-        if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
-            # torch 2.11 still waits for the head to be called, whose weight is read instead (nothing public ends that).
-            state = module._get_fsdp_state()
-            state._modules_to_run_forward.clear()
-            state._fsdp_param_group._training_state = TrainingState.IDLE
-            module.reshard()
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from ftlib.adapters.lora import adapted
 from ftlib.errors import UserError
 from ftlib.models import LanguageModel
+from ftlib.parallel.apply import reshard
 
 
 class Gathered:
@@ -37,9 +38,7 @@ class Gathered:
     @torch.no_grad()
     def refresh(self) -> None:
         """Weights as they are now, one after the other; adapters folded in in float32, rounded once."""
-        for module in self.source.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what a forward left whole may be older than its parts
+        reshard(self.source)  # what a forward left whole may be older than its parts
         folded = {key: factors for key, _, factors in adapted(self.source, self.name)}
         for key, module in self._modules():
             target = self.model.get_submodule(key)

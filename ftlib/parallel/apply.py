@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.tensor import DTensor
 
 from ftlib.parallel import recompute, tensor
 from ftlib.parallel.run import Run
@@ -19,6 +21,23 @@ def apply(model: nn.Module, run: Run, memory: Memory, dtype: torch.dtype) -> Non
     recompute.use(model, memory, run.device)
     if run.dense["fsdp"].size() > 1:  # copies that are not sharded: ftlib.parallel.replicas
         _shard(model, run, dtype)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up the whole copies of sharded weights that a forward without backward (an evaluation) left behind.
+
+    While they are there, `named_parameters` gives them, in the dtype of the arithmetic, in place of what is trained.
+    """
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        module.reshard()
+        if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            # torch 2.11 still waits for the head to be called, whose weight is read instead (nothing public ends that).
+            state = module._get_fsdp_state()
+            state._modules_to_run_forward.clear()
+            state._fsdp_param_group._training_state = TrainingState.IDLE
+            module.reshard()
 
 
 def _shard(model: nn.Module, run: Run, dtype: torch.dtype) -> None:
