@@ -4,15 +4,18 @@ import json
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ftlib import optim
-from ftlib.sections import Optim
+from ftlib.checkpoint import Saver, State
+from ftlib.sections import Checkpoint, Optim
 
 torch.set_num_threads(1)
 NAMES = ("adamw", "muon", "dion", "lion", "adafactor", "ademamix", "schedule_free")
@@ -43,20 +46,43 @@ def train(name, place):
     return {name: whole(p.detach()) for name, p in made.named_parameters()}
 
 
-def train_low(states, place):
-    """Weights in bfloat16 and the states of one matrix, whose blocks no shard cuts."""
+def train_low(states, place, steps=4):
+    """A model in bfloat16 with a matrix whose blocks no shard cuts, and its optimizer."""
     generator, made = torch.Generator().manual_seed(0), nn.Module()
     for name, shape in {"large": (9, 512), "vector": (5,)}.items():
         start = torch.randn(shape, generator=generator).bfloat16()
         made.register_parameter(name, nn.Parameter(place(start)))
     optimizer = optim.build(made, Optim(lr=0.05, weight_decay=0.1, states=states.split()[0], **LOW[states]))
-    for step in range(4):
+    for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         for p in made.parameters():
             p.grad = place(torch.randn(p.shape, generator=generator).bfloat16())
         optim.step(optimizer, None)
-    kept = {name: value for name, value in optimizer.state[made.large].items() if name != "step"}
-    return {name: whole(p.detach()) for name, p in [*made.named_parameters(), *kept.items()]}
+    return State(made, optimizer, SimpleNamespace(state_dict=dict, load_state_dict=lambda saved: None))
+
+
+def held(state):
+    """Weights and the moments of the matrix, whole."""
+    kept = {name: value for name, value in state.optimizer.state[state.model.large].items() if name != "step"}
+    return {name: whole(p.detach()) for name, p in [*state.model.named_parameters(), *kept.items()]}
+
+
+def train_in_backward(mesh, rank):
+    """Layers that FSDP2 shards, moved as their gradients arrive; each process has half of the rows."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(512, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+    if mesh is not None:
+        for module in (net[0], net[2], net):
+            fully_shard(module, mesh=mesh)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    optimizer, norms = optim.build(net, Optim(lr=0.01, weight_decay=0.1, in_backward=True)), []
+    for step in range(4):
+        x = torch.randn(8, 512, generator=torch.Generator().manual_seed(step)).double()
+        (net(x if mesh is None else x.chunk(2)[rank]).square().sum() / 8).backward()
+        assert all(p.grad is None for p in net.parameters())
+        norms.append(optim.step(optimizer, None))
+    return {name: whole(p.detach()) for name, p in net.named_parameters()} | {"norms": torch.stack(norms)}
 
 
 def whole(x):
@@ -86,11 +112,18 @@ def main(rank, world, folder, meshes):
         for states in LOW:
             if kind == "fsdp_tp" and LOW[states]:
                 continue  # a part of some columns has noise of its own
-            alone = train_low(states, lambda x: x)
-            spread = train_low(states, lambda x: distribute_tensor(x, mesh, placements(kind, mesh, x.ndim)))  # noqa: B023
+            alone = held(train_low(states, lambda x: x))
+            state = train_low(states, lambda x: distribute_tensor(x, mesh, placements(kind, mesh, x.ndim)))  # noqa: B023
+            if states == "int4" and kind == "fsdp":  # for one process to go on from
+                run = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), is_main=rank == 0)
+                Saver(Checkpoint(every=1), folder / "run", run, {}).save(4, state)
+            spread = held(state)
             same = alone.keys() == spread.keys() and all(torch.equal(spread[key], alone[key]) for key in alone)
             report[f"{kind} {states}"] = 0.0 if same else 1.0
             print(kind, states, same, flush=True)
+    if meshes == ["fsdp"]:
+        alone, spread = train_in_backward(None, rank), train_in_backward(mesh, rank)
+        report["in backward"] = max(float((spread[key] - alone[key]).abs().max()) for key in alone)
     (folder / f"report_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
