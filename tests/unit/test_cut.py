@@ -10,6 +10,7 @@ from ftlib.data import Example
 from ftlib.data.masks import tokenize_all
 from ftlib.models import hub
 from ftlib.tokenizers import from_pretrained
+from ftlib.tokenizers.backends import JsonBackend
 from ftlib.tokenizers.cut import ByteCut, SpanCut, is_bytewise
 
 LETTERS = [
@@ -70,6 +71,19 @@ BYTEWISE = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}}
 def test_other_kinds_are_cut_by_characters(change):
     assert is_bytewise(BYTEWISE) and is_bytewise(BYTEWISE | {"normalizer": {"type": "NFC"}})
     assert not is_bytewise(BYTEWISE | change)
+
+
+def test_texts_that_normalisation_changes_are_cut_by_characters():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    built = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    built.normalizer, built.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend = JsonBackend(built.to_str(), "x")
+    for text, bytewise in (("ü ab", True), ("e\u0301", False), ("x\u0315\u0323", False)):  # the last: only reordered
+        cut = backend.encode_batch([text])[0]
+        assert isinstance(cut, ByteCut) == bytewise
+        spans = SpanCut(*backend.encode(text))
+        assert list(cut.ids) == list(spans.ids) and cut.between(0, 1) == spans.between(0, 1)
 
 
 def test_a_token_that_is_added_later_has_its_length():
