@@ -15,7 +15,7 @@ class ExpertFactors(LoraFactors):
     experts], the experts of one rank side by side."""
 
     def __init__(self, stack: ExpertLinear, cfg: Lora, rank: int, alpha: float, dtype: torch.dtype) -> None:
-        wrong = {"dropout": cfg.dropout > 0, "dora": cfg.dora, "init": cfg.init in ("pissa", "olora")}
+        wrong = {"dropout": cfg.dropout > 0, "dora": cfg.dora, "init": cfg.init in ("pissa", "olora", "loftq")}
         if any(wrong.values()):
             raise UserError(
                 f"lora.{next(key for key, value in wrong.items() if value)} does not work on stacked experts",

@@ -71,9 +71,12 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [N, in], sorted by expert, whose runs end at `ends` (int32 [E]). Returns [N, out]."""
-        weight = self.weight.mT if self.transposed else self.weight
-        y = grouped_linear(x, weight, ends, self.bias)
+        y = self.product(x, ends)
         return y if self.active is None else y + self.adapters[self.active](x, ends)
+
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """The same without an adapter."""
+        return grouped_linear(x, self.weight.mT if self.transposed else self.weight, ends, self.bias)
 
 
 class Experts(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -92,9 +92,11 @@ class QuantizedLinear(Linear):
         return torch.ops.ftlib.frozen_linear(x, self.base.parts, self.base.form, self.out_features)
 
 
-def replace(model: nn.Module, make: Callable[[Linear], Linear], fits: Callable[[Linear], bool]) -> int:
-    """Put `make(layer)` in place of each linear layer in the blocks that `fits`; returns how many."""
-    found = [(name, m) for name, m in model.model.layers.named_modules() if isinstance(m, Linear) and fits(m)]
+def replace(
+    model: nn.Module, make: Callable[[Any], nn.Module], fits: Callable[[Any], bool], kind: type[nn.Module] = Linear
+) -> int:
+    """Put `make(layer)` in place of each layer of `kind` in the blocks that `fits`; returns how many."""
+    found = [(name, m) for name, m in model.model.layers.named_modules() if isinstance(m, kind) and fits(m)]
     for name, linear in found:
         parent, _, leaf = name.rpartition(".")
         setattr(model.model.layers.get_submodule(parent), leaf, make(linear))
@@ -102,21 +104,26 @@ def replace(model: nn.Module, make: Callable[[Linear], Linear], fits: Callable[[
 
 
 def hold(model: nn.Module, form: str) -> int:
-    """Put QuantizedLinear in place of every linear layer in the blocks; returns how many. Load weights afterwards.
+    """Put quantized layers in place of every linear layer and stack of experts in the blocks; returns how many. Load
+    weights afterwards.
 
     `form`: a name in FORMATS. The model may be on the meta device; adapters come after.
     """
-    if any(isinstance(module, ExpertLinear) for module in model.modules()):
-        raise UserError(
-            "stacked experts are not kept quantized",
-            where="model.quantize",
-            fix="leave it out for a mixture of experts",
-        )
-    for name, linear in model.model.layers.named_modules():
-        if isinstance(linear, Linear) and linear.in_features % FORMATS[form].block:
-            what = f"layers.{name} has {linear.in_features} inputs, {form} needs a multiple of {FORMATS[form].block}"
+    from ftlib.quant.experts import QuantizedExperts  # built on this module
+
+    for name, layer in model.model.layers.named_modules():
+        if not isinstance(layer, Linear | ExpertLinear):
+            continue
+        width, block = layer.weight.shape[-1], FORMATS[form].block
+        if width % block:
+            what = f"layers.{name} has {width} inputs, {form} needs a multiple of {block}"
             raise UserError(what, where="model.quantize", fix="int8 or fp8")
-    return replace(model, lambda linear: QuantizedLinear(linear, form), lambda linear: not hasattr(linear, "base"))
+
+    def plain(layer: nn.Module) -> bool:
+        return not hasattr(layer, "base")
+
+    count = replace(model, lambda linear: QuantizedLinear(linear, form), plain)
+    return count + replace(model, lambda stack: QuantizedExperts(stack, form), plain, ExpertLinear)
 
 
 @torch.no_grad()
@@ -124,9 +131,9 @@ def round_through(model: nn.Module, form: str | None) -> None:
     """Give every linear layer in the blocks of a model with plain weights those that `form`, if there is one, keeps of
     them: the base that an adapter saw, where it was trained on a quantized one."""
     for linear in model.model.layers.modules():
-        if form is not None and isinstance(linear, Linear):
-            parts = FORMATS[form].quantize(linear.weight)
-            linear.weight.copy_(FORMATS[form].dequantize(*parts.values(), linear.weight.dtype))
+        if form is not None and isinstance(linear, Linear | ExpertLinear):
+            rows = linear.weight.flatten(0, -2)
+            rows.copy_(FORMATS[form].dequantize(*FORMATS[form].quantize(rows).values(), rows.dtype))
 
 
 @torch.library.custom_op("ftlib::frozen_linear", mutates_args=())

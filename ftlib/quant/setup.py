@@ -96,7 +96,7 @@ def note(model: nn.Module) -> list[str]:
     """What a run says: how many matrices are kept how, and in how many bits a weight; how many products run in fp8."""
     lines = []
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    held = [module.base for module in linears if isinstance(module, frozen.QuantizedLinear)]
+    held = [module.base for module in model.modules() if hasattr(module, "base")]
     if held:
         size = sum(part.numel() * part.element_size() for base in held for part in base.parts)
         bits = 8 * size / sum(base.shape.numel() for base in held)

@@ -13,7 +13,7 @@ from ftlib.adapters import lora, peft_format
 from ftlib.cli import main as tune
 from ftlib.kernels import nf4
 from ftlib.models import load
-from ftlib.quant import FORMATS, QuantizedLinear, hold, note
+from ftlib.quant import FORMATS, QuantizedLinear, hold, note, round_through
 from ftlib.sections import Lora
 
 RUN = ["recipes/lora_sft.py", "--config", "configs/demo_lora.yaml", "eval.exact_match=0", "data.eval=8", "batch.rows=2"]
@@ -146,6 +146,55 @@ def test_exported_with_its_quantized_base(form, tmp_path):
     ])  # fmt: skip
     assert tune([*words, "--quantize", form]) == 0
     assert relative(theirs(tmp_path / "merged"), trained) < 1e-5
+
+
+def test_operator_of_stacks_is_sound():
+    """Fake tensors, compiled code and gradients of torch.ops.ftlib.frozen_grouped_linear."""
+    x, ends = drawn(6, 8).requires_grad_(), torch.tensor([2, 2, 6], dtype=torch.int32)
+    for transposed, shape in ((False, [3, 5, 8]), (True, [3, 8, 5])):
+        parts = list(FORMATS["int8"].quantize(drawn(shape[0] * shape[1], shape[2])).values())
+        operands = (x, ends, drawn(3, 5), parts, "int8", shape, transposed)
+        torch.library.opcheck(torch.ops.ftlib.frozen_grouped_linear.default, operands)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("mixtral-8x7b", "nf4"), ("gpt-oss-20b", "int8"),
+        pytest.param("qwen3-30b-a3b", "nf4", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_stacked_experts(name, form, tmp_path):
+    """Loaded into few bits they compute, forward and backward, as the plain stacks they stand for."""
+    config = shrunk(name, intermediate_size=64, moe_intermediate_size=64)
+    if "head_dim" in config:
+        config["head_dim"] = 16
+    reference(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids, found = torch.arange(3, 30)[None], []
+    for quantized in (True, False):
+        model = load.build(tmp_path, torch.float32)
+        weights = load.check_weights(model, tmp_path)
+        count = hold(model, form) if quantized else 0
+        lora.attach(model, "all-linear", rank=4)
+        model.to_empty(device="cpu")
+        model.tie()
+        load.load_weights(model, weights)
+        lora.reset(model, 0)
+        if quantized:  # q, k, v, o, and two stacks
+            assert count == 6 * len(model.model.layers) and f"{count} matrices in {form}" in note(model)[0]
+        else:
+            plain = model.logits(ids).detach()
+            round_through(model, form)
+        for _, _, factors in lora.adapted(model):
+            torch.nn.init.normal_(factors.lora_B, 0, 0.1, torch.Generator().manual_seed(3))
+        logits = model.logits(ids)
+        logits.square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found.append({"logits": logits.detach(), **grads})
+    assert found[0].keys() == found[1].keys()
+    assert max(relative(found[0][name], value) for name, value in found[1].items()) < 1e-4
+    assert relative(found[0]["logits"], plain) > 1e-3
 
 
 def losses(folder):

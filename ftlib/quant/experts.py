@@ -1,0 +1,83 @@
+"""Stacks of experts whose frozen matrices are stored in fewer bits."""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ftlib.kernels.grouped_linear import grouped_linear
+from ftlib.layers.moe import ExpertLinear
+from ftlib.quant.frozen import FORMATS, FrozenWeight
+
+
+class FrozenStack(FrozenWeight):
+    """Matrices [E, rows, columns], quantized as one below the other."""
+
+    def __init__(self, shape: torch.Size, form: str, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(torch.Size((shape[0] * shape[1], shape[2])), form, device, dtype)
+        self.shape = shape
+
+    def fill(self, weight: Tensor) -> None:
+        super().fill(weight.flatten(0, 1))
+
+    def dequantize(self) -> Tensor:
+        return super().dequantize().view(self.shape)
+
+
+class QuantizedExperts(ExpertLinear):
+    """As ExpertLinear, its stack kept as `base` and made whole for each product, forward and backward."""
+
+    def __init__(self, stack: ExpertLinear, form: str) -> None:
+        nn.Module.__init__(self)
+        self.experts, self.transposed, self.bias = stack.experts, stack.transposed, stack.bias
+        self.in_features, self.out_features = stack.in_features, stack.out_features
+        weight = stack.weight
+        self.base = FrozenStack(weight.shape, form, weight.device, weight.dtype)
+        self.train(stack.training)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.dequantize()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> NoReturn:
+        raise AttributeError("a quantized weight is frozen")
+
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        base = self.base
+        return torch.ops.ftlib.frozen_grouped_linear(
+            x, ends, self.bias, base.parts, base.form, list(base.shape), self.transposed
+        )
+
+
+@torch.library.custom_op("ftlib::frozen_grouped_linear", mutates_args=())
+def _frozen_grouped(
+    x: Tensor, ends: Tensor, bias: Tensor | None, parts: Sequence[Tensor], form: str, shape: Sequence[int],
+    transposed: bool,
+) -> Tensor:  # fmt: skip
+    weight = FORMATS[form].dequantize(*parts, x.dtype).view(*shape)
+    return grouped_linear(x, weight.mT if transposed else weight, ends, bias)
+
+
+@_frozen_grouped.register_fake
+def _(
+    x: Tensor, ends: Tensor, bias: Tensor | None, parts: Sequence[Tensor], form: str, shape: Sequence[int],
+    transposed: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], shape[2 if transposed else 1])
+
+
+def _setup(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+    _, ends, _, parts, ctx.form, ctx.shape, ctx.transposed = inputs
+    ctx.save_for_backward(ends, *parts)
+
+
+def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
+    ends, *parts = ctx.saved_tensors
+    options = ctx.form, ctx.shape, not ctx.transposed  # the bias is frozen, as the stack is
+    grad_x = torch.ops.ftlib.frozen_grouped_linear(grad.contiguous(), ends, None, parts, *options)
+    return grad_x, None, None, [None] * len(parts), None, None, None
+
+
+_frozen_grouped.register_autograd(_backward, setup_context=_setup)
