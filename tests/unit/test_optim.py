@@ -9,6 +9,7 @@ from torch import nn
 from ftlib import optim
 from ftlib.optim.schedule import learning_rate
 from ftlib.sections import Optim, Schedule
+from ftlib.sections.optim import Group
 
 
 def rates(steps, **kw):
@@ -65,3 +66,10 @@ def test_step_equals_torch_adamw_by_hand():
         nn.utils.clip_grad_norm_(b.parameters(), 0.5)
         theirs.step(), theirs.zero_grad()
     assert torch.equal(a.weight, b.weight)
+
+
+def test_a_rate_is_of_a_group():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    optimizer = optim.build(model, Optim(lr=1.0, groups=(Group(match="0.weight", lr_scale=0.5),)))
+    assert optim.set_rate(optimizer, 0.2) == 0.2
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [0.1, 0.2]

@@ -191,6 +191,19 @@ def test_stochastic_rounding_is_right_on_average_and_by_place_and_time():
     assert torch.equal(to_bfloat16(exact.float(), one), exact)
 
 
+def test_each_parameter_and_step_has_noise_of_its_own():
+    model = nn.ParameterList(nn.Parameter(torch.ones(64, 64).bfloat16()) for _ in range(2))
+    optimizer, up = optim.build(model, Optim(lr=1e-3, rounding="stochastic")), []
+    for _ in range(2):
+        for p in model:
+            p.data.fill_(1)
+            p.grad = torch.full_like(p, -1)
+        optim.step(optimizer, None)
+        up += [(p > 1).float().flatten() for p in model]
+    correlated = torch.corrcoef(torch.stack(up)) - torch.eye(4)
+    assert all(0.1 < x.mean() < 0.16 for x in up) and correlated.abs().max() < 0.1  # 1e-3 of 2**-7
+
+
 def regression(dtype, **settings):
     """Last loss of a linear regression whose steps are smaller than half a bfloat16 of its weights."""
     generator = torch.Generator().manual_seed(0)
