@@ -26,7 +26,8 @@ from ftlib.observe.output import Output, trained_share
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.parallel.run import Run
-from ftlib.rl import presets, reward_model, scoring, setup
+from ftlib.rl import ahead, presets, reward_model, scoring, setup
+from ftlib.rl.ahead import Ahead
 from ftlib.rl.environments import Dialogues
 from ftlib.rl.evaluation import Held
 from ftlib.rl.log import StepLog, step_row
@@ -73,7 +74,7 @@ def check(cfg: Config, world: int = 1) -> None:
 
 
 def draw(
-    cfg: Config, step: int, prompts: PromptLoader, rollouts: Rollouts, rewards: Rewards, run: Run, note: StepLog
+    cfg: Config, step: int, prompts: PromptLoader, rollouts: Rollouts | Ahead, rewards: Rewards, run: Run, note: StepLog
 ) -> tuple[list[Sample], list[Sample]]:
     """(samples to learn from, all samples). With dynamic sampling, groups that all earn the same are replaced."""
     algorithm, share = presets.resolve(cfg.algorithm), cfg.rollout.prompts // run.data_ranks
@@ -89,8 +90,11 @@ def draw(
             sample.group += number * share
         drawn += fresh
         kept += scoring.differing(fresh, rewards, algorithm.advantage) if algorithm.dynamic_sampling else fresh
+        note.staleness = rollouts.age
         if scoring.enough(kept, cfg.rollout.group * share, run):
             break
+    following = prompts.peek()[run.data_rank * share : (run.data_rank + 1) * share]
+    rollouts.begin(following, cfg.rollout.group, (cfg.seed, step + 1, 0, run.data_rank))
     return kept[: cfg.rollout.group * share], drawn
 
 
@@ -144,27 +148,27 @@ def main(cfg: Config) -> list[dict]:
     engine = Engine(model, max_batch=cfg.rollout.max_batch, adapter="gathered" if setup.shared(run) else "live")
     rollouts = Rollouts(cfg.rollout, engine, tokenizer, dialogues)
     evaluate = Held(cfg.eval, sets.eval, rollouts, rewards, algorithm, run)
+    drawing = ahead.rollouts(cfg, rollouts, model, output.counters, run)
     pages, boundary = Pages(cfg, run, output, done), Boundary(cfg, run, steps, evaluate, output, saver, state)
 
-    with rewards, dialogues, output.begin(done, sets.report), boundary:
-        for line in (f"training: {trained_share(model)}", *presets.formula(cfg.algorithm, cfg.rollout)):
-            output.say(line)
+    said = [*sets.report, f"training: {trained_share(model)}", *presets.formula(cfg.algorithm, cfg.rollout)]
+    with rewards, dialogues, drawing, output.begin(done, said), boundary:
         if done == 0:
             boundary.score(0)
 
         for step in range(done + 1, steps + 1):
             note = StepLog()
-            samples, drawn = draw(cfg, step, prompts, rollouts, rewards, run, note)
+            samples, drawn = draw(cfg, step, prompts, drawing, rewards, run, note)
             engine.release()  # the update has the memory of keys and values
             with note.clock("logprobs"):
-                needs_old = cfg.rollout.minibatches > 1 or algorithm.token_advantages
-                setup.look_back(cfg, samples, model, reference, needs_old, tokenizer.filler_id, run)
+                setup.look_back(cfg, samples, model, reference, tokenizer.filler_id, run)
             scoring.give_advantages(samples, scoring.gather(samples, rewards, run), algorithm, run)
             lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             with note.clock("train"):
                 loss, grad_norm = learn(cfg, samples, model, optimizer, tokenizer.filler_id, run, note, pages)
             with note.clock("sync"):
                 engine.refresh()  # on whole models it draws with the trainer's own weights: there is nothing to copy
+                drawing.settle()
             tokens, row = step_row(note, drawn, rewards, algorithm, reference.exists, run)
             output.step(step, loss, grad_norm, lr, tokens, row)
             pages.write(step, drawn, rewards.names)

@@ -106,6 +106,13 @@ class PromptLoader:
                 self._epoch, self._next = self._epoch + 1, 0
         return found
 
+    def peek(self) -> list[Prompt]:
+        """The next step's prompts, left where they are."""
+        place = self.state_dict()
+        found = next(self)
+        self.load_state_dict(place)
+        return found
+
     def steps_per_epoch(self) -> float:
         """Optimizer steps of the first epoch."""
         return len(self._order(0)) / self.per_step

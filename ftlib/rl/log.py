@@ -21,6 +21,7 @@ class StepLog:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.staleness = 0  # updates between the weights that drew and those that learn
         self._sums: Tensor | None = None
         self._most: Tensor | None = None
         self._first: Tensor | None = None
@@ -106,7 +107,7 @@ def step_row(
     """(tokens drawn in a step, its row of metrics), over all processes. Collective."""
     everyone = gather(drawn, rewards, run)
     row = reward_row(everyone, rewards.names, algorithm) | note.row(run, has_reference)
-    row |= counts_row(drawn, rewards, run) | {"staleness": 0}  # the weights that drew are those that learn
+    row |= counts_row(drawn, rewards, run) | {"staleness": note.staleness}
     return int(everyone.scores.lengths.sum()), row
 
 

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from ftlib.data.prompts import Prompt
 from ftlib.generation import Engine, SamplingParams
+from ftlib.generation.remote import RemoteEngine
 from ftlib.rl.environments import Dialogues
 from ftlib.rl.samples import Sample
 from ftlib.sections.rl import Rollout
 from ftlib.tokenizers import Tokenizer
 
 TURNS, ROUNDS, RANKS = 64, 64, 1 << 16  # room for each in a seed
+Place = tuple[int, int, int, int]  # (seed, step, round, rank)
 
 
 class Rollouts:
@@ -19,12 +21,12 @@ class Rollouts:
     share draws. Sampling is from the whole distribution at the temperature; `greedy` is for evaluation.
     """
 
-    def __init__(self, cfg: Rollout, engine: Engine, tokenizer: Tokenizer, dialogues: Dialogues) -> None:
+    age = 0  # updates between the weights that drew and those that learn
+
+    def __init__(self, cfg: Rollout, engine: Engine | RemoteEngine, tokenizer: Tokenizer, dialogues: Dialogues) -> None:
         self.cfg, self.engine, self.tokenizer, self.dialogues = cfg, engine, tokenizer, dialogues
 
-    def __call__(
-        self, prompts: Sequence[Prompt], n: int, place: tuple[int, int, int, int], greedy: bool = False
-    ) -> list[Sample]:
+    def __call__(self, prompts: Sequence[Prompt], n: int, place: Place, greedy: bool = False) -> list[Sample]:
         """Groups are numbered from 0 in the order of `prompts`."""
         seed, step, number, rank = place
         seed = ((seed * 1_000_003 + step) * ROUNDS + number) * RANKS + rank
@@ -37,6 +39,18 @@ class Rollouts:
         if self.dialogues.any:
             self._go_on(samples, seed * TURNS, greedy)
         return samples
+
+    def begin(self, prompts: Sequence[Prompt], n: int, place: Place) -> None:
+        """Nothing: what is asked is drawn when it is needed (`ftlib.rl.ahead` draws before)."""
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
+
+    def __enter__(self) -> "Rollouts":
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        """There is no process to end."""
 
     def _go_on(self, samples: list[Sample], seed: int, greedy: bool) -> None:
         """Further turns of those that something answers."""

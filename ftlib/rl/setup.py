@@ -16,7 +16,7 @@ from ftlib.errors import Problems, UserError
 from ftlib.kernels.linear_logprobs import linear_logprobs
 from ftlib.models import LanguageModel
 from ftlib.parallel.run import Run, sizes
-from ftlib.rl import environments, reward_model
+from ftlib.rl import ahead, environments, reward_model
 from ftlib.rl.presets import Resolved, resolve
 from ftlib.rl.rewards import run as rewards
 from ftlib.rl.samples import Micro, Sample, idle, log_probabilities, pack
@@ -118,16 +118,21 @@ def shared(run: Run) -> bool:
 
 @torch.no_grad()
 def look_back(
-    cfg: Any, samples: Sequence[Sample], policy: LanguageModel, reference: Reference, needs_old: bool, pad_id: int,
-    run: Run,
-) -> None:  # fmt: skip
-    """Fill `old` (when it is needed) and `ref` (when there is one) of every sample, before the first update on them."""
+    cfg: Any, samples: Sequence[Sample], policy: LanguageModel, reference: Reference, pad_id: int, run: Run
+) -> None:
+    """Fill `old` (when it is needed) and `ref` (when there is one) of every sample, before the first update on them.
+
+    Completions of older weights are compared with the probabilities that they were drawn with.
+    """
     micros = micro_batches(cfg, samples, pad_id, run)
 
     def of(model: LanguageModel) -> Callable[[Micro], Tensor]:
         return lambda micro: score_tokens(model, micro, cfg.rollout.temperature)
 
-    if needs_old:
+    if cfg.rollout.staleness:
+        for sample in samples:
+            sample.old = sample.engine
+    elif cfg.rollout.minibatches > 1 or resolve(cfg.algorithm).token_advantages:
         for sample, values in zip(samples, log_probabilities(samples, micros, of(policy)), strict=True):
             sample.old = values
     if reference.exists:
@@ -165,6 +170,8 @@ def _check_algorithm(cfg: Any, world: int) -> None:
         wrong("completions are compared with others of their prompt, and there are none", "rollout.group", fix)
     if algorithm.advantage == "gdpo" and len(cfg.rewards) < 2:
         wrong("gdpo sets several rewards on one scale", "rewards", "name two or more, or take algorithm.preset=grpo")
+    if cfg.rollout.staleness:
+        problems += ahead.problems(cfg, world)
     if algorithm.dynamic_sampling and taught:
         wrong("a teacher leaves no groups to choose from", "algorithm.dynamic_sampling", "leave it out")
     if algorithm.kl_in == "reward" and algorithm.kl_coef and algorithm.advantage != "whiten":

@@ -78,6 +78,7 @@ class Rollout:
     temperature: float = 1.0
     max_batch: int = 256  # completions that the engine works on at a time
     minibatches: int = 1  # optimizer updates on one set of completions
+    staleness: Literal[0, 1] = 0  # 1: a process on the next GPU draws for the next step while this one is learned from
     max_rounds: int = 4  # dynamic sampling: attempts to fill a step with groups that differ
     mismatch_warn: float = 0.01  # mean difference of log-probabilities between engine and trainer in the first step
     mismatch_abort: float = 0.05  # a greater one ends the run

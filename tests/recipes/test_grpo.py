@@ -314,6 +314,8 @@ def test_checked_before_a_run(toy, tmp_path, capsys):
         "preset": ({"algorithm": {"preset": "grop"}}, "did you mean 'grpo'"),
         "mesh": ({"parallel": {"tp": 2}}, "whole model"),
         "mesh of the judge": ({"rewards": [{"model": str(toy)}]}, "would have to score together"),
+        "mesh ahead": ({"rollout": {"staleness": 1}}, "starts the one that draws"),
+        "ahead": ({"rollout": {"staleness": 1}, "algorithm": {"preset": "dapo"}}, "replace others"),
         "mesh of prompts": ({"rollout": {"prompts": 3}}, "no multiple of the 2 processes"),
     }
     for name, (sections, message) in wrong.items():

@@ -12,6 +12,7 @@ from tiny_model import ROOT, losses, train, tune
 from ftlib import config, plugins
 from ftlib.errors import UserError
 from ftlib.generation import Engine
+from ftlib.generation.remote import RemoteEngine
 from ftlib.rl import presets, setup
 
 PRESETS = [name for name in presets.PRESETS if name != "distill"]
@@ -122,6 +123,24 @@ def test_a_teacher_is_learned_from_its_own_completions(toy, tmp_path):
     gaps = [row["kl"] for row in rows if "loss" in row]
     assert all(row["reward"] is None for row in rows if "loss" in row)
     assert gaps[-1] < 0.5 * gaps[0]
+
+
+def test_drawing_ahead_learns_from_weights_one_update_old_and_resumes_to_the_bit(toy, tmp_path, monkeypatch):
+    real, loads = RemoteEngine.load, []
+    monkeypatch.setattr(RemoteEngine, "load", lambda engine: loads.append(real(engine)))
+    sections = {"rollout": {"prompts": 4, "group": 4, "staleness": 1}, "checkpoint": {"every": 2}, "lora": {"rank": 4}}
+    whole = rl_toys.learn(rl_toys.settings(toy, "length", tmp_path / "whole", steps=4, **sections))
+    assert [row["staleness"] for row in whole] == [0, 1, 1, 1] and whole[0]["mismatch/max"] < 1e-4
+    assert len(loads) == 5, "weights are handed over for the first step, and in each step for the next"
+    assert whole[2]["mismatch/mean"] > 1e-4
+    still = {**sections, "rollout": {"prompts": 4, "group": 4}, "optim": {"lr": 1e-12}}
+    first = rl_toys.learn(rl_toys.settings(toy, "length", tmp_path / "still", steps=2, **still))
+    assert [row["reward"] for row in first] == [row["reward"] for row in whole[:2]], "the first weights drew for two"
+    parts = rl_toys.settings(toy, "length", tmp_path / "parts", steps=2, **sections)
+    rl_toys.learn(parts)
+    rows = rl_toys.learn({**parts, "steps": 4})
+    exact = ("loss", "reward", "grad_norm", "length/mean", "entropy", "tokens", "staleness")
+    assert [[row[k] for k in exact] for row in rows] == [[row[k] for k in exact] for row in whole]
 
 
 def on_two(toy, out, mesh, **sections):

@@ -10,6 +10,7 @@ from ftlib.adapters import lora
 from ftlib.errors import UserError
 from ftlib.generation import Engine, ReferenceEngine, SamplingParams, steps
 from ftlib.generation.pages import PAGE, Pool, PromptLayout
+from ftlib.generation.remote import RemoteEngine
 from ftlib.generation.requests import Request
 from ftlib.generation.rows import Rows
 from ftlib.layers.batch import Batch
@@ -188,6 +189,41 @@ def test_a_model_in_training_draws_without_dropout_and_goes_on_training():
     training = Engine(model).generate(PROMPTS, params)
     assert all(module.training for module in model.modules())
     assert tokens(mixed) == tokens(training) == tokens(Engine(model.eval()).generate(PROMPTS, params))
+
+
+def test_an_engine_in_another_process_draws_with_the_weights_it_was_handed():
+    model = tiny("llama-3.2-1b")
+    lora.attach(model, "all-linear", rank=2)
+    lora.reset(model, 0)
+    engine, params = RemoteEngine(model, torch.device("cpu"), 8), SamplingParams(12, seed=3)
+    try:
+        engine.load()
+        first = engine.generate(PROMPTS, params, n=2)
+        assert tokens(first) == tokens(Engine(model).generate(PROMPTS, params, n=2))
+        with torch.no_grad():
+            for _, _, factors in lora.adapted(model):
+                factors.lora_B.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+        assert tokens(engine.generate(PROMPTS, params, n=2)) == tokens(first)
+        engine.load()
+        changed = engine.generate(PROMPTS, params, n=2)
+        assert tokens(changed) == tokens(Engine(model).generate(PROMPTS, params, n=2)) != tokens(first)
+        with pytest.raises(UserError, match="an empty prompt"):
+            engine.generate([[]], params)
+    finally:
+        engine.close()
+
+
+def test_many_updates_of_a_merged_copy_leave_the_base_as_it_was_and_do_not_drift():
+    model = tiny("llama-3.2-1b")
+    lora.attach(model, "all-linear", rank=2)
+    lora.reset(model, 0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    engine, params = Engine(model, adapter="merged"), SamplingParams(12, temperature=0)
+    first = engine.generate(PROMPTS, params)
+    for _ in range(100):
+        engine.refresh()
+    assert tokens(engine.generate(PROMPTS, params)) == tokens(first)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_an_adapter_that_is_more_than_factors_is_not_merged():

@@ -90,7 +90,7 @@ def one(cfg, step, prompts, model, optimizer, engine, rollouts, rewards, algorit
         sample.rewards = [float(number % 2)]
     engine.release()
     with note.clock("logprobs"):
-        setup.look_back(cfg, samples, model, setup.Reference(cfg, model, algorithm, run), False, 0, run)
+        setup.look_back(cfg, samples, model, setup.Reference(cfg, model, algorithm, run), 0, run)
     everyone = scoring.gather(samples, rewards, run)
     scoring.give_advantages(samples, everyone, algorithm, run)
     with note.clock("train"):
