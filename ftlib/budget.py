@@ -42,9 +42,9 @@ def check(cfg: Any, world: int) -> None:
     if cfg.memory.budget_gib is None:
         return
     problems = (
-        (not torch.cuda.is_available(), "it is measured on a GPU, and there is none here"),
-        (world > 1, "it is measured by one process, and this run has several"),
-        (not hasattr(cfg, "loss"), "its trial is a step of next-token training, and this recipe takes others"),
+        (not torch.cuda.is_available(), "a budget is measured on a GPU, and there is none here"),
+        (world > 1, "a budget is measured by one process, and this run has several"),
+        (not hasattr(cfg, "loss"), "the trial is a step of next-token training, and this recipe takes others"),
     )
     fix = "leave it out and set memory.recompute, memory.offload or memory.tiled_mlp"
     found = [str(UserError(what, where="memory.budget_gib", fix=fix)) for wrong, what in problems if wrong]

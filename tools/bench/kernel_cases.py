@@ -230,8 +230,9 @@ def packed_attention(heads: int, kv: int, width: int, tokens: int) -> Case:
         at = torch.arange(tokens, device=q.device)
         owner = torch.searchsorted(cu, at, right=True)
         mask = (owner[:, None] == owner) & (at[:, None] >= at)
+        k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))  # with a mask, grouped heads have no fast kernel
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
         return varlen_attention(q, k, v, cu, longest, width**-0.5, None)

@@ -136,8 +136,8 @@ def finished(metrics: Path, step: int) -> bool:
 
 
 def graphs(cache: Path) -> set[Path]:
-    """Compiled graphs in the cache."""
-    return {path for path in (cache / "fxgraph").rglob("*") if path.is_file()}
+    """Compiled graphs in the cache, as the compiler and as autograd files them."""
+    return {path for kind in ("fxgraph", "aotautograd") for path in (cache / kind).rglob("*") if path.is_file()}
 
 
 if __name__ == "__main__":
