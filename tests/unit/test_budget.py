@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._functorch.config
 from parity.shrink import published
 
 from ftlib import budget
@@ -128,6 +129,7 @@ def test_a_run_that_goes_on_repeats_what_was_found(tmp_path, monkeypatch, capsys
     assert seen[-2:] == [alternating, [False] * layers] and trained[-1] == alternating
 
 
+@torch._functorch.config.patch(activation_memory_budget=1.0, aggressive_recomputation=False)  # undone afterwards
 def test_a_setting_can_be_put_in_place_of_another(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(published("qwen3-0.6b") | {"num_hidden_layers": 2}))
     model, cpu = load.build(tmp_path, torch.float32), torch.device("cpu")
