@@ -26,11 +26,16 @@ def product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: tor
 
     `fast`: sums may be kept in fewer bits than float32's.
     """
-    if a.device.type != "cuda":
+    if not _native(a):
         return ((a.float() * a_scales) @ (b.float() * b_scales).T).to(dtype)
     out = torch.bfloat16 if a_scales.numel() > 1 else dtype  # all that is there for scales by row
     scales = {"scale_a": a_scales, "scale_b": b_scales.t()}
-    return torch._scaled_mm(a, b.t(), **scales, out_dtype=out, use_fast_accum=fast).to(dtype)
+    a, b = a.contiguous(), b.contiguous().t()  # by rows and by columns: casts of transposed operands are neither
+    return torch._scaled_mm(a, b, **scales, out_dtype=out, use_fast_accum=fast).to(dtype)
+
+
+def _native(x: Tensor) -> bool:
+    return x.device.type == "cuda"
 
 
 class _Trained(torch.autograd.Function):
@@ -48,7 +53,7 @@ class _Trained(torch.autograd.Function):
         rows, kind = ctx.rows, E4M3 if ctx.rows else E5M2
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(*cast(grad, rows, kind), *cast(weight.t().contiguous(), rows), x.dtype, False)
+            grad_x = product(*cast(grad, rows, kind), *cast(weight.t(), rows), x.dtype, False)
         if ctx.needs_input_grad[1]:
             short = -len(x) % MULTIPLE  # tokens are what is summed over here
             left, right = (F.pad(t.t(), (0, short)) for t in (grad, x))
@@ -74,7 +79,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
         codes, scales, turned = ctx.saved_tensors
-        turned = codes.t().contiguous() if turned is None else turned.contiguous()
+        turned = codes.t() if turned is None else turned
         one = torch.ones(turned.shape[0] if ctx.rows else 1, 1, device=grad.device)
         kind = E4M3 if ctx.rows else E5M2
         grad_x = product(*cast(grad.float() * scales, ctx.rows, kind), turned, one, grad.dtype, False)

@@ -80,6 +80,34 @@ def test_a_frozen_weight_is_the_same_forward_and_backward(rows):
 
 
 @BOTH
+def test_operands_are_as_the_matrix_units_want_them(rows, monkeypatch):
+    """What torch._scaled_mm asks of a GPU's operands, and that nothing else is lost on the way to it."""
+    calls = []
+
+    def scaled_mm(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
+        assert a.is_contiguous() and b.t().is_contiguous() and not any(n % 16 for n in (*b.shape, a.shape[1]))
+        assert scale_a.is_contiguous() and scale_b.is_contiguous() and scale_a.dtype == scale_b.dtype == torch.float32
+        assert (scale_a.shape, scale_b.shape) == (((len(a), 1), (1, b.shape[1])) if rows else ((1, 1), (1, 1)))
+        assert out_dtype == torch.bfloat16 and not a.dtype == b.dtype == E5M2
+        calls.append(use_fast_accum)
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+
+    x, w = drawn(37, 64).bfloat16().requires_grad_(), drawn(48, 64, seed=1).bfloat16().requires_grad_()
+    kept = quant.FORMATS["fp8_turned"].quantize(w.detach())
+    upstream = drawn(48, 37, seed=2).bfloat16().t()  # another layout than its shape's own
+    found = []
+    for native in (False, True):
+        monkeypatch.setattr("ftlib.kernels.fp8_linear._native", lambda _, native=native: native)
+        monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+        found.append(torch.autograd.grad(fp8_linear(x, w, rows), (x, w), upstream))
+        for turned in (kept["turned"], None):
+            y = fp8_frozen_linear(x, kept["codes"], kept["scales"], turned, rows)
+            found[-1] += (y, *torch.autograd.grad(y, x, upstream))
+    assert calls == [True, False, False, True, False, True, False]
+    assert all(torch.equal(native, emulated) for emulated, native in zip(*found, strict=True))
+
+
+@BOTH
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_is_eager(frozen, rows):
     linear = Linear(64, 48, bias=True)
@@ -120,7 +148,7 @@ def test_fused_siblings_are_the_layers(rows):
             found[-1] += gradients(torch.cat(project(siblings, x), -1), x)
     gaps = [relative(ours, plain) for ours, plain in zip(*found, strict=True)]
     # The gradient of x alone: one product over all siblings' outputs has other scales than theirs apart.
-    assert max(gaps[:1] + gaps[2:-1]) < 1e-5 and max(gaps[1], gaps[-1]) < 0.05, gaps
+    assert max(gaps[:1] + gaps[2:-1]) < 1e-5 and max(gaps[1], gaps[-1]) < (0.05 if rows else 0.15), gaps
 
 
 def losses(folder):
