@@ -94,7 +94,7 @@ def one(cfg, step, prompts, model, optimizer, engine, rollouts, rewards, algorit
     everyone = scoring.gather(samples, rewards, run)
     scoring.give_advantages(samples, everyone, algorithm, run)
     with note.clock("train"):
-        RECIPE.learn(cfg, samples, model, optimizer, cfg.optim.lr, 0, run, note, quiet)[1].item()
+        RECIPE.learn(cfg, samples, model, optimizer, 0, run, note, quiet)[1].item()
     engine.refresh()
     drawn = float(everyone.scores.lengths.sum())
     row = {key: round(value, 3) for key, value in note.row(run, False).items() if key.startswith("seconds/")}
