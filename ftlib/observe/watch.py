@@ -55,7 +55,8 @@ class Watch:
         memory = self.memory
         memory["bad_in_a_row"] = memory.get("bad_in_a_row", 0) + 1
         memory["bad_steps"] = memory.get("bad_steps", 0) + 1
-        what = f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was not applied"
+        applied = "taken in part, so go on from a checkpoint" if self.cfg.in_backward else "not applied"
+        what = f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was {applied}"
         last = memory["bad_in_a_row"] >= (10 * IN_A_ROW if self.cfg.nonfinite == "skip" else IN_A_ROW)
         if self.cfg.nonfinite == "raise" or (self.cfg.nonfinite == "skip" and last):
             raise UserError(

@@ -1,8 +1,12 @@
 """How the blocks of a model trade speed for memory: what backward computes again, and in what pieces."""
 
+from contextlib import AbstractContextManager
+from functools import partial
+
 import torch
 import torch._functorch.config
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ftlib.sections import Memory
 
@@ -27,13 +31,30 @@ def use(model: nn.Module, memory: Memory, device: torch.device) -> None:
 def _compile(layers: nn.ModuleList, recompute: str) -> None:
     """Compile each block; its compiler decides what backward recomputes, and leaves out what backward never reads.
 
-    `full` keeps a block's input alone. `except_attention` keeps the output of attention too, the dearest to make again
-    (and, where they are trained, matrix products). `selective` makes elementwise results again (normalised inputs, the
-    product inside the feed-forward layer), which costs little, and keeps the outputs of matrix products and attention.
+    `full` keeps a block's input alone. `except_attention` keeps the output of attention too, the dearest to make again;
+    where matrices train, the compiler would keep every product, so there each operation is told. `selective` makes
+    elementwise results again (normalised inputs, the product inside the feed-forward layer), which costs little, and
+    keeps the outputs of matrix products and attention.
     """
     partitioner = torch._functorch.config  # read when a block is compiled; no public switch exists
-    partitioner.aggressive_recomputation = recompute == "except_attention"
+    told = recompute == "except_attention" and any(_trains(block) for block in layers)
+    partitioner.aggressive_recomputation = recompute == "except_attention" and not told
     partitioner.activation_memory_budget = {"full": 0.0, "selective": 0.7}.get(recompute, 1.0)
     for block in layers:
         block.__dict__.pop("compute", None)  # what an earlier setting compiled
-        block.compute = torch.compile(block.compute, fullgraph=True)  # in place: parameter names do not change
+        compute = partial(checkpoint, block.compute, use_reentrant=False, context_fn=_kept) if told else block.compute
+        block.compute = torch.compile(compute, fullgraph=True)  # in place: parameter names do not change
+
+
+def _trains(block: nn.Module) -> bool:
+    """Whether a matrix of the model itself is trained, not only adapters."""
+    return any(p.requires_grad and name.endswith(".weight") and p.ndim >= 2 for name, p in block.named_parameters())
+
+
+def _kept() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return create_selective_checkpoint_contexts(_keep_attention)
+
+
+def _keep_attention(context: object, operation: object, *args: object, **options: object) -> CheckpointPolicy:
+    attends = any(word in str(operation) for word in ("attention", "attn"))
+    return CheckpointPolicy.MUST_SAVE if attends else CheckpointPolicy.MUST_RECOMPUTE
