@@ -15,7 +15,7 @@ from ftlib.checkpoint import exchange
 from ftlib.data import streaming
 from ftlib.errors import Problems, UserError
 from ftlib.layers.attention import choose_backend
-from ftlib.models import LanguageModel, families, heads, hub, initial, load, resize
+from ftlib.models import LanguageModel, families, heads, hub, initial, load, mtp, resize
 from ftlib.models.load import DTYPES
 from ftlib.optim import adamw, in_backward, schedule_free
 from ftlib.optim.groups import parameter_groups
@@ -24,7 +24,7 @@ from ftlib.parallel import offload, replicas
 from ftlib.parallel.apply import apply
 from ftlib.parallel.run import Run, sizes
 from ftlib.preference import check as preference
-from ftlib.sections import Data, Init, Lora, Reward
+from ftlib.sections import Data, Init, Lora, Mtp, Reward
 from ftlib.tokenizers import Tokenizer
 
 
@@ -52,6 +52,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     if fresh and weights is not None:
         weights = resize.Grown(weights, built, fresh)
     built.model.use_attention(_backend(cfg, built, run.device))
+    mtp.attach(built, getattr(cfg, "mtp", Mtp()))
     section: Lora | None = getattr(cfg, "lora", None)
     if section is not None:
         adapters.attach(built, section, reference, trained)
@@ -60,11 +61,13 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     apply(built, run, cfg.memory, dtype)
     built.to_empty(device=run.device)
     built.tie()
+    start = getattr(cfg, "init", Init())
     if weights is None:
-        start = getattr(cfg, "init", Init())
         initial.init_weights(built, cfg.seed, start.std, start.scaled)
     else:
         load.load_weights(built, weights)
+    if built.mtp is not None:
+        mtp.fill(built, None if weights is None else folder, cfg.seed, start.std)
     if section is not None:
         adapters.fill(built, section, cfg.seed)
         if run.device.type == "cuda" and run.dense["fsdp"].size() * run.dense["tp"].size() == 1:
@@ -178,6 +181,7 @@ def _check_model(cfg: Any) -> LanguageModel:
     quant.check(cfg)
     quant.attach(built, cfg)
     trained, fresh = new_tokens(cfg, built)
+    mtp.attach(built, getattr(cfg, "mtp", Mtp()))
     if getattr(cfg, "lora", None) is not None:
         adapters.attach(built, cfg.lora, tokens=trained)
     elif hasattr(cfg, "train"):
@@ -261,6 +265,8 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
     for key in ("quantize", "fp8"):
         if getattr(cfg.model, key):
             found[f"model.{key}"] = getattr(cfg.model, key)
+    if getattr(cfg, "mtp", Mtp()).depth:
+        found["mtp"] = dataclasses.asdict(cfg.mtp)
     if getattr(getattr(cfg, "optim", None), "states", None) is not None:
         found["optim.states"] = cfg.optim.states
     if cfg.tokenizer.add_tokens:

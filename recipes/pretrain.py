@@ -21,6 +21,7 @@ from ftlib.evaluation.evaluate import Evaluation
 from ftlib.launch import launch, script
 from ftlib.loop import Boundary
 from ftlib.losses.language_modelling import next_token_loss
+from ftlib.losses.multi_token import multi_token_loss
 from ftlib.models import hub, sizes
 from ftlib.observe.output import Output, trained_share
 from ftlib.observe.statistics import statistics
@@ -37,6 +38,7 @@ from ftlib.sections import (
     Loss,
     Memory,
     Model,
+    Mtp,
     Optim,
     Parallel,
     Schedule,
@@ -60,6 +62,7 @@ class Config:
     steps: int | None = None  # optimizer steps; wins over epochs
     epochs: float = 1.0  # passes over the data
     loss: Loss = Loss()
+    mtp: Mtp = Mtp()
     optim: Optim = Optim(lr=3e-3, weight_decay=0.1)
     schedule: Schedule = Schedule()
     eval: Eval = Eval()
@@ -149,7 +152,7 @@ def main(cfg: Config) -> list[dict]:
                 # Each micro-batch on each device adds its part of one mean over the step's target tokens.
                 head, terms = model.lm_head.weight, model.logit_terms
                 part = next_token_loss(hidden, head, micro.labels, micro.target_tokens, cfg.loss, **terms)
-                part = part / batch.target_tokens
+                part = (part + multi_token_loss(model, hidden, micro, cfg.loss)) / batch.target_tokens
                 part.backward()
                 loss += part.detach()
             more = columns(cfg, model, batch, step)

@@ -22,6 +22,7 @@ class LanguageModel(nn.Module):
         self.arch, self.table, self.config = arch, table, config
         self.model = decoder(arch)
         self.lm_head = Linear(arch.dim, arch.vocab, bias=False)
+        self.register_module("mtp", None)  # ftlib.models.mtp
         self.tie()
 
     def tie(self) -> None:

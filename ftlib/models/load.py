@@ -73,9 +73,10 @@ class Stored(Protocol):
 
 
 def base_state(model: LanguageModel) -> dict[str, Tensor | Stored]:
-    """Parameters and buffers that a checkpoint holds, by our names: everything but adapters."""
+    """Parameters and buffers that a checkpoint holds, by our names: everything but adapters and `mtp`."""
     state = model.state_dict(keep_vars=True).items()
-    found = {name: tensor for name, tensor in state if ".adapters." not in name and ".base." not in name}
+    other = (".adapters.", ".base.")
+    found = {n: t for n, t in state if not n.startswith("mtp.") and not any(part in n for part in other)}
     stored = {f"{name}.weight": module.base for name, module in model.named_modules() if hasattr(module, "base")}
     return found | stored
 

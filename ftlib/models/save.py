@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from ftlib.models import keys
+from ftlib.models import keys, mtp
 from ftlib.models.language_model import LanguageModel
 from ftlib.models.load import Stored, base_state
+from ftlib.models.shards import whole
 
 SHARD_BYTES = 5 * 1024**3
 Tensors = Iterator[tuple[str, Tensor]]
@@ -27,7 +27,8 @@ def save_pretrained(
     write: bool = True,
     packed: Packed | None = None,
 ) -> None:
-    """Write config.json and safetensors shards of at most `shard_bytes`, plus the source's generation_config.json.
+    """Write config.json and safetensors shards of at most `shard_bytes`, plus the source's generation_config.json and
+    what predicts further tokens (ftlib.models.mtp).
 
     Every process of a sharded model must call this; only the one with `write` touches the disk. Peak memory: one shard.
     `packed`: what the tensors become before they are written, and the `quantization_config` that says so.
@@ -44,6 +45,7 @@ def save_pretrained(
             save_file(tensors, path, metadata={"format": "pt"})
             shards.append((path, list(tensors)))
             total += sum(t.numel() * t.element_size() for t in tensors.values())
+    mtp.save(model, folder, write)
     if not write:
         return
     _name_shards(folder, shards, total)
@@ -65,16 +67,15 @@ def hf_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     state = base_state(model)
     if model.arch.tied:
         state.pop("lm_head.weight")
-    for key, tensor in keys.hf_tensors(state, model.table, lambda name: _whole(state[name])):
+    for key, tensor in keys.hf_tensors(state, model.table, lambda name: _dense(state[name])):
         yield key, tensor.contiguous()
     for key, file in getattr(model, "kept", {}).items():
         with safe_open(file, framework="pt") as opened:
             yield key, opened.get_tensor(key)
 
 
-def _whole(tensor: Tensor | Stored) -> Tensor:
-    tensor = (tensor if isinstance(tensor, Tensor) else tensor.dequantize()).detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+def _dense(tensor: Tensor | Stored) -> Tensor:
+    return whole(tensor if isinstance(tensor, Tensor) else tensor.dequantize())
 
 
 def _shards(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:

@@ -17,3 +17,9 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into a parameter, of which this process may hold only a part."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     local.copy_(whole[local_index(parameter)])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, detached, contiguous, on the CPU. Collective where it is sharded."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()

@@ -10,6 +10,7 @@ from pathlib import Path
 from ftlib.errors import UserError
 from ftlib.models import families
 from ftlib.models.hub import read_config
+from ftlib.models.mtp import FOLDER as MTP
 from ftlib.sections.sizes import Sizes
 
 ROUND = 64  # a width that is derived is a multiple of this
@@ -108,7 +109,7 @@ def write(source: Path, folder: Path, sizes: Sizes, length: int | None = None, w
         os.replace(part, made / "config.json")
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", made / "generation_config.json")
-    for file in source.glob("*.safetensors*") if weights else ():
+    for file in (*source.glob("*.safetensors*"), *source.glob(MTP)) if weights else ():
         with contextlib.suppress(FileExistsError):
             (made / file.name).symlink_to(file.resolve())
     return made

@@ -16,7 +16,7 @@ def check(model: nn.Module, cfg: Any, cp: int, tp: int) -> None:
             tensor.check(model, tp)
         except UserError as error:
             problems.append(str(error))
-    others = (_heads(model, cfg, cp, tp), _rows(cfg, cp, tp), _answers(cfg, cp, tp), _tiles(model, cfg))
+    others = [part(cfg, cp, tp) for part in (_rows, _answers, _mtp)] + [_heads(model, cfg, cp, tp), _tiles(model, cfg)]
     problems += [str(error) for error in others if error]
     if problems:
         raise Problems(problems)
@@ -67,3 +67,14 @@ def _tiles(model: nn.Module, cfg: Any) -> UserError | None:
         where="memory.tiled_mlp",
         fix="set memory.tiled_mlp=0",
     )
+
+
+def _mtp(cfg: Any, cp: int, tp: int) -> UserError | None:
+    depth = getattr(getattr(cfg, "mtp", None), "depth", 0)
+    if depth and cp * tp > 1:
+        what, where = "tokens ahead may lie on another process", "mtp.depth, parallel.cp, parallel.tp"
+        return UserError(what, where=where, fix="set parallel.cp=1 and parallel.tp=1; dp_shard works, or mtp.depth=0")
+    if depth >= cfg.data.seq_len:
+        what = f"no row of {cfg.data.seq_len} tokens has one {depth + 1} ahead"
+        return UserError(what, where="mtp.depth, data.seq_len", fix="set mtp.depth=1")
+    return None

@@ -16,7 +16,7 @@ def use(model: nn.Module, memory: Memory, device: torch.device) -> None:
 
     The model may still be on the meta device; `device` is where it will compute.
     """
-    layers = model.model.layers
+    layers = [*model.model.layers, *(depth.block for depth in getattr(model, "mtp", None) or ())]
     for block in layers:
         if hasattr(getattr(block, "mlp", None), "tile"):
             block.mlp.tile = memory.tiled_mlp
@@ -28,7 +28,7 @@ def use(model: nn.Module, memory: Memory, device: torch.device) -> None:
         block.recompute = memory.recompute in whole or (memory.recompute == "selective" and i % 2 == 0)
 
 
-def _compile(layers: nn.ModuleList, recompute: str) -> None:
+def _compile(layers: list[nn.Module], recompute: str) -> None:
     """Compile each block; its compiler decides what backward recomputes, and leaves out what backward never reads.
 
     `full` keeps a block's input alone. `except_attention` keeps the output of attention too, the dearest to make again;

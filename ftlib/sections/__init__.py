@@ -5,7 +5,7 @@ from ftlib.sections.diffusion import Diffusion
 from ftlib.sections.distill import Distill
 from ftlib.sections.dpo import Dpo
 from ftlib.sections.lora import Lora
-from ftlib.sections.loss import Loss
+from ftlib.sections.loss import Loss, Mtp
 from ftlib.sections.model import Model, Tokenizer
 from ftlib.sections.optim import Optim, Schedule
 from ftlib.sections.quant import Qat, Rounding
@@ -17,6 +17,6 @@ from ftlib.sections.train import Train
 
 __all__ = [
     "Batch", "Checkpoint", "Context", "Data", "Diffusion", "Distill", "Dpo", "Eval", "Init", "Log", "Lora",
-    "Loss", "Memory", "Model", "Optim", "Parallel", "Qat", "Reward", "Rounding", "Schedule", "Sizes", "Source",
+    "Loss", "Memory", "Model", "Mtp", "Optim", "Parallel", "Qat", "Reward", "Rounding", "Schedule", "Sizes", "Source",
     "Stream", "Tokenizer", "Train",
 ]

@@ -1,4 +1,4 @@
-"""What a token's loss counts."""
+"""What a token's loss counts, and which tokens are predicted."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -23,3 +23,15 @@ class Loss:
     def plain(self) -> bool:
         """Whether this is nothing but cross-entropy."""
         return self.name == "cross_entropy" and not self.z_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mtp:
+    """Multi-token prediction: modules that also learn the tokens after the next one (DeepSeek-V3, arXiv 2412.19437)."""
+
+    depth: int = 0  # modules, each a block that predicts one token further; they are saved beside the model. 0: none
+    weight: float = 0.3  # of their loss, lambda
+
+    def __post_init__(self) -> None:
+        if self.depth < 0 or self.weight <= 0:
+            raise ValueError("depth: must not be negative, nor weight 0 or less; depth 0 switches it off")
