@@ -21,10 +21,14 @@ def cast(x: Tensor, rows: bool, kind: torch.dtype = E4M3) -> tuple[Tensor, Tenso
     return (x.float() / scales).clamp(-largest, largest).to(kind), scales
 
 
-def product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool = True) -> Tensor:
+@torch.library.custom_op("ftlib::fp8_product", mutates_args=())
+def product(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool = True
+) -> Tensor:
     """(a * a_scales) (b * b_scales)^T in `dtype`: codes a [N, K], b [M, K], scales as `cast` gives them.
 
-    `fast`: sums may be kept in fewer bits than float32's.
+    `fast`: sums may be kept in fewer bits than float32's. An operator of its own: a compiler may choose the strides of
+    what it hands to a library, and does not choose those that the matrix units want.
     """
     if not _native(a):
         return ((a.float() * a_scales) @ (b.float() * b_scales).T).to(dtype)
@@ -32,6 +36,11 @@ def product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: tor
     scales = {"scale_a": a_scales, "scale_b": b_scales.t()}
     a, b = a.contiguous(), b.contiguous().t()  # by rows and by columns: casts of transposed operands are neither
     return torch._scaled_mm(a, b, **scales, out_dtype=out, use_fast_accum=fast).to(dtype)
+
+
+@product.register_fake
+def _(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool = True) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
 def _native(x: Tensor) -> bool:

@@ -42,6 +42,41 @@ def _served(x: Tensor, weight: Tensor) -> bool:
 
 
 def _torch(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    if 1 not in weight.stride()[1:]:  # the kernel wants each matrix by rows or by columns
+    return torch.ops.ftlib.grouped_linear(x, weight, ends)
+
+
+# Operators of our own around torch's: a compiler may choose the strides of what it hands to that, and chooses wrongly.
+@torch.library.custom_op("ftlib::grouped_linear", mutates_args=())
+def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if 1 not in weight.stride()[1:]:  # each matrix by rows or by columns
         weight = weight.contiguous()
-    return _TORCH(x, weight.mT, offs=ends)
+    return _TORCH(x.contiguous(), weight.mT, offs=ends)
+
+
+@_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("ftlib::grouped_outer", mutates_args=())
+def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """left[run]^T right[run] of each run of rows: [N, A], [N, B] -> [E, A, B]."""
+    return _TORCH(left.contiguous().T, right.contiguous(), offs=ends)
+
+
+@_outer.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(len(ends), left.shape[1], right.shape[1])
+
+
+def _setup(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN001
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
+    x, weight, ends = ctx.saved_tensors
+    grad_x = torch.ops.ftlib.grouped_linear(grad, weight.mT, ends) if ctx.needs_input_grad[0] else None
+    return grad_x, torch.ops.ftlib.grouped_outer(grad, x, ends) if ctx.needs_input_grad[1] else None, None
+
+
+_product.register_autograd(_backward, setup_context=_setup)

@@ -88,7 +88,12 @@ def _attention_backward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, seed, unused, max_seqlen, scale, window)
+    grads = _backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, seed, unused, max_seqlen, scale, window)
+    if cu_keys is not cu_seqlens:  # the kernel leaves gradients of keys behind the last document as memory was
+        nobody = torch.arange(len(k), device=k.device) >= cu_keys[-1]
+        for of_keys in grads[1:]:
+            of_keys.masked_fill_(nobody[:, None, None], 0)
+    return grads
 
 
 @_attention_backward.register_fake

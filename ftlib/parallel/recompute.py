@@ -36,6 +36,8 @@ def _compile(layers: list[nn.Module], recompute: str) -> None:
     elementwise results again (normalised inputs, the product inside the feed-forward layer), which costs little, and
     keeps the outputs of matrix products and attention.
     """
+    # Each kind of block, with and without gradients, with each adapter: all are versions of one function.
+    torch._dynamo.config.recompile_limit = 64
     partitioner = torch._functorch.config  # read when a block is compiled; no public switch exists
     told = recompute == "except_attention" and any(_trains(block) for block in layers)
     partitioner.aggressive_recomputation = recompute == "except_attention" and not told

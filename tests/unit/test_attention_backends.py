@@ -18,6 +18,11 @@ ENDS = torch.tensor([0, 9, 16, 20, 32, 32], dtype=torch.int32)  # of two rows of
 POSITIONS = torch.tensor([[*range(9), *range(9, 16)], [*range(4), *range(4, 16)]])  # where answers follow prompts
 
 
+def shared_prefix():
+    parents = torch.tensor([0, 0, 2, 2, 4], dtype=torch.int32)
+    return SharedPrefix(ENDS, 16, (2, 16), parents=parents, positions=POSITIONS)
+
+
 def operands(dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 16, heads, 8, generator=g, dtype=dtype).requires_grad_() for heads in (4, 2, 2))
@@ -58,10 +63,10 @@ def _scores(q, k, cu_seqlens, cu_keys, scale, window):
 
 
 def _places(count, cu_seqlens):
-    """The document of each token, and how far it stands from its end."""
+    """The document of each token, and how far it stands from its end; what lies behind the last is one of its own."""
     at = torch.arange(count)
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True)
-    return document, cu_seqlens[document + 1] - 1 - at
+    return document, torch.cat((cu_seqlens, cu_seqlens.new_tensor([count])))[document + 1] - 1 - at
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -77,6 +82,29 @@ def test_sinks_are_the_formula_s(monkeypatch, backend, ends, window):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_shared_prompts_by_the_packed_kernel(monkeypatch, window):
+    """Each segment's keys are gathered, and the kernel writes no gradient for keys that belong to none."""
+
+    def backward(grad, q, k, *rest):
+        dq, dk, dv = flash_backward(grad, q, k, *rest)
+        nobody = torch.arange(len(k)) >= rest[4][-1]
+        assert nobody.any()
+        return dq, *(t.masked_fill(nobody[:, None, None], math.nan) for t in (dk, dv))
+
+    monkeypatch.setattr(varlen, "_forward", flash_forward)
+    monkeypatch.setattr(varlen, "_backward", backward)
+    found = []
+    for backend in ("reference", "varlen"):
+        q, k, v, _ = operands()
+        layout = shared_prefix()
+        layout.prepare(backend, {window})
+        y = attend(q, k, v, layout, backend=backend, window=window)
+        found.append((y, *torch.autograd.grad((y * torch.sin(y.detach() * 9)).sum(), (q, k, v))))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [None, 5])
@@ -85,9 +113,7 @@ def test_sinks_are_the_formula_s(monkeypatch, backend, ends, window):
     "layout",
     [
         lambda: Layout.packed(ENDS, 16, (2, 16)),
-        lambda: SharedPrefix(
-            ENDS, 16, (2, 16), parents=torch.tensor([0, 0, 2, 2, 4], dtype=torch.int32), positions=POSITIONS
-        ),
+        shared_prefix,
     ],
     ids=["packed", "shared_prefix"],
 )
@@ -106,7 +132,7 @@ def test_flex_computes_the_formula(monkeypatch, layout, softcap, window):
 def test_which_backend_a_model_gets():
     half, wide, cpu = torch.bfloat16, torch.float32, torch.device("cpu")
     assert choose_backend("auto", CUDA, half) == "varlen" and choose_backend("auto", CUDA, wide) == "sdpa"
-    assert choose_backend("auto", cpu, half) == choose_backend("auto", CUDA, half, sinks=True) == "sdpa"
+    assert choose_backend("auto", cpu, half) == "sdpa"
     assert {choose_backend("auto", device, half, softcap=True) for device in (cpu, CUDA)} == {"reference"}
     assert choose_backend("reference", cpu, wide, softcap=True) == "reference"
     for requested in ("sdpa", "varlen"):
