@@ -38,6 +38,7 @@ def title(work: dict) -> str:
     if work.get("budget_gib"):
         kept = f"within {work['budget_gib']:g} GiB"
     offload = ", offloaded" if work.get("offload") else ""
+    offload += ", AdamW in backward" if work.get("in_backward") else ""
     method = work.get("method", "lora") + (f" on {work['quantize']}" if work.get("quantize") else "")
     method += f" in fp8 {work['fp8']}" if work.get("fp8") else ""
     return f"{work['shape']} {method}, {work['rows']} x {work['seq_len']}, {kept}{offload}"
