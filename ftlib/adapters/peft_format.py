@@ -1,4 +1,4 @@
-"""Adapters in PEFT's file format, adapter_config.json and adapter_model.safetensors, which peft and vLLM read."""
+"""Adapters in PEFT's file format, adapter_config.json and adapter_model.safetensors, which peft reads."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Parameters -> a folder in Hugging Face layout that transformers, vLLM and we load."""
+"""Parameters -> a folder in Hugging Face layout that transformers and we load."""
 
 import json
 import shutil
