@@ -79,12 +79,13 @@ class Config:
 
 def shaped(cfg: Config) -> Config:
     """The same config on a model folder with the sizes and range asked for; the tokenizer stays where it was."""
-    if not (cfg.sizes.changed or cfg.context.length):
+    if not (cfg.sizes.changed or cfg.context.changed):
         return cfg
-    if cfg.sizes.changed and not cfg.from_scratch:
-        raise UserError("weights have the sizes they have", where="sizes", fix="set from_scratch=true")
-    source, length = hub.resolve(cfg.model.path), cfg.context.length
-    folder = sizes.write(source, cfg.output_dir, cfg.sizes, length, weights=not cfg.from_scratch)
+    if (cfg.sizes.changed or cfg.context.ssmax) and not cfg.from_scratch:
+        what = "weights have the sizes and the attention they have"
+        raise UserError(what, where="sizes, context.ssmax", fix="set from_scratch=true")
+    source = hub.resolve(cfg.model.path)
+    folder = sizes.write(source, cfg.output_dir, cfg.sizes, cfg.context, weights=not cfg.from_scratch)
     tokenizer = replace(cfg.tokenizer, path=cfg.tokenizer.path or cfg.model.path)
     return replace(cfg, model=replace(cfg.model, path=str(folder)), tokenizer=tokenizer)
 

@@ -1,5 +1,6 @@
 """Softmax attention: the layer, and `attend`, the only place that touches an attention kernel."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -29,6 +30,7 @@ class Attn:
     window: int | None = None  # a query sees itself and the window - 1 tokens before it
     scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # scores z become softcap * tanh(z / softcap)
+    ssmax: float | None = None  # first value of a learned factor per head of queries, beside `rope.query_scale`
     sinks: bool = False  # a learned score per head takes part in the softmax, and its weight is thrown away
 
 
@@ -177,6 +179,8 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(width, norm_eps, zero_centered) for width in widths)
         if spec.sinks:
             self.sinks = nn.Parameter(torch.zeros(spec.heads))
+        if spec.ssmax is not None:
+            self.ssmax = nn.Parameter(torch.full((spec.heads,), spec.ssmax))
 
     def forward(self, x: Tensor, rope: Turns | None, layout: AttentionLayout) -> Tensor:
         spec = self.spec
@@ -190,9 +194,17 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = (rotate(t, rope.cos, rope.sin, spec.rope.interleaved) for t in (q, k))
             if rope.query is not None:
-                q = q * rope.query[..., None, None].to(q.dtype)
+                q = q * self.query_scale(rope.query)[..., None].to(q.dtype)
         k, v = layout.extend(self.layer, k, v)
         terms = {"scale": spec.scale, "softcap": spec.softcap, "sinks": self.sinks if spec.sinks else None}
         y = attend(q, k, v, layout, backend=self.backend, window=spec.window, **terms)
         (y,) = project((self.o_proj,), y.flatten(2))
         return y
+
+    def query_scale(self, scale: Tensor) -> Tensor:
+        """What queries are multiplied with, float32 [B, T, 1 or heads]; `scale` [B, T] is their positions'."""
+        if self.spec.ssmax is None:
+            return scale[..., None]
+        if self.spec.window is not None:
+            scale = scale.clamp(max=math.log(self.spec.window))  # no more keys are seen than those of the window
+        return scale[..., None] * self.ssmax.float()

@@ -105,6 +105,14 @@ class QueryScale:
         return 1 + self.beta * torch.log1p(torch.floor(position_ids / self.original_max_positions))
 
 
+@dataclass(frozen=True)
+class LogKeys:
+    """Queries at position p times log(p + 1), of the keys they see: scalable softmax, whose s the layer has."""
+
+    def at(self, position_ids: Tensor) -> Tensor:
+        return torch.log1p(position_ids.float())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     """Which channels of a head turn, and how fast."""
@@ -113,7 +121,7 @@ class Rope:
     theta: float = 10_000.0
     interleaved: bool = False  # channels are paired (0, 1), (2, 3) … instead of as halves
     scaling: Scaling | None = None
-    query_scale: QueryScale | None = None
+    query_scale: QueryScale | LogKeys | None = None
 
     @property
     def needs_lengths(self) -> bool:

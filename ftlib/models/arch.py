@@ -44,6 +44,11 @@ class Arch:
         return any(getattr(layer.mixer, "sinks", False) for layer in self.layers)
 
     @property
+    def ssmax(self) -> float | None:
+        """Where the factor of scalable softmax begins, None without it."""
+        return getattr(self.layers[-1].mixer, "ssmax", None)
+
+    @property
     def softcap(self) -> bool:
         """Whether any layer caps its attention scores softly."""
         return any(getattr(layer.mixer, "softcap", None) is not None for layer in self.layers)

@@ -105,6 +105,8 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("bias", "sinks")):
                 parameter.zero_()
+            elif name.endswith("ssmax"):
+                parameter.fill_(self.arch.ssmax)
             elif parameter.ndim == 1:
                 parameter.fill_(0.0 if self.arch.zero_centered_norms else 1.0)
             else:

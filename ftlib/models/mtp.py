@@ -78,6 +78,8 @@ def fill(model: LanguageModel, source: Path | None, seed: int, std: float | None
     for name, parameter in model.mtp.named_parameters():
         if name.endswith(("bias", "sinks")):
             parameter.zero_()
+        elif name.endswith("ssmax"):
+            parameter.fill_(model.arch.ssmax)
         elif parameter.ndim == 1:
             parameter.fill_(0.0 if model.arch.zero_centered_norms else 1.0)
         else:

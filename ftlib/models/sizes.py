@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 from ftlib.errors import UserError
-from ftlib.models import families
+from ftlib.models import families, ssmax
 from ftlib.models.hub import read_config
 from ftlib.models.mtp import FOLDER as MTP
-from ftlib.sections.sizes import Sizes
+from ftlib.sections.sizes import Context, Sizes
 
 ROUND = 64  # a width that is derived is a multiple of this
 
@@ -87,9 +87,9 @@ def extended(config: dict, length: int) -> dict:
     return config | {key: kept | yarn, "max_position_embeddings": length}
 
 
-def write(source: Path, folder: Path, sizes: Sizes, length: int | None = None, weights: bool = False) -> Path:
-    """A folder below `folder` with the config.json of `source` in other sizes or for a longer range, whose name tells
-    them apart; with `weights` also links to those of `source`.
+def write(source: Path, folder: Path, sizes: Sizes, context: Context = Context(), weights: bool = False) -> Path:
+    """A folder below `folder` with the config.json of `source` in other sizes, for a longer range or with scalable
+    softmax, whose name tells them apart; with `weights` also links to those of `source`.
 
     UserError where the family cannot have them. Any number of processes may write it at once.
     """
@@ -98,7 +98,9 @@ def write(source: Path, folder: Path, sizes: Sizes, length: int | None = None, w
         what = "sizes are for language models, and this one is inside another"
         raise UserError(what, where=str(source / "config.json"), fix="name a model without towers")
     new = resized(config, sizes) if sizes.changed else config
+    length = context.length
     new = extended(new, length) if length and new.get("max_position_embeddings") != length else new
+    new = new if context.ssmax is None else ssmax.configured(new, context.ssmax)
     families.read(new, where="sizes")
     text = json.dumps(new, indent=2) + "\n"
     made = folder / f"shape-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -16,7 +16,8 @@ def check(model: nn.Module, cfg: Any, cp: int, tp: int) -> None:
             tensor.check(model, tp)
         except UserError as error:
             problems.append(str(error))
-    others = [part(cfg, cp, tp) for part in (_rows, _answers, _mtp)] + [_heads(model, cfg, cp, tp), _tiles(model, cfg)]
+    others = [part(cfg, cp, tp) for part in (_rows, _answers, _mtp)] + [part(model, cfg) for part in (_tiles, _keys)]
+    others.append(_heads(model, cfg, cp, tp))
     problems += [str(error) for error in others if error]
     if problems:
         raise Problems(problems)
@@ -78,3 +79,15 @@ def _mtp(cfg: Any, cp: int, tp: int) -> UserError | None:
         what = f"no row of {cfg.data.seq_len} tokens has one {depth + 1} ahead"
         return UserError(what, where="mtp.depth, data.seq_len", fix="set mtp.depth=1")
     return None
+
+
+def _keys(model: nn.Module, cfg: Any) -> UserError | None:
+    skips, both = getattr(getattr(cfg, "context", None), "skip", False), hasattr(cfg, "diffusion")
+    if model.arch.ssmax is None or not (skips or both):
+        return None
+    why = "skipped positions do not" if skips else "diffusion, which looks both ways, does not"
+    return UserError(
+        f"scalable softmax takes a token's position for the number of keys it sees; {why} tell that",
+        where="context.skip" if skips else "model.path",
+        fix="set context.skip=false" if skips else "take a model without it",
+    )

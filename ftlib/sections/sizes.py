@@ -43,8 +43,16 @@ class Context:
     """A longer range than the model was made for."""
 
     length: int | None = None  # tokens; the rope is scaled for them by YaRN. null: the model's own range
+    ssmax: float | None = None  # scores times s log(keys), first s, then learned (arXiv 2501.19399): 0.168
     skip: bool = False  # rows stay short, and positions jump once in each document, up to the range (PoSE)
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
             raise ValueError("length: must be at least 1")
+        if self.ssmax is not None and self.ssmax <= 0:
+            raise ValueError("ssmax: must be above 0, or null for plain softmax")
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model is another one by this."""
+        return self.length is not None or self.ssmax is not None

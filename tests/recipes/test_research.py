@@ -4,11 +4,12 @@ import json
 import random
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_model import ROOT, losses, probe, steps, train, tune, write_config
 
 from ftlib import config, models, plugins
-from ftlib.errors import Problems, UserError
+from ftlib.errors import UserError
 
 STEPS = 8
 SETTINGS = {
@@ -45,6 +46,14 @@ def stopped_and_resumed(lab, *words):
     _, out = lab(*words, "steps=4")
     again = train("pretrain", "--config", out / "config.yaml", f"steps={STEPS}")
     return whole, again
+
+
+def refused(lab, *words, match, world=1):
+    """A config that is wrong before anything is loaded."""
+    recipe = plugins.load_file(ROOT / "recipes" / "pretrain.py")
+    cfg = config.load(recipe.Config, ["--config", str(lab()[1] / "config.yaml"), *words])
+    with pytest.raises(UserError, match=match):
+        recipe.check(cfg, world)
 
 
 def test_mtp_adds_its_loss_and_changes_what_is_learnt(lab):
@@ -88,12 +97,26 @@ def test_mtp_on_two_processes_is_mtp_on_one(lab, tmp_path):
     assert names[0] == names[1]
 
 
+def test_ssmax_changes_attention_and_goes_on_to_the_bit(lab):
+    off = lab()[0]
+    whole, again = stopped_and_resumed(lab, "context.ssmax=0.168")
+    assert losses(whole)[0] != losses(off)[0] and whole[-1]["eval_loss"] < 0.7 * whole[0]["eval_loss"]
+    assert losses(again) == losses(whole) and again[-1]["eval_loss"] == whole[-1]["eval_loss"]
+    model = models.from_pretrained(lab("context.ssmax=0.168")[1] / "final")
+    learned = torch.stack([block.self_attn.ssmax for block in model.model.layers])
+    assert (learned != 0.168).all() and learned.unique().numel() == learned.numel(), "each head has its own"
+
+
+def test_what_does_not_go_with_ssmax_is_refused(lab):
+    refused(lab, "context.ssmax=0.168", "from_scratch=false", match=r"context\.ssmax")
+    refused(lab, "context.ssmax=0.168", "context.skip=true", match=r"context\.skip")
+    refused(lab, "context.ssmax=0.168", "parallel.tp=2", world=2, match="no tensor-parallel plan")
+    final = lab("context.ssmax=0.168")[1] / "final"
+    refused(lab, f"model.path={final}", "from_scratch=false", "context.skip=true", match=r"context\.skip")
+
+
 @pytest.mark.parametrize(
     "words", [["parallel.tp=2"], ["parallel.cp=2", "parallel.dp_shard=1"], ["mtp.depth=64"]], ids=str
 )
 def test_mtp_where_tokens_ahead_are_elsewhere_is_refused(lab, words):
-    recipe = plugins.load_file(ROOT / "recipes" / "pretrain.py")
-    file = lab("mtp.depth=1")[1] / "config.yaml"
-    cfg = config.load(recipe.Config, ["--config", str(file), *words])
-    with pytest.raises((UserError, Problems), match=r"mtp\.depth"):
-        recipe.check(cfg, 2 if "parallel" in words[0] else 1)
+    refused(lab, "mtp.depth=1", *words, world=2 if "parallel" in words[0] else 1, match=r"mtp\.depth")

@@ -13,7 +13,7 @@ from ftlib.errors import UserError
 from ftlib.layers.batch import from_documents
 from ftlib.losses.multi_token import multi_token_loss
 from ftlib.models import load, mtp, sizes
-from ftlib.sections import Loss, Mtp, Sizes
+from ftlib.sections import Context, Loss, Mtp, Sizes
 
 LENGTHS = (9, 2, 1, 5)
 
@@ -155,7 +155,7 @@ def test_saved_beside_a_model_that_does_not_know_it(folder, tmp_path):
         mtp.fill(with_modules(folder, depth=1), tmp_path, 0)
     longer = json.loads((tmp_path / "config.json").read_text()) | {"rope_scaling": None, "rope_parameters": None}
     (tmp_path / "config.json").write_text(json.dumps(longer))
-    linked = sizes.write(tmp_path, tmp_path / "out", Sizes(), 4096, weights=True)
+    linked = sizes.write(tmp_path, tmp_path / "out", Sizes(), Context(length=4096), weights=True)
     mtp.fill(with_modules(folder), linked, 0)
 
 

@@ -13,7 +13,7 @@ from ftlib.data.positions import skip_positions
 from ftlib.errors import UserError
 from ftlib.layers.batch import IGNORED, from_documents
 from ftlib.models.sizes import extended, write
-from ftlib.sections.sizes import Sizes
+from ftlib.sections.sizes import Context, Sizes
 
 
 def batch(*lengths, seq_len=64):
@@ -47,7 +47,7 @@ def test_extended_is_what_transformers_makes_of_the_same_settings(tmp_path):
     config = shrunk("qwen3-0.6b") | {"max_position_embeddings": 32}
     reference(config).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    folder = write(tmp_path, tmp_path / "out", Sizes(), 128, weights=True)
+    folder = write(tmp_path, tmp_path / "out", Sizes(), Context(length=128), weights=True)
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ftlib.errors import UserError, did_you_mean
+from ftlib.models import ssmax
 from ftlib.models.arch import Arch
 from ftlib.models.families import (
     gemma,
@@ -46,6 +47,10 @@ def read(config: dict, where: str = "config.json", own: Family | None = None) ->
         arch, table = read(inner, where, own)
         return arch, replace(table, prefix=AROUND.prefix, keep=AROUND.keep)
     model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type.endswith(ssmax.SUFFIX):
+        plain = {k: v for k, v in config.items() if k != ssmax.START}
+        arch, table = read(plain | {"model_type": model_type.removesuffix(ssmax.SUFFIX)}, where, own)
+        return ssmax.applied(arch, config.get(ssmax.START), where), table
     if model_type not in known:
         raise UserError(
             f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), known)}",
