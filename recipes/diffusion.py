@@ -145,7 +145,8 @@ def main(cfg: Config) -> list[dict]:
             boundary.score(0)
 
         for step in range(done + 1, steps + 1):
-            batch = next(loader)
+            with output.waiting():
+                batch = next(loader)
             lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             loss = torch.zeros((), dtype=torch.float64, device=run.device)
             first = run.data_rank * len(batch.micro_batches) * cfg.batch.micro_rows

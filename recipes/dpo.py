@@ -110,8 +110,7 @@ def main(cfg: Config) -> list[dict]:
     saver = Saver(cfg.checkpoint, cfg.output_dir, run, build.fingerprint(cfg, rows), output.say)
     if saver.finished() == steps:
         return output.already_finished()
-    # While the model still is the reference.
-    references = reference.make(cfg, objective, rows, model, run, saver.fingerprint)
+    references = reference.make(cfg, objective, rows, model, run, saver.fingerprint)  # while the model is it
     evaluate = PreferenceEvaluation(cfg, rows, objective, references, run, output.counters, loader.max_documents)
     state = State(model, optimizer, loader, extra=output.counters)
     done = saver.resume(state)
@@ -123,7 +122,8 @@ def main(cfg: Config) -> list[dict]:
             boundary.score(0)
 
         for step in range(done + 1, steps + 1):
-            batch = next(loader)
+            with output.waiting():
+                batch = next(loader)
             lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             units = sum(map(len, batch.packs))  # of the step over all devices
             baseline = output.counters.get("mean_reward", 0.0) if objective.shifted else 0.0

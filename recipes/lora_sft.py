@@ -96,7 +96,8 @@ def main(cfg: Config) -> list[dict]:
 
         for step in range(done + 1, steps + 1):
             quant.at(step, model)  # where `qat` says so, layers are rounded from here on
-            batch = next(loader)
+            with output.waiting():
+                batch = next(loader)
             lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             loss = torch.zeros((), dtype=torch.float64, device=run.device)  # wide: sums alike in any order
             for micro in batch.micro_batches:

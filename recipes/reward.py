@@ -86,7 +86,8 @@ def main(cfg: Config) -> list[dict]:
         output.say(trained_share(model))
 
         for step in range(done + 1, steps + 1):
-            batch = next(loader)
+            with output.waiting():
+                batch = next(loader)
             lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
             # Pairs or steps over all devices: each micro-batch adds its part of one mean over them.
             count = sum(map(len, batch.packs)) if cfg.reward.kind == "pairs" else batch.target_tokens
