@@ -17,7 +17,7 @@ from ftlib.errors import Problems, UserError
 from ftlib.layers.attention import choose_backend
 from ftlib.models import LanguageModel, families, heads, hub, initial, load, mtp, resize
 from ftlib.models.load import DTYPES
-from ftlib.optim import adamw, in_backward, schedule_free
+from ftlib.optim import adamw, in_backward, lisa, schedule_free
 from ftlib.optim.groups import parameter_groups
 from ftlib.parallel import check as mesh
 from ftlib.parallel import offload, replicas
@@ -58,6 +58,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
         adapters.attach(built, section, reference, trained)
     elif hasattr(cfg, "train"):
         freeze.apply(built, cfg.train)
+    lisa.attach(built, cfg)
     apply(built, run, cfg.memory, dtype)
     built.to_empty(device=run.device)
     built.tie()
@@ -186,6 +187,7 @@ def _check_model(cfg: Any) -> LanguageModel:
         adapters.attach(built, cfg.lora, tokens=trained)
     elif hasattr(cfg, "train"):
         freeze.apply(built, cfg.train)
+    lisa.attach(built, cfg)
     _check_trained(cfg, built, fresh)
     if hasattr(cfg, "optim"):
         parameter_groups(built, cfg.optim)
@@ -225,6 +227,7 @@ def _check_parallel(cfg: Any, world: int) -> int:
             fix=f"set batch.rows to a multiple of {per_forward}",
         )
     in_backward.check(cfg, per_forward, shape)
+    lisa.check(cfg, shape)
     return shard * cp * tp
 
 
@@ -277,6 +280,8 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
         found["dpo"] = dataclasses.asdict(cfg.dpo)
     if isinstance(section := getattr(cfg, "reward", None), Reward):
         found["reward"] = dataclasses.asdict(section)
+    if getattr(getattr(cfg, "lisa", None), "layers", 0):
+        found["lisa"] = dataclasses.asdict(cfg.lisa)
     if hasattr(cfg, "train"):
         found |= {"train.only": cfg.train.only, "train.freeze": cfg.train.freeze}
     return found

@@ -18,6 +18,7 @@ from ftlib.errors import UserError
 from ftlib.layers.moe import Moe
 from ftlib.models.arch import Arch, Layer
 from ftlib.models.remote import size
+from ftlib.optim import lisa
 from ftlib.sections import Optim
 
 PARKED = 4  # tensors on their way to host memory and back
@@ -52,9 +53,11 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     parameters = [
         p for name, p in model.named_parameters() if not (model.arch.tied and name == "lm_head.weight")
     ]  # fmt: skip
-    trained = sum(_bytes(p) for p in parameters if p.requires_grad)
-    optim = cfg.optim if hasattr(cfg, "optim") else Optim()
-    states = int(sum(p.numel() * optim.state_bytes(p.element_size()) for p in parameters if p.requires_grad))
+    asleep, optim = {id(p) for p in lisa.asleep(model, 1)}, cfg.optim if hasattr(cfg, "optim") else Optim()
+    final = sum(_bytes(p) for p in parameters if p.requires_grad)
+    active = [p for p in parameters if p.requires_grad and id(p) not in asleep]
+    trained = sum(_bytes(p) for p in active)
+    states = int(sum(p.numel() * optim.state_bytes(p.element_size()) for p in active))
     everything = sum(_bytes(p) for p in parameters)
     quantized = sum(_bytes(b) for b in model.buffers())  # whole in each process
     width, tokens = 2 if cfg.dtype == "bf16" else 4, cfg.batch.micro_rows * cfg.data.seq_len
@@ -78,8 +81,8 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
         weights=everything // shards + quantized,
         training=(states + (0 if optim.in_backward else trained)) // shards,
         activations=inputs,
-        checkpoint=trained + states,
-        final=trained,
+        checkpoint=final + states,
+        final=final,
         kept=max(kept, inputs) + 2 * hidden,  # the last hidden states and their gradient, for the head
         working=2 * max(blocks),  # as many gradients as activations
         gathered=2 * gathered,

@@ -19,6 +19,7 @@ from ftlib.loop import Boundary
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models.noise import add_noise
 from ftlib.observe.output import Output
+from ftlib.optim import lisa
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.sections import (
@@ -26,6 +27,7 @@ from ftlib.sections import (
     Checkpoint,
     Data,
     Eval,
+    Lisa,
     Log,
     Loss,
     Memory,
@@ -44,6 +46,7 @@ class Config:
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     train: Train = Train()
+    lisa: Lisa = Lisa()
     data: Data
     batch: Batch = Batch()
     steps: int | None = None  # optimizer steps; wins over epochs
@@ -92,6 +95,7 @@ def main(cfg: Config) -> list[dict]:
             boundary.score(0)
 
         for step in range(done + 1, steps + 1):
+            lisa.at(step, model, optimizer)  # where `lisa` says so, most layers sleep
             quant.at(step, model)  # where `qat` says so, layers are rounded from here on
             with output.waiting():
                 batch = next(loader)

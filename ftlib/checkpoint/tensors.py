@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ftlib.errors import UserError
+from ftlib.optim import lisa
 
 FILE_BYTES = 512 << 20  # of one file: each is built in host memory before it is written, and checked in parallel
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # recompute and compile put these into names
@@ -27,7 +28,8 @@ WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # recompute and compil
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """`model.<name>` -> the live tensor: trainable parameters and persistent buffers, a tied one once."""
     every = {_plain(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    kept = {_plain(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    some_sleep = getattr(model, "lisa", None) is not None  # and train at other times
+    kept = {_plain(name) for name, parameter in model.named_parameters() if parameter.requires_grad or some_sleep}
     state = get_model_state_dict(model)
     return {f"model.{name}": value for name, value in state.items() if name in kept or name not in every}
 
@@ -75,6 +77,7 @@ def targets(
 
     Raises a UserError naming every tensor that is missing, left over, or of another shape or dtype: torch would cast.
     """
+    lisa.wake(model)
     saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     stepped = any(name.startswith("optim.state.") for name in [*saved, *numbers])
     for optimizer in optimizers:

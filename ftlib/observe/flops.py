@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ftlib.adapters.saved_modules import Copies
+from ftlib.optim import lisa
 
 TERA = 1e12
 
@@ -54,10 +55,11 @@ def count_weights(model: nn.Module) -> tuple[int, int]:
     }  # fmt: skip
     used = {id(p) for module in others if id(module) not in replaced for p in module.parameters(recurse=False)}
     skipped = {id(p) for module in model.modules() for p in module.parameters(recurse=False)} - used
+    asleep = {id(p) for p in lisa.asleep(model, 1)}
     counts = [sum(module.base.shape.numel() for module in others if hasattr(module, "base")), 0]
     for parameter in model.parameters():
         if parameter.ndim >= 2 and id(parameter) not in skipped:
-            counts[parameter.requires_grad] += parameter.numel()
+            counts[parameter.requires_grad and id(parameter) not in asleep] += parameter.numel()
     return counts[0], counts[1]
 
 

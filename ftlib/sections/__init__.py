@@ -13,10 +13,10 @@ from ftlib.sections.reward import Reward
 from ftlib.sections.run import Checkpoint, Eval, Log, Memory, Parallel
 from ftlib.sections.sizes import Context, Init, Sizes
 from ftlib.sections.stream import Stream
-from ftlib.sections.train import Train
+from ftlib.sections.train import Lisa, Train
 
 __all__ = [
-    "Batch", "Checkpoint", "Context", "Data", "Diffusion", "Distill", "Dpo", "Eval", "Init", "Log", "Lora",
+    "Batch", "Checkpoint", "Context", "Data", "Diffusion", "Distill", "Dpo", "Eval", "Init", "Lisa", "Log", "Lora",
     "Loss", "Memory", "Model", "Mtp", "Optim", "Parallel", "Qat", "Reward", "Rounding", "Schedule", "Sizes", "Source",
     "Stream", "Tokenizer", "Train",
 ]
