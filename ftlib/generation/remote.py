@@ -5,6 +5,8 @@
 
 import multiprocessing.connection
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,8 @@ from ftlib.generation.merged import Merged
 from ftlib.generation.params import Completion, SamplingParams
 from ftlib.models import LanguageModel
 
-MEMORY = "/dev/shm"  # where weights pass through, if the machine has it
+MEMORY = "/dev/shm"  # where weights pass through, if the machine has it and there is room: a container may have 64 MiB
+KEPT_FROM = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a terminal and a scheduler send them to all processes
 
 
 class RemoteEngine:
@@ -31,7 +34,6 @@ class RemoteEngine:
 
     def __init__(self, model: LanguageModel, device: torch.device, max_batch: int) -> None:
         self.merged = Merged(model)
-        self._folder = tempfile.TemporaryDirectory(dir=MEMORY if os.path.isdir(MEMORY) else None)
         self._pipe, theirs = multiprocessing.connection.Pipe()
         path = os.pathsep.join(filter(None, (p or os.getcwd() for p in sys.path)))
         self._process = subprocess.Popen(
@@ -47,10 +49,11 @@ class RemoteEngine:
     def load(self) -> None:
         """Hand the weights over as they are now."""
         self.merged.refresh()
-        file = Path(self._folder.name) / "weights.safetensors"
-        save_file({name: p.detach().cpu().contiguous() for name, p in self.merged.model.named_parameters()}, file)
-        self._call("load", str(file))
-        file.unlink()
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.merged.model.named_parameters()}
+        with tempfile.TemporaryDirectory(dir=_where(sum(weight.nbytes for weight in weights.values()))) as folder:
+            file = Path(folder) / "weights.safetensors"
+            save_file(weights, file)
+            self._call("load", str(file))
 
     def generate(self, prompts: list[list[int]], params: SamplingParams, n: int = 1) -> list[list[Completion]]:
         """`n` completions of each prompt."""
@@ -61,7 +64,6 @@ class RemoteEngine:
         self._process.kill()
         self._process.wait()
         self._pipe.close()
-        self._folder.cleanup()
 
     def _call(self, *message: Any) -> Any:
         try:
@@ -74,8 +76,16 @@ class RemoteEngine:
         return value
 
 
+def _where(size: int) -> str | None:
+    """A folder in memory with room for `size` bytes and some more; None: on disk."""
+    roomy = os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 1.05 * size + 2**20
+    return MEMORY if roomy else None
+
+
 def serve(pipe: multiprocessing.connection.Connection) -> None:
-    """Answer calls until the other end closes."""
+    """Answer calls until the other end closes. Signals are left to it: it needs what it asked for before it saves."""
+    for number in KEPT_FROM:
+        signal.signal(number, signal.SIG_IGN)
     parts, dtype, backend, device, max_batch = pipe.recv()
     if device.startswith("cuda"):
         torch.cuda.set_device(device)

@@ -1,6 +1,9 @@
 """The engine against the plain one, against the trainer's log-probabilities, and against itself in other company."""
 
 import dataclasses
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from parity.shrink import shrunk
 
 from ftlib.adapters import lora
 from ftlib.errors import UserError
-from ftlib.generation import Engine, ReferenceEngine, SamplingParams, steps
+from ftlib.generation import Engine, ReferenceEngine, SamplingParams, remote, steps
 from ftlib.generation.pages import PAGE, Pool, PromptLayout
 from ftlib.generation.remote import RemoteEngine
 from ftlib.generation.requests import Request
@@ -191,7 +194,7 @@ def test_a_model_in_training_draws_without_dropout_and_goes_on_training():
     assert tokens(mixed) == tokens(training) == tokens(Engine(model.eval()).generate(PROMPTS, params))
 
 
-def test_an_engine_in_another_process_draws_with_the_weights_it_was_handed():
+def test_an_engine_in_another_process_draws_with_the_weights_it_was_handed(monkeypatch):
     model = tiny("llama-3.2-1b")
     lora.attach(model, "all-linear", rank=2)
     lora.reset(model, 0)
@@ -203,8 +206,13 @@ def test_an_engine_in_another_process_draws_with_the_weights_it_was_handed():
         with torch.no_grad():
             for _, _, factors in lora.adapted(model):
                 factors.lora_B.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # of a terminal, of a scheduler: to all
+            os.kill(engine._process.pid, number)
         assert tokens(engine.generate(PROMPTS, params, n=2)) == tokens(first)
+        monkeypatch.setattr(remote.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+        monkeypatch.setattr(remote, "MEMORY", "/proc")  # nobody writes there
         engine.load()
+        monkeypatch.undo()
         changed = engine.generate(PROMPTS, params, n=2)
         assert tokens(changed) == tokens(Engine(model).generate(PROMPTS, params, n=2)) != tokens(first)
         with pytest.raises(UserError, match="an empty prompt"):
