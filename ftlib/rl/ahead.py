@@ -22,6 +22,7 @@ WAITING = "drawn_ahead"  # their name in `counters`
 def rollouts(cfg: Any, local: Rollouts, model: LanguageModel, counters: dict[str, Any], run: Run) -> "Rollouts | Ahead":
     """What draws a run's completions: `local`, or with rollout.staleness a process on the GPU behind this one."""
     if not cfg.rollout.staleness:
+        counters.pop(WAITING, None)  # of an earlier part of this run
         return local
     device = torch.device("cuda", run.device.index + 1) if run.device.type == "cuda" else run.device
     engine = RemoteEngine(model, device, cfg.rollout.max_batch)
@@ -40,6 +41,15 @@ def problems(cfg: Any, world: int) -> list[str]:
         found.append((what, "rollout.staleness, algorithm.dynamic_sampling", "leave one of them out"))
     if cfg.model.quantize:
         found.append(("quantized matrices are not handed over", "rollout.staleness, model.quantize", "leave one out"))
+    if cfg.model.fp8 and cfg.lora is not None:
+        what = "below adapters, model.fp8 keeps weights in 8 bits, which are not handed over"
+        found.append((what, "rollout.staleness, model.fp8", "leave one out"))
+    if cfg.model.code is not None:
+        what = "the other process has the library's own model"
+        found.append((what, "rollout.staleness, model.code", "leave one out"))
+    if cfg.lora is not None and cfg.lora.modules_to_save:
+        what = "modules that are trained whole are not folded into what is handed over"
+        found.append((what, "rollout.staleness, lora.modules_to_save", "leave one out"))
     return [str(UserError(what, where=where, fix=fix)) for what, where, fix in found]
 
 
@@ -56,7 +66,7 @@ class Ahead:
     def __call__(self, prompts: Sequence[Prompt], n: int, place: Place) -> list[Sample]:
         """The samples of a place: those drawn ahead, or, before anything was, drawn now."""
         found = self.counters.pop(WAITING, None)
-        self.age = int(found is not None and tuple(found["place"]) == place)
+        self.age = int(found is not None and [found["place"], found["drawn_at"]] == [list(place), self._settings])
         if not self.age:
             self.engine.load()
             return self.rollouts(prompts, n, place)
@@ -70,7 +80,12 @@ class Ahead:
     def settle(self) -> None:
         """Wait until what `begin` asked for is there."""
         rows = [{key: getattr(sample, key) for key in KEPT} for sample in self._next.result()]
-        self.counters[WAITING] = {"place": list(self._place), "samples": rows}
+        self.counters[WAITING] = {"place": list(self._place), "drawn_at": self._settings, "samples": rows}
+
+    @property
+    def _settings(self) -> list[float]:
+        """What a run that goes on may have changed, and what is waiting was not drawn with."""
+        return [self.rollouts.cfg.temperature, self.rollouts.cfg.max_new_tokens]
 
     def __enter__(self) -> "Ahead":
         return self

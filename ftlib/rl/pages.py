@@ -46,8 +46,8 @@ class Pages:
     def check(self, note: StepLog, run: Run) -> None:
         """Before the first update, look at how engine and trainer agree: UserError when nothing can be learned so.
 
-        Collective. A step without anything to learn leaves the look to the next."""
-        if self._checked:
+        Collective. A step without anything to learn, or drawn with older weights, leaves the look to the next."""
+        if self._checked or note.staleness:
             return
         found = note.mismatch(run)
         self._checked = bool(found)

@@ -187,6 +187,9 @@ def _check_algorithm(cfg: Any, world: int) -> None:
     whole = f"set parallel.dp_replicate={world} and parallel.dp_shard=1"
     if shard > 1 and cfg.model.quantize:
         wrong("quantized matrices are not gathered for drawing", "model.quantize, parallel.dp_shard", whole)
+    if shard > 1 and cfg.model.fp8 and cfg.lora is not None:
+        what = "below adapters, model.fp8 keeps weights in 8 bits, which are not gathered for drawing"
+        wrong(what, "model.fp8, parallel.dp_shard", whole)
     if shard > 1 and any(reward.model for reward in cfg.rewards):
         wrong("processes that share a model would have to score together", "rewards, parallel.dp_shard", whole)
     if problems:

@@ -316,6 +316,17 @@ def test_checked_before_a_run(toy, tmp_path, capsys):
         "mesh of the judge": ({"rewards": [{"model": str(toy)}]}, "would have to score together"),
         "mesh ahead": ({"rollout": {"staleness": 1}}, "starts the one that draws"),
         "ahead": ({"rollout": {"staleness": 1}, "algorithm": {"preset": "dapo"}}, "replace others"),
+        "8 bits ahead": (
+            {"rollout": {"staleness": 1}, "model": {"fp8": "rowwise", "fp8_smallest": 64}, "lora": {"rank": 2}},
+            "8 bits, which are not handed over",
+        ),
+        "code ahead": (
+            {"rollout": {"staleness": 1}, "model": {"code": "./own.py:Decoder"}}, "the library's own model"
+        ),
+        "whole ahead": (
+            {"rollout": {"staleness": 1}, "lora": {"modules_to_save": ["lm_head"]}}, "modules that are trained whole"
+        ),
+        "mesh of 8 bits": ({"model": {"fp8": "rowwise"}, "lora": {"rank": 2}}, "8 bits, which are not gathered"),
         "mesh of prompts": ({"rollout": {"prompts": 3}}, "no multiple of the 2 processes"),
     }
     for name, (sections, message) in wrong.items():

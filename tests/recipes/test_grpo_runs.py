@@ -129,6 +129,7 @@ def test_drawing_ahead_learns_from_weights_one_update_old_and_resumes_to_the_bit
     real, loads = RemoteEngine.load, []
     monkeypatch.setattr(RemoteEngine, "load", lambda engine: loads.append(real(engine)))
     sections = {"rollout": {"prompts": 4, "group": 4, "staleness": 1}, "checkpoint": {"every": 2}, "lora": {"rank": 4}}
+    sections["rollout"]["mismatch_abort"] = 1e-4  # an update older is no mismatch, in a run that goes on neither
     whole = rl_toys.learn(rl_toys.settings(toy, "length", tmp_path / "whole", steps=4, **sections))
     assert [row["staleness"] for row in whole] == [0, 1, 1, 1] and whole[0]["mismatch/max"] < 1e-4
     assert len(loads) == 5, "weights are handed over for the first step, and in each step for the next"
@@ -141,6 +142,13 @@ def test_drawing_ahead_learns_from_weights_one_update_old_and_resumes_to_the_bit
     rows = rl_toys.learn({**parts, "steps": 4})
     exact = ("loss", "reward", "grad_norm", "length/mean", "entropy", "tokens", "staleness")
     assert [[row[k] for k in exact] for row in rows] == [[row[k] for k in exact] for row in whole]
+    state = tmp_path / "parts/checkpoints/step_000004/state.json"
+    assert "drawn_ahead" in state.read_text()
+    other = {**parts["rollout"], "temperature": 0.5, "mismatch_abort": 0.05}
+    rows = rl_toys.learn({**parts, "steps": 6, "rollout": other})
+    assert [row["staleness"] for row in rows[4:]] == [0, 1], "what waited was drawn at another temperature"
+    rl_toys.learn({**parts, "steps": 8, "rollout": other | {"staleness": 0}})
+    assert "drawn_ahead" not in (state.parents[1] / "step_000008/state.json").read_text()
 
 
 def on_two(toy, out, mesh, **sections):
