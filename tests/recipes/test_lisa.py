@@ -9,6 +9,7 @@ import torch
 from tiny_model import ROOT, losses, steps, train, write_config, write_model
 
 from ftlib import build, config, models, optim, plugins, preflight
+from ftlib.checkpoint import tensors
 from ftlib.errors import UserError
 from ftlib.optim import lisa
 from ftlib.sections import Lisa, Optim
@@ -73,6 +74,26 @@ def test_only_what_is_awake_moves_as_if_the_rest_were_constant(deep):
             p.data -= 1e-2 * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
     for (name, a), b in zip(ours.named_parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_a_checkpoint_of_another_period_can_be_read(deep, tmp_path):
+    """As going back to one, or to the best one, does in the middle of a run."""
+    model, section = models.from_pretrained(deep.model).train(), Lisa(layers=1, every=1)
+    lisa.attach(model, SimpleNamespace(lisa=section, seed=0))
+    first = lisa.awake(section, 0, 1, 4)
+    other = next(step for step in range(2, 99) if lisa.awake(section, 0, step, 4) != first)
+    optimizer = optim.build(model, Optim(lr=1e-2))
+    for step in (1, other):
+        lisa.at(step, model, optimizer)
+        model.logits(torch.arange(5, 25)[None]).square().mean().backward()
+        optim.step(optimizer, None)
+        if step == 1:
+            slots, numbers = tensors.optimizer_state(model, [optimizer])
+            saved = {name: t.clone() for name, t in (tensors.model_tensors(model) | slots).items()}
+            tensors.write(tmp_path, saved, 1)
+    wanted = tensors.targets(tmp_path, model, [optimizer], numbers)
+    tensors.fill(tmp_path, wanted, model, [optimizer], numbers)
+    assert wanted.keys() == saved.keys() and all(torch.equal(wanted[name], saved[name]) for name in saved)
 
 
 def test_on_and_off_and_on_again_where_it_stopped(deep, tmp_path):
