@@ -6,6 +6,7 @@ was found lies in `<output_dir>/memory.json`: a run that goes on takes it from t
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from ftlib import preflight
 from ftlib.errors import Problems, UserError
 from ftlib.layers.batch import Batch, Layout
 from ftlib.losses.language_modelling import next_token_loss
+from ftlib.losses.multi_token import multi_token_loss
 from ftlib.models.remote import size
 from ftlib.parallel import offload, recompute
 from ftlib.parallel.run import Run
-from ftlib.sections import Memory
+from ftlib.quant import qat
+from ftlib.sections import Loss, Memory
 
 SHARE = 0.92  # of the memory that is free, for `auto`: the allocator leaves gaps
 TILE = 8192  # tokens; for rows of at least twice as many
@@ -55,7 +58,7 @@ def check(cfg: Any, world: int) -> None:
 def settle(model: nn.Module, cfg: Any, run: Run) -> None:
     """Put the setting that `cfg.memory.budget_gib` asks for into a model with weights, and note it there."""
     path, asked = Path(cfg.output_dir) / FILE, question(cfg, run.device)
-    if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")))["asked"] == asked:
+    if (known := _found(path))["asked"] == asked:
         put(model, Memory(**known["memory"]), run.device)
         model.memory_note = f"{known['note']}, as before ({path})"
         return
@@ -75,7 +78,17 @@ def settle(model: nn.Module, cfg: Any, run: Run) -> None:
     model.memory_note = f"memory: {', '.join(words)}: measured {size(peak)} of {size(budget)}"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {"asked": asked, "memory": asdict(memory), "note": model.memory_note}
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _found(path: Path) -> dict[str, Any]:
+    """What an earlier start of the run noted; nothing where that cannot be read: it is measured again."""
+    try:
+        return {"asked": None, **json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError):
+        return {"asked": None}
 
 
 def note(model: nn.Module) -> list[str]:
@@ -146,10 +159,7 @@ def trial(model: nn.Module, cfg: Any, device: torch.device) -> int | None:
                 ends = torch.arange(0, 2 * rows + 1, device=device, dtype=torch.int32) * length // 2
                 positions = torch.arange(length, device=device).expand(rows, length)
                 batch = Batch(ids, ids, positions, Layout.packed(ends.int(), length, (rows, length)), ids.numel())
-                loss = next_token_loss(
-                    model(batch), model.lm_head.weight, ids, ids.numel(), cfg.loss, **model.logit_terms
-                )
-                (loss / ids.numel()).backward()
+                learn(model, batch, cfg.loss)
                 if not adds_up:
                     model.zero_grad(set_to_none=True)
             found = torch.cuda.max_memory_allocated(device)
@@ -159,6 +169,17 @@ def trial(model: nn.Module, cfg: Any, device: torch.device) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return found
+
+
+def learn(model: nn.Module, batch: Batch, rule: Loss) -> None:
+    """Forward and backward as the run will have them in the end: predicting further ahead, and rounded, where asked."""
+    qat.switch(model, True)
+    try:
+        hidden, terms = model(batch), model.logit_terms
+        loss = next_token_loss(hidden, model.lm_head.weight, batch.labels, batch.target_tokens, rule, **terms)
+        ((loss + multi_token_loss(model, hidden, batch, rule)) / batch.target_tokens).backward()
+    finally:
+        qat.switch(model, False)  # a run says before each step whether it is
 
 
 def room(asked: float | str, device: torch.device) -> int:
@@ -177,7 +198,8 @@ def states(model: nn.Module, cfg: Any) -> int:
 
 def question(cfg: Any, device: torch.device) -> dict[str, str]:
     """What the answer depends on."""
-    keys = ("model", "lora", "train", "loss", "optim", "memory", "dtype", "deterministic")
+    keys = ("model", "lora", "train", "lisa", "qat", "loss", "mtp", "optim", "memory", "dtype", "deterministic")
+    keys += ("sizes", "context")  # of which model.path no longer tells
     found = {key: str(getattr(cfg, key)) for key in keys if hasattr(cfg, key)}
     found |= {"batch": str(cfg.batch), "seq_len": str(cfg.data.seq_len), "torch": torch.__version__}
     return found | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"}

@@ -6,15 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._functorch.config
-from parity.shrink import published
+from parity.shrink import published, shrunk
 
 from ftlib import budget
 from ftlib.adapters import lora
 from ftlib.cli import main as tune
 from ftlib.errors import UserError
-from ftlib.models import load
+from ftlib.layers.batch import Batch as Rows
+from ftlib.layers.batch import Layout
+from ftlib.models import load, mtp
+from ftlib.models.initial import init_weights
 from ftlib.parallel import run as processes
-from ftlib.sections import Batch, Data, Loss, Memory, Parallel, Source
+from ftlib.quant import qat
+from ftlib.sections import Batch, Data, Loss, Memory, Mtp, Parallel, Qat, Sizes, Source
 
 NAMES = ("none", "selective", "except_attention", "full", "offload", "tiles")
 
@@ -127,6 +131,35 @@ def test_a_run_that_goes_on_repeats_what_was_found(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(budget, "ladder", lambda model, cfg: rungs)
     assert again == train("c", 4, *asked)
     assert seen[-2:] == [alternating, [False] * layers] and trained[-1] == alternating
+
+
+def test_a_trial_takes_what_the_run_will(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(shrunk("qwen3-0.6b")))
+    model, on = load.build(tmp_path, torch.float32), []
+    qat.attach(model, Qat(group=32, after=5), "qat")
+    mtp.attach(model, Mtp(depth=2))
+    model.to_empty(device="cpu")
+    model.tie()
+    init_weights(model, 0)
+    mtp.fill(model, None, 0)
+    model.model.use_attention("reference")
+    layer = qat.rounded(model)[0]
+    layer.register_forward_hook(lambda *_: on.append(layer.on))
+    ids = torch.randint(100, (1, 16))
+    layout = Layout.packed(torch.tensor([0, 8, 16], dtype=torch.int32), 16, (1, 16))
+    budget.learn(model, Rows(ids, ids, torch.arange(16)[None], layout, 16), Loss())
+    assert on == [True] and not layer.on, "rounding begins later, and takes memory then"
+    assert all(p.grad is not None for p in model.mtp.parameters())
+
+
+def test_another_question_and_a_damaged_answer_are_measured(tmp_path):
+    cfg = SimpleNamespace(batch=Batch(), data=Data(sources=(Source(path="x"),)), mtp=Mtp(), qat=None, sizes=Sizes())
+    asked = budget.question(cfg, torch.device("cpu"))
+    for change in ({"mtp": Mtp(depth=1)}, {"qat": Qat()}, {"sizes": Sizes(layers=3)}):
+        assert budget.question(SimpleNamespace(**vars(cfg) | change), torch.device("cpu")) != asked
+    assert budget._found(tmp_path / "memory.json")["asked"] is None
+    (tmp_path / "memory.json").write_text('{"asked": {"model": "a')
+    assert budget._found(tmp_path / "memory.json")["asked"] is None
 
 
 @torch._functorch.config.patch(activation_memory_budget=1.0, aggressive_recomputation=False)  # undone afterwards
