@@ -224,11 +224,20 @@ def _check_parallel(cfg: Any, world: int) -> int:
             f"batch.rows {cfg.batch.rows} is no multiple of batch.micro_rows {cfg.batch.micro_rows} x "
             f"{replicate * shard} data-parallel processes (parallel.dp_replicate x parallel.dp_shard)",
             where="batch",
-            fix=f"set batch.rows to a multiple of {per_forward}",
+            fix=_rows_fix(cfg.batch.rows, cfg.batch.micro_rows, replicate * shard),
         )
     in_backward.check(cfg, per_forward, shape)
     lisa.check(cfg, shape)
     return shard * cp * tp
+
+
+def _rows_fix(rows: int, micro_rows: int, processes: int) -> str:
+    """Fewer rows a forward train the same where that is enough; other rows a step do not."""
+    other = f"batch.rows to a multiple of {micro_rows * processes}"
+    if rows % processes:
+        return f"set {other}"
+    fewer = max(n for n in range(1, micro_rows + 1) if rows // processes % n == 0)
+    return f"set batch.micro_rows={fewer}, which trains the same, or {other}"
 
 
 def _backend(cfg: Any, built: LanguageModel, device: torch.device) -> str:

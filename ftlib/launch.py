@@ -98,6 +98,8 @@ def message(error: Exception) -> str:
 def script(file: str) -> str:
     """How a command names a recipe's file: from here if it lies below, `recipes/…` if it ships."""
     path = Path(file).resolve()
+    if path.parent == Path(__file__).parent / "recipes":  # of the installed package
+        return f"recipes/{path.name}"
     if path.is_relative_to(Path.cwd()):
         return path.relative_to(Path.cwd()).as_posix()
     return f"recipes/{path.name}" if path.parent.name == "recipes" else str(path)

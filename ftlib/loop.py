@@ -17,6 +17,10 @@ from ftlib.parallel.apply import reshard
 
 def check(cfg: Any) -> None:
     """UserError for what a run would only find out after its first steps, or need and not find installed."""
+    if (steps := getattr(cfg, "steps", None)) is not None and steps < 1:
+        raise UserError(f"{steps} steps are none", where="steps", fix="1 or more, or null to count epochs")
+    if steps is None and getattr(cfg, "epochs", 1) <= 0:
+        raise UserError(f"{cfg.epochs:g} epochs are none", where="epochs", fix="above 0, a fraction too, or set steps")
     log, evaluation, checkpoint = (getattr(cfg, name, None) for name in ("log", "eval", "checkpoint"))
     if log is not None:
         sinks.check(log.to)

@@ -108,6 +108,7 @@ def block_elements(arch: Arch, layer: Layer, seq_len: int, tile: float = 1.0) ->
 
 def check(model: nn.Module, cfg: Any, shards: int) -> None:
     """UserError when this machine cannot hold the run that `cfg` asks for, in memory or on disk."""
+    _writable(Path(cfg.output_dir))
     least = need(model, cfg, shards)
     problems = [text for text in (_memory(least), _disk(least, Path(cfg.output_dir))) if text]
     if problems:
@@ -117,6 +118,14 @@ def check(model: nn.Module, cfg: Any, shards: int) -> None:
             fix="take a smaller model, LoRA in place of full training, dtype=bf16, fewer batch.micro_rows, a shorter "
             "data.seq_len or more processes; output_dir may be on another disk",
         )
+
+
+def _writable(folder: Path) -> None:
+    there = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file, not a folder", where="output_dir", fix="name a folder of your own")
+    if not os.access(there, os.W_OK | os.X_OK) or there.is_relative_to("/proc"):
+        raise UserError(f"{there} cannot be written to", where="output_dir", fix="name a folder of your own")
 
 
 def _memory(least: Need) -> str | None:

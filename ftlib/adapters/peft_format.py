@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -163,7 +163,7 @@ def _rows(folder: Path) -> int:
     """Embedding rows that modules which the adapter holds whole have."""
     ends = (f"{token_rows.EMBEDDING}.weight", f"{token_rows.HEAD}.weight")
     keys = [key for key in _keys(folder) if key.endswith(ends)]
-    with safe_open(folder / TENSORS, framework="pt") as opened:
+    with _opened(folder / TENSORS) as opened:
         return max((opened.get_slice(PREFIX + key).get_shape()[0] for key in keys), default=0)
 
 
@@ -227,7 +227,7 @@ def fill(model: nn.Module, folder: str | Path, *, name: str = "policy") -> None:
         wanted.append((f"{PREFIX}{hf}.{ROWS}", slice(None), rows.rows))
     if any(factors.start_A is not None for _, _, factors in lora.adapted(model, name)):
         lora.reset(model, 0, name)  # the start inside W follows from W
-    with safe_open(file, framework="pt") as opened:
+    with _opened(file) as opened:
         found = set(opened.keys())
         for key, rows, target in wanted:
             if key not in found:
@@ -265,16 +265,24 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def _opened(file: Path) -> safe_open:
+    if not file.exists():
+        what = f"an adapter is {CONFIG} and {TENSORS}, and this folder lacks the second"
+        raise UserError(what, where=str(file), fix="copy the whole folder")
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"damaged or cut off: {error}", where=str(file), fix="copy or download it again") from None
+
+
 def _keys(folder: Path) -> list[str]:
     file = folder / TENSORS
-    if not file.exists():
-        raise UserError(f"{folder} has no {TENSORS}")
-    with safe_open(file, framework="pt") as opened:
+    with _opened(file) as opened:
         return [key.removeprefix(PREFIX) for key in opened.keys()]  # noqa: SIM118 - not a dict
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    with safe_open(folder / TENSORS, framework="pt") as opened:
+    with _opened(folder / TENSORS) as opened:
         return opened.get_tensor(next(iter(opened.keys()))).dtype
 
 

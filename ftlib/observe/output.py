@@ -18,6 +18,7 @@ from ftlib.observe.metrics import MetricsFile
 from ftlib.observe.progress import Progress
 from ftlib.observe.watch import Watch
 from ftlib.parallel import pulse
+from ftlib.quant.frozen import FrozenWeight
 
 
 class Output:
@@ -196,8 +197,9 @@ def attention_note(decoder: nn.Module | None) -> list[str]:
 
 
 def trained_share(model: nn.Module) -> str:
-    """How much of a model is trained, for the user; sharded parameters count whole."""
+    """How much of a model is trained, for the user; sharded parameters count whole, quantized ones as what they are."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes += [(module.shape.numel(), False) for module in model.modules() if isinstance(module, FrozenWeight)]
     everything, trained = sum(n for n, _ in sizes), sum(n for n, on in sizes if on)
     return f"{trained:,} of {everything:,} parameters are trained ({trained / everything:.1%})"
 

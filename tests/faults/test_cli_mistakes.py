@@ -50,6 +50,13 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("run", RECIPE, "--config", "c.yaml", "lora.targets=[nothing]"): "nothing",
     ("run", RECIPE, "--config", "c.yaml", "dtype=fp16"): "expected one of 'bf16', 'fp32'",
     ("run", RECIPE, "--config", "c.yaml", "steps=many"): "steps",
+    ("run", RECIPE, "--config", "c.yaml", "steps=0"): "0 steps are none",
+    ("run", RECIPE, "--config", "c.yaml", "steps=-3", "output_dir=elsewhere"): "-3 steps are none",
+    ("run", RECIPE, "--config", "c.yaml", "~steps", "epochs=-1"): "-1 epochs are none",
+    ("validate", RECIPE, "--config", "c.yaml", "output_dir=rows.jsonl"): "rows.jsonl is a file, not a folder",
+    ("validate", RECIPE, "--config", "c.yaml", "output_dir=/proc/x"): "/proc cannot be written to",
+    ("validate", RECIPE, "--config", "c.yaml", "lora.start_from=cut_adapter"): "damaged or cut off",
+    ("generate", "model", "--prompt", "x", "--adapter", "cut_adapter"): "damaged or cut off",
     ("run", RECIPE, "--config", "c.yaml", "model.path=nowhere/at/all"): "no such file or folder",
     ("run", RECIPE, "--config", "c.yaml", "model.path=ftlib:demo/nothing"): "the package ships no such file",
     ("run", RECIPE, "--config", "c.yaml", "model.path=bare"): "has no config.json",
@@ -70,7 +77,7 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("run", RECIPE, "--config", "c.yaml", "data.eval=1000"): "holding out",
     ("run", RECIPE, "--config", "c.yaml", "data.template=no-such"): "no-such",
     ("run", RECIPE, "--config", "c.yaml", "data.overlong=cut"): "data.overlong",
-    ("run", RECIPE, "--config", "c.yaml", "batch.rows=3"): "batch.rows 3 is no multiple of batch.micro_rows 4",
+    ("run", RECIPE, "--config", "c.yaml", "batch.rows=6"): "set batch.micro_rows=3, which trains the same",
     ("run", RECIPE, "--config", "c.yaml", "batch.micro_rows=0"): "must be at least 1",
     ("run", RECIPE, "--config", "c.yaml", "batch.rowz=4"): "did you mean 'batch.rows'?",
     ("run", RECIPE, "--config", "c.yaml", "parallel.dp_shard=4"): "but there are 1 processes",
@@ -145,6 +152,11 @@ def made(tmp_path_factory):
     write_config(folder / "c.yaml", write_model(folder / "model"), write_rows(folder / "rows.jsonl", 40), steps=1)
     (folder / "empty.py").write_text("")
     (folder / "odd.jsonl").write_text('{"colour": "red"}\n')
+    (folder / "cut_adapter").mkdir()
+    (folder / "cut_adapter" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}'
+    )
+    (folder / "cut_adapter" / "adapter_model.safetensors").write_bytes(b"cut")
     (folder / "bare").mkdir()
     (folder / "bare" / "notes.txt").write_text("not empty")
     (folder / "odd").mkdir()

@@ -11,6 +11,7 @@ import pytest
 
 from ftlib import __version__, cli
 from ftlib.cli import assets
+from ftlib.launch import script
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -178,6 +179,14 @@ def test_mistakes_end_with_one_message_and_2(name, here, capsys):
     assert "Traceback" not in err
     for words in expected:
         assert words in err
+
+
+def test_recipes_of_an_installed_package_have_short_names(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / ".venv" / "ftlib"
+    monkeypatch.setattr("ftlib.launch.__file__", str(package / "launch.py"))
+    assert script(str(package / "recipes" / "lora_sft.py")) == "recipes/lora_sft.py"
+    assert script(str(tmp_path / "mine" / "my.py")) == "mine/my.py"
 
 
 def test_a_closed_pipe_is_no_error(tmp_path):

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity.shrink import reference, relative, shrunk
+from safetensors import safe_open
 
 from ftlib import models
 from ftlib.adapters import lora, peft_format
 from ftlib.cli import main as tune
 from ftlib.kernels import nf4
 from ftlib.models import load
+from ftlib.observe.output import trained_share
 from ftlib.quant import FORMATS, QuantizedLinear, hold, note, round_through
 from ftlib.sections import Lora
 
@@ -80,6 +82,12 @@ def test_the_layer_is_the_product_with_its_weight(form, compiled):
     assert torch.allclose(y, expected, atol=1e-6)
     grads = [torch.autograd.grad(out.sin().sum(), x, retain_graph=True)[0] for out in (y, expected)]
     assert torch.allclose(*grads, atol=1e-5)
+
+
+def test_quantized_matrices_count_as_what_they_are():
+    linear = models.language_model.Linear(128, 96, bias=True)
+    plain, quantized = (trained_share(layer) for layer in (linear, QuantizedLinear(linear, "nf4")))
+    assert f"of {128 * 96 + 96:,} parameters" in plain and f"of {128 * 96 + 96:,} parameters" in quantized
 
 
 def test_recomputed_in_backward():
@@ -210,6 +218,9 @@ def test_training_and_resuming_to_the_bit(form, tmp_path, capsys):
     assert tune(["run", *RUN, f"output_dir={plain}"]) == 0
     gaps = [abs(a - b) / b for a, b in zip(losses(one), losses(plain), strict=True)]
     assert 1e-5 < max(gaps) < 0.1  # not the plain base, and near it
+    for file in (one / "checkpoints/step_000003").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            assert not any(".base." in key for key in opened.keys()), "the base is made again, not kept in checkpoints"
     before = losses(one)
     shutil.rmtree(one / "checkpoints/step_000006")
     shutil.rmtree(one / "final")
