@@ -235,7 +235,7 @@ def test_llama_factory(here, capsys):
     assert (plain.format, plain.columns) == ("alpaca", {"instruction": "question", "output": "answer"})
     assert (cfg.steps, cfg.schedule.warmup_steps, cfg.schedule.name) == (200, 20, "linear")
     assert (cfg.batch.rows, cfg.data.eval, cfg.eval.every, cfg.memory.recompute) == (8, 0.1, 100, "none")
-    assert lost_in(out) == {"neftune_noise_alpha"} and cfg.log.to == ("console", "wandb")
+    assert not lost_in(out) and cfg.neftune == 5 and cfg.log.to == ("console", "wandb")
 
 
 PREFERENCES = {
@@ -274,7 +274,7 @@ def test_preferences(name, here, capsys):
     cfg, out = imported(text, capsys)
     assert "for recipes/dpo.py" in out and not lost_in(out)
     assert {key: getattr(cfg.dpo, key) for key in constants} == constants
-    assert (cfg.lora is None) == (name == "Axolotl, every weight") and (cfg.lora is None or cfg.lora.rank in (4, 16))
+    assert (cfg.lora is None) == (name == "Axolotl, every weight") and (cfg.lora is None or cfg.lora.rank in (4, 8))
     assert cfg.data.sources[0].format == "auto"
     if name == "Axolotl":
         assert cfg.optim.name == "lion"
@@ -297,14 +297,59 @@ def test_every_key_of_the_table_leads_to_a_key_of_ours_or_says_why(name):
 def test_values_without_an_equivalent_are_named():
     theirs = {
         "base_model": "a/b",
-        "optimizer": "adamw_bnb_8bit",
+        "optimizer": "lion_8bit",
         "lr_scheduler": "rex",
         "adapter": "llama-adapter",
         "rl": "ppo",
     }
     made = convert(LIBRARIES["Axolotl"], theirs, import_._known)
     assert {key for key, _ in made.lost} == {"optimizer", "lr_scheduler", "adapter", "rl"}
-    assert "optim.name is adamw" in dict(made.lost)["optimizer"]
+    assert "adamw is used instead" in dict(made.lost)["optimizer"] and made.get("optim.name") == "adamw"
+    assert "cosine is used instead" in dict(made.lost)["lr_scheduler"]
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit"])
+def test_adamw_of_8_bits_keeps_its_moments_in_int8(name):
+    made = convert(LIBRARIES["Axolotl"], {"base_model": "a/b", "adapter": "lora", "optimizer": name}, import_._known)
+    assert (made.get("optim.name"), made.get("optim.states")) == ("adamw", "int8") and not made.lost
+
+
+@pytest.mark.parametrize(("value", "dtype"), [("false", "fp32"), ("true", "bf16"), ("auto", "bf16"), ("fp32", "fp32")])
+def test_bf16_switched_off_is_fp32(value, dtype):
+    made = convert(LIBRARIES["Axolotl"], {"base_model": "a/b", "bf16": value}, import_._known)
+    assert made.get("dtype") == dtype
+
+
+LEFT_OUT = {
+    "Axolotl": (
+        {"base_model": "a/b", "adapter": "lora", "lora_r": 4, "max_steps": 1000},
+        {"data.pack": False, "data.seq_len": 512, "optim.betas": [0.9, 0.999], "schedule.warmup_steps": 30},
+    ),
+    "LLaMA-Factory": (
+        {"model_name_or_path": "a/b"},
+        {"data.pack": False, "data.overlong": "truncate", "lora.rank": 8, "lora.alpha": 16.0, "epochs": 3.0,
+         "optim.lr": 5e-5, "optim.betas": [0.9, 0.999], "schedule.name": "linear", "schedule.warmup_steps": 0,
+         "batch.micro_rows": 8, "dtype": "fp32"},
+    ),
+    "torchtune": (
+        {"model._component_": "torchtune.models.llama3_2.lora_llama3_2_1b", "checkpointer.checkpoint_dir": "a/b",
+         "dataset._component_": "torchtune.datasets.alpaca_dataset", "optimizer._component_": "torch.optim.AdamW",
+         "max_steps_per_epoch": 50, "epochs": 2, "dtype": "bf16"},
+        {"data.pack": False, "data.overlong": "truncate", "data.train_on": ["system", "user", "assistant", "tool"],
+         "lora.rank": 8, "lora.alpha": 16.0, "optim.lr": 1e-3, "optim.betas": [0.9, 0.999], "steps": 100,
+         "optim.weight_decay": 0.01, "optim.max_grad_norm": None, "schedule.name": "constant",
+         "schedule.warmup_steps": 0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_what_another_library_does_with_a_key_left_out_is_written(name):
+    """As its documentation and source have it; where our default is the same nothing is written."""
+    theirs, ours = LEFT_OUT[name]
+    made = convert(LIBRARIES[name], theirs, import_._known)
+    assert {key: made.get(key, "not written") for key in ours} == ours and not made.lost
+    assert any("left out there" in note and "data.pack" in note for note in made.notes)
 
 
 MISTAKES = {

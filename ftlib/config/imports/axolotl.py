@@ -5,6 +5,7 @@ from typing import Any
 from ftlib.config.imports.rules import (
     Imported,
     Library,
+    betas,
     choice,
     holds,
     listed,
@@ -16,6 +17,7 @@ from ftlib.config.imports.rules import (
     recompute,
     roles,
     rows_of,
+    schedule,
     to,
     track,
 )
@@ -48,14 +50,11 @@ RULES = {
     "chat_template": to("data.template", lambda name: None if str(name).startswith("tokenizer_default") else name),
     "num_epochs": to("epochs", float),
     "max_steps": to("steps", lambda steps: steps if steps > 0 else None),
-    "optimizer": to("optim.name", optimizer),
     "learning_rate": to("optim.lr", float),
     "weight_decay": to("optim.weight_decay", float),
     "adam_epsilon": to("optim.eps", float),
-    "max_grad_norm": to("optim.max_grad_norm", float),
-    "lr_scheduler": to(
-        "schedule.name", choice(cosine="cosine", linear="linear", constant="constant", constant_with_warmup="constant")
-    ),
+    "max_grad_norm": to("optim.max_grad_norm", lambda norm: float(norm) or None),
+    "lr_scheduler": to("schedule.name", schedule),
     "cosine_min_lr_ratio": to("schedule.min_ratio", float),
     "warmup_steps": to("schedule.warmup_steps"),
     "bf16": to("dtype", precision),
@@ -120,13 +119,13 @@ RULES = {
     "load_in_8bit": to("model.quantize", lambda on: "int8" if on else None),
     "load_in_4bit": to("model.quantize", lambda on: "nf4" if on else None),
     "gptq": holds("read from config.json"),
-    "fp16": lost("bf16 or fp32"),
-    "float16": lost("bf16 or fp32"),
+    "fp16": lost("bf16 is used; dtype: fp32 is there"),
+    "float16": lost("bf16 is used; dtype: fp32 is there"),
     "lora_fan_in_fan_out": lost("only for GPT-2's transposed layers"),
     "lora_on_cpu": lost("no equivalent"),
     "chat_template_jinja": lost("put it in a file: data.template: my.jinja"),
     "tokens": to("tokenizer.add_tokens", listed),
-    "neftune_noise_alpha": lost("no noise on embeddings"),
+    "neftune_noise_alpha": to("neftune", float),
     "early_stopping_patience": to("eval.patience", int),
     "plugins": lost("edit a copy of the recipe: tune cp"),
     "rl_beta": to("dpo.beta", float),
@@ -169,6 +168,7 @@ TOGETHER = {
     "micro_batch_size": "batch.micro_rows",
     "gradient_accumulation_steps": "batch.rows = micro_batch_size x gradient_accumulation_steps x devices",
     "batch_size": "batch.rows",
+    "optimizer": "optim.name; AdamW of 8 or 4 bits: optim.states",
     "adam_beta1": "optim.betas[0]",
     "adam_beta2": "optim.betas[1]",
     "rl": "picks the recipe: dpo, ipo, simpo, orpo, kto are recipes/dpo.py with dpo.loss",
@@ -220,13 +220,33 @@ def finish(theirs: dict[str, Any], made: Imported) -> None:
     if theirs.get("revision_of_model"):
         made.set("model.path", f"{theirs.get('base_model')}@{theirs['revision_of_model']}")
     rows_of(made, theirs.get("micro_batch_size"), theirs.get("gradient_accumulation_steps"))
-    if theirs.get("adam_beta1") or theirs.get("adam_beta2"):
-        made.set("optim.betas", [theirs.get("adam_beta1") or 0.9, theirs.get("adam_beta2") or 0.999])
+    optimizer(made, "optimizer", theirs.get("optimizer") or "adamw")
     _more(theirs, made)
     shares(theirs, made, "warmup_ratio", "schedule.warmup_steps")
+    _left_out(theirs, made)
     for key, ours in (("evals_per_epoch", "eval.every"), ("saves_per_epoch", "checkpoint.every")):
         if theirs.get(key):
             made.lost.append((key, f"{ours} counts steps"))
+
+
+def _left_out(theirs: dict[str, Any], made: Imported) -> None:
+    """What Axolotl does where a key is absent: no packing, documents of 512 tokens, 3 % warm-up, …"""
+    betas(theirs, made)
+    if made.recipe == "pretrain":
+        made.default("data.overlong", "split")
+    else:
+        made.default("data.pack", False)
+    made.default("data.seq_len", 512)
+    made.default("seed", 42)
+    if theirs.get("max_grad_norm") == 0:  # Hugging Face's trainer reads it as no clipping
+        made.set("optim.max_grad_norm", None)
+    if theirs.get("fp16") or theirs.get("float16"):  # named as lost: bf16 is nearest
+        made.set("dtype", "bf16")
+    if theirs.get("warmup_steps") is None and theirs.get("warmup_ratio") is None:
+        if made.get("steps"):
+            made.default("schedule.warmup_steps", min(int(0.03 * made.get("steps")), 100))
+        else:
+            made.notes.append("no warm-up is named: 3 % of the steps there, at most 100; schedule.warmup_steps here")
 
 
 def _more(theirs: dict[str, Any], made: Imported) -> None:

@@ -8,6 +8,7 @@ from ftlib.config.imports.axolotl import shares
 from ftlib.config.imports.rules import (
     Imported,
     Library,
+    betas,
     choice,
     holds,
     listed,
@@ -18,6 +19,7 @@ from ftlib.config.imports.rules import (
     prompts_too,
     recompute,
     rows_of,
+    schedule,
     to,
 )
 
@@ -26,7 +28,6 @@ _LOSSES = choice(sigmoid="sigmoid", hinge="hinge", ipo="ipo", orpo="orpo", simpo
 _TEMPLATES = choice(
     default=None, empty=None, qwen=None, qwen3=None, llama2=None, llama3=None, mistral=None, chatml="chatml"
 )
-
 
 
 def _trackers(value: Any) -> list[str] | None:
@@ -54,13 +55,10 @@ RULES = {
     "num_train_epochs": to("epochs", float),
     "max_steps": to("steps", lambda steps: steps if steps > 0 else None),
     "learning_rate": to("optim.lr", float),
-    "optim": to("optim.name", optimizer),
     "weight_decay": to("optim.weight_decay", float),
     "adam_epsilon": to("optim.eps", float),
-    "max_grad_norm": to("optim.max_grad_norm", float),
-    "lr_scheduler_type": to(
-        "schedule.name", choice(cosine="cosine", linear="linear", constant="constant", constant_with_warmup="constant")
-    ),
+    "max_grad_norm": to("optim.max_grad_norm", lambda norm: float(norm) or None),
+    "lr_scheduler_type": to("schedule.name", schedule),
     "warmup_steps": to("schedule.warmup_steps"),
     "bf16": to("dtype", precision),
     "disable_gradient_checkpointing": to("memory.recompute", lambda off: "none" if off else "full"),
@@ -90,23 +88,23 @@ RULES = {
     "ddp_timeout": holds("10 minutes"),
     "deepspeed": holds("more than one process shards by itself: parallel.dp_shard"),
     "fsdp": holds("more than one process shards by itself: parallel.dp_shard"),
-    "neat_packing": holds("packed rows never mix"),
+    "neat_packing": to("data.pack", lambda on: True if on else None, "packed rows never mix"),
     "use_fast_tokenizer": holds("told from the tokenizer's files"),
     "enable_liger_kernel": holds("own kernels"),
     "ddp_find_unused_parameters": holds("never needed"),
-    "pure_bf16": holds("dtype: bf16"),
+    "pure_bf16": to("dtype", lambda on: "bf16" if on else None),
     "save_only_model": holds("final/"),
     "trust_remote_code": lost("code of a repository is never run"),
-    "fp16": lost("bf16 or fp32"),
+    "fp16": lost("bf16 is used; dtype: fp32 is there"),
     "quantization_bit": to("model.quantize", lambda bits: choice(**{"4": "nf4", "8": "int8"})(bits)),
     "quantization_method": holds("quantized as it is loaded"),
     "double_quantization": holds("nf4 always is"),
     "train_on_prompt": to("data.train_on", prompts_too),
     "mask_history": lost("every answer is trained"),
-    "neftune_noise_alpha": lost("no noise on embeddings"),
+    "neftune_noise_alpha": to("neftune", float),
     "freeze_trainable_layers": lost("train.only and train.freeze take patterns"),
-    "use_galore": lost("optim.name is adamw"),
-    "use_badam": lost("optim.name is adamw"),
+    "use_galore": lost("adamw is used instead"),
+    "use_badam": lost("adamw is used instead"),
     "rope_scaling": lost("read from config.json"),
     "shift_attn": lost("no shifted attention"),
     "use_unsloth": lost("own kernels are always used"),
@@ -138,6 +136,7 @@ TOGETHER = {
     "eval_dataset": "data.eval, through dataset_info.json",
     "per_device_train_batch_size": "batch.micro_rows",
     "gradient_accumulation_steps": "batch.rows = per_device_train_batch_size x gradient_accumulation_steps x devices",
+    "optim": "optim.name; AdamW of 8 or 4 bits: optim.states",
     "adam_beta1": "optim.betas[0]",
     "adam_beta2": "optim.betas[1]",
     "warmup_ratio": "schedule.warmup_steps = warmup_ratio x steps, where steps is set",
@@ -163,10 +162,36 @@ def finish(theirs: dict[str, Any], made: Imported) -> None:
     for key, ours in (("dataset", "data.sources"), ("eval_dataset", "data.eval")):
         if theirs.get(key):
             made.set(ours, [_source(name, folder, key, theirs, made) for name in listed(theirs[key])])
-    rows_of(made, theirs.get("per_device_train_batch_size"), theirs.get("gradient_accumulation_steps"))
-    if theirs.get("adam_beta1") or theirs.get("adam_beta2"):
-        made.set("optim.betas", [theirs.get("adam_beta1") or 0.9, theirs.get("adam_beta2") or 0.999])
+    rows_of(made, theirs.get("per_device_train_batch_size") or 8, theirs.get("gradient_accumulation_steps"))
+    optimizer(made, "optim", theirs.get("optim") or "adamw")
     shares(theirs, made, "warmup_ratio", "schedule.warmup_steps")
+    _left_out(theirs, made, adapter=kind == "lora" and stage != "pt")
+
+
+def _left_out(theirs: dict[str, Any], made: Imported, adapter: bool) -> None:
+    """What LLaMA-Factory, and Hugging Face's trainer below it, do where a key is absent."""
+    betas(theirs, made)
+    if made.recipe == "pretrain":
+        made.default("data.overlong", "split")
+    else:
+        made.default("data.pack", False)
+        made.default("data.overlong", "drop" if made.get("data.pack") else "truncate")
+    if adapter:
+        made.default("lora.rank", 8)
+        made.default("lora.alpha", 2.0 * made.get("lora.rank"))
+    if not made.get("steps"):
+        made.default("epochs", 3.0)
+    made.default("optim.lr", 5e-5)
+    if theirs.get("lr_scheduler_type") is None:  # one without an equivalent is named as lost
+        made.default("schedule.name", "linear")
+    if not theirs.get("warmup_ratio"):
+        made.default("schedule.warmup_steps", 0)
+    if theirs.get("max_grad_norm") == 0:  # read as no clipping
+        made.set("optim.max_grad_norm", None)
+    if theirs.get("fp16") or theirs.get("pure_bf16"):  # fp16 is named as lost: bf16 is nearest
+        made.set("dtype", "bf16")
+    made.default("dtype", "fp32")
+    made.default("seed", 42)
 
 
 def _source(name: str, folder: Path, key: str, theirs: dict[str, Any], made: Imported) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Imported:
     lost: list[tuple[str, str]] = field(default_factory=list)
     held: list[tuple[str, str]] = field(default_factory=list)  # needs no key here, and why
     notes: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)  # keys written because leaving them out means something else there
 
     def set(self, key: str, value: Any) -> None:
         """Set a dotted key."""
@@ -69,6 +70,13 @@ class Imported:
         for part in path:
             at = at.setdefault(part, {})
         at[last] = value
+
+    def default(self, key: str, value: Any) -> None:
+        """What the other library does where its key is left out and ours, left out, would do something else."""
+        missing = object()
+        if self.get(key, missing) is missing:
+            self.set(key, value)
+            self.absent.append(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """A dotted key, or `default`."""
@@ -119,6 +127,8 @@ def convert(library: Library, theirs: dict[str, Any], known: Callable[[str], lis
             if found is not None:
                 made.set(rule.to, found)
     library.finish(theirs, made)
+    if made.absent:
+        made.notes.append(f"left out there, written here since our defaults differ: {', '.join(made.absent)}")
     have = known(made.recipe)
     for key in _leaves(made.config):
         generic = key.split("[")[0]
@@ -151,10 +161,13 @@ def rows_of(made: Imported, micro: Any, accumulation: Any) -> None:
     made.notes.append(f"batch.rows {micro * accumulation} is for one device: multiply it by their number")
 
 
-def precision(value: Any) -> str | None:
-    """A `bf16:` or `dtype:` switch as our dtype."""
-    return {"true": "bf16", "auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "full": "bf16", "false": None,
-            "fp32": "fp32", "float32": "fp32"}[str(value).lower()]  # fmt: skip
+def precision(value: Any) -> str:
+    """A `bf16:` or `dtype:` switch as our dtype: bf16 that is switched off is fp32."""
+    names = {"true": "bf16", "auto": "bf16", "bf16": "bf16", "bfloat16": "bf16", "full": "bf16", "false": "fp32",
+             "fp32": "fp32", "float32": "fp32"}  # fmt: skip
+    if str(value).lower() not in names:
+        raise ValueError(f"{value!r} has no equivalent; bf16 is used, dtype: fp32 is there")
+    return names[str(value).lower()]
 
 
 def recompute(value: Any) -> str:
@@ -162,14 +175,35 @@ def recompute(value: Any) -> str:
     return "full" if value else "none"
 
 
-def optimizer(value: Any) -> str:
-    """One of our optimizers under any of its names; its low-bit and paged variants are not the same."""
+def optimizer(made: Imported, key: str, value: Any) -> None:
+    """One of our optimizers under any of its names; of AdamW also its low-bit and paged variants."""
     name = str(value).lower().replace("schedulefree", "schedule_free")
-    if not any(part in name for part in ("8bit", "4bit", "paged", "fp8", "apollo", "galore")):
-        for ours in ("schedule_free", "ademamix", "adafactor", "adamw", "lion", "muon", "dion"):
-            if ours in name:
-                return ours
-    raise ValueError(f"{value!r} has no equivalent; optim.name is adamw, muon, dion, lion, adafactor, …")
+    known = ("schedule_free", "ademamix", "adafactor", "adamw", "lion", "muon", "dion")
+    ours = next((one for one in known if one in name), None)
+    low = next((bits for part, bits in {"8bit": "int8", "4bit": "int4", "fp8": "fp8"}.items() if part in name), None)
+    if ours is None or any(part in name for part in ("apollo", "galore", "lomo")) or (low and ours != "adamw"):
+        made.lost.append((key, f"{value!r} has no equivalent; adamw is used instead, others: tune help optim.name"))
+        ours, low = "adamw", None
+    made.set("optim.name", ours)
+    if low:
+        made.set("optim.states", low)
+
+
+def schedule(value: Any) -> str:
+    """A learning-rate schedule of Hugging Face's names."""
+    names = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+    if str(value).lower() not in names:
+        raise ValueError(f"{value!r} has no equivalent; cosine is used instead (linear and constant are there too)")
+    return names[str(value).lower()]
+
+
+def betas(theirs: Mapping[str, Any], made: Imported) -> None:
+    """AdamW's, of which the second is 0.999 elsewhere."""
+    first, second = theirs.get("adam_beta1"), theirs.get("adam_beta2")
+    if first or second:
+        made.set("optim.betas", [first or 0.9, second or 0.999])
+    elif made.get("optim.name") != "adafactor":
+        made.default("optim.betas", [0.9, 0.999])
 
 
 def track(made: Imported, tracker: str) -> None:
@@ -195,5 +229,8 @@ def preferences(made: Imported, loss: str, adapter: bool) -> None:
     """The recipe of preferences with a loss of ours."""
     made.recipe = "dpo"
     made.set("dpo.loss", loss)
+    if loss == "simpo":
+        made.default("dpo.beta", 0.1)
+        made.default("dpo.gamma", 0.5)
     if not adapter:
         made.set("lora", None)

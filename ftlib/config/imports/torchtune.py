@@ -5,15 +5,16 @@ from typing import Any
 from ftlib.config.imports.rules import (
     Imported,
     Library,
-    choice,
     holds,
     listed,
     lost,
     optimizer,
     precision,
     preferences,
+    prompts_too,
     recompute,
     rows_of,
+    schedule,
     to,
     track,
 )
@@ -29,7 +30,7 @@ RULES = {
     "tokenizer.prompt_template": lost("data.template takes a .jinja file"),
     "dataset.packed": to("data.pack"),
     "epochs": to("epochs", float),
-    "max_steps_per_epoch": to("steps", note="steps of the whole run"),
+    "max_steps_per_epoch": to("steps", note="times epochs: steps of the whole run"),
     "optimizer.lr": to("optim.lr", float),
     "optimizer.weight_decay": to("optim.weight_decay", float),
     "optimizer.betas": to("optim.betas", lambda betas: [float(beta) for beta in betas]),
@@ -38,11 +39,7 @@ RULES = {
     "lr_scheduler.num_warmup_steps": to("schedule.warmup_steps"),
     "lr_scheduler._component_": to(
         "schedule.name",
-        lambda path: choice(
-            get_cosine_schedule_with_warmup="cosine",
-            get_linear_schedule_with_warmup="linear",
-            get_constant_schedule_with_warmup="constant",
-        )(path.rpartition(".")[2]),
+        lambda path: schedule(path.rpartition(".")[2].removeprefix("get_").removesuffix("_schedule_with_warmup")),
     ),
     "dtype": to("dtype", precision),
     "enable_activation_checkpointing": to("memory.recompute", recompute),
@@ -102,7 +99,7 @@ TOGETHER = {
     "dataset.conversation_column": "data.sources[].columns",
     "dataset.conversation_style": "told from the rows",
     "dataset.column": "data.sources[].columns",
-    "dataset.train_on_input": "only assistants are trained",
+    "dataset.train_on_input": "data.train_on",
     "dataset.new_system_prompt": "write it in the rows",
     "dataset_val._component_": "data.eval",
     "dataset_val.source": "data.eval",
@@ -110,7 +107,7 @@ TOGETHER = {
     "dataset_val.split": "data.eval",
     "batch_size": "batch.micro_rows",
     "gradient_accumulation_steps": "batch.rows = batch_size x gradient_accumulation_steps x devices",
-    "optimizer._component_": "optim.name",
+    "optimizer._component_": "optim.name; AdamW of 8 or 4 bits: optim.states",
     "loss._component_": "DPOLoss is recipes/dpo.py; of others the loss never forms all logits",
     "metric_logger._component_": "log.to",
 }
@@ -151,15 +148,36 @@ def finish(theirs: dict[str, Any], made: Imported) -> None:
     made.set("data.sources", [_source(theirs, "dataset", made)])
     if theirs.get("dataset_val._component_"):
         made.set("data.eval", [_source(theirs, "dataset_val", made)])
-    if theirs.get("dataset.train_on_input"):
-        made.lost.append(("dataset.train_on_input", "only assistants are trained"))
     if theirs.get("dataset.new_system_prompt"):
         made.lost.append(("dataset.new_system_prompt", "write it in the rows"))
     rows_of(made, theirs.get("batch_size"), theirs.get("gradient_accumulation_steps"))
-    try:
-        made.set("optim.name", optimizer(str(theirs.get("optimizer._component_", "AdamW")).rpartition(".")[2]))
-    except ValueError as error:
-        made.lost.append(("optimizer._component_", str(error)))
+    named = str(theirs.get("optimizer._component_", "AdamW")).rpartition(".")[2]
+    optimizer(made, "optimizer._component_", named)
+    _left_out(theirs, made, adapter=component.startswith(("lora_", "qlora_", "dora_")), adamw="adamw" in named.lower())
+
+
+def _left_out(theirs: dict[str, Any], made: Imported, adapter: bool, adamw: bool) -> None:
+    """What torchtune's builders and torch's AdamW do where a key is absent: no packing, no clipping, decay 0.01, …"""
+    made.default("data.pack", False)
+    made.default("data.overlong", "drop" if made.get("data.pack") else "truncate")
+    alpaca = str(theirs.get("dataset._component_", "")).endswith(("alpaca_dataset", "alpaca_cleaned_dataset"))
+    if theirs.get("dataset.train_on_input"):
+        made.set("data.train_on", prompts_too(True))
+    elif alpaca and theirs.get("dataset.train_on_input") is None:
+        made.default("data.train_on", prompts_too(True))
+    if adapter:
+        made.default("lora.rank", 8)
+        made.default("lora.alpha", 16.0)
+    if adamw:
+        made.default("optim.lr", 1e-3)
+        made.default("optim.betas", [0.9, 0.999])
+        made.default("optim.weight_decay", 0.01)
+    made.default("optim.max_grad_norm", None)
+    if theirs.get("lr_scheduler._component_") is None:
+        made.default("schedule.name", "constant")
+    made.default("schedule.warmup_steps", 0)
+    if made.get("steps"):
+        made.set("steps", round(made.get("steps") * made.get("epochs", 1.0)))
 
 
 def _source(theirs: dict[str, Any], key: str, made: Imported) -> dict[str, Any]:
