@@ -45,7 +45,7 @@ class FrozenWeight(nn.Module):
         super().__init__()
         self.shape, self.form, self.dtype = shape, form, dtype
         for name, part in FORMATS[form].empty(tuple(shape), device).items():
-            self.register_buffer(name, part)
+            self.register_buffer(name, part, persistent=False)  # made from the base model at every start, never saved
         self.lost: Callable[[Tensor, Tensor], None] | None = None  # is given each matrix and what is kept of it
 
     @property

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity.shrink import reference, relative, shrunk
-from safetensors import safe_open
 
 from ftlib import models
 from ftlib.adapters import lora, peft_format
@@ -219,8 +218,7 @@ def test_training_and_resuming_to_the_bit(form, tmp_path, capsys):
     gaps = [abs(a - b) / b for a, b in zip(losses(one), losses(plain), strict=True)]
     assert 1e-5 < max(gaps) < 0.1  # not the plain base, and near it
     for file in (one / "checkpoints/step_000003").glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            assert not any(".base." in key for key in opened.keys()), "the base is made again, not kept in checkpoints"
+        assert b".base." not in file.read_bytes(), "the base is made again, not kept in checkpoints"
     before = losses(one)
     shutil.rmtree(one / "checkpoints/step_000006")
     shutil.rmtree(one / "final")
