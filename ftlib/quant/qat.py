@@ -6,27 +6,20 @@ Weights and inputs are rounded in forward and taken for what they were in backwa
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
+from ftlib.layers.moe import ExpertLinear
 from ftlib.quant.frozen import replace
 from ftlib.quant.schemes import SCHEMES
 from ftlib.sections import Qat, Rounding
 
 
-class _Straight(torch.autograd.Function):
-    """`rounded(x)`, whose gradient is handed to x as it is."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ANN001
-        return rounded(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
-        return grad, None
+def _straight(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rounded(x)` to the bit, for x - x is 0; its gradient is handed to x as it is."""
+    return rounded(x.detach()) + (x - x.detach())
 
 
 class RoundedLinear(Linear):
@@ -50,8 +43,8 @@ class RoundedLinear(Linear):
         weight = self.weight
         if self.active is not None:
             weight = self.adapters[self.active].merged(weight).to(weight.dtype)
-        weight = _Straight.apply(weight, lambda whole: self.scheme.weight(whole, self.group))
-        x = x if self.scheme.inputs is None else _Straight.apply(x, self.scheme.inputs)
+        weight = _straight(weight, lambda whole: self.scheme.weight(whole, self.group))
+        x = x if self.scheme.inputs is None else _straight(x, self.scheme.inputs)
         return F.linear(x, weight, self.bias)
 
 
@@ -59,6 +52,9 @@ def attach(model: nn.Module, section: Rounding, where: str) -> int:
     """Put RoundedLinear, not on yet, in place of every linear layer in the blocks; returns how many."""
     grouped = SCHEMES[section.scheme].grouped
     for name, module in model.model.layers.named_modules():
+        if isinstance(module, ExpertLinear):
+            what = f"layers.{name} is a stack of experts, and only linear layers are rounded and written so"
+            raise UserError(what, where=f"{where}, model.path", fix="take a dense model")
         if grouped and isinstance(module, Linear) and module.in_features % section.group:
             what = f"layers.{name} has {module.in_features} inputs, no multiple of {section.group}"
             raise UserError(what, where=f"{where}.group", fix="a smaller group, or scheme=fp8")

@@ -9,6 +9,7 @@ from parity.shrink import reference, relative, shrunk
 
 from ftlib import models
 from ftlib.adapters import lora, merge
+from ftlib.errors import UserError
 from ftlib.export import compressed
 from ftlib.layers.linear import Linear
 from ftlib.models import load
@@ -128,6 +129,13 @@ def test_the_converted_model_is_the_one_that_was_trained(scheme, folder, tmp_pat
             object.__setattr__(layer.scheme, "weight", lambda w, g: w.clone())
     with torch.no_grad():
         assert torch.equal(read.logits(ids), trained)
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path):
+    """Its experts would stay as they are in a checkpoint that says they are rounded."""
+    (tmp_path / "config.json").write_text(json.dumps(shrunk("qwen3-30b-a3b")))
+    with pytest.raises(UserError, match=r"stack of experts(.|\n)*where: to, model\.path"):
+        qat.attach(load.build(tmp_path, torch.float32), Rounding(group=8), "to")
 
 
 @ALL
