@@ -95,9 +95,9 @@ class Objective:
         values = term.weight * term.loss(Rated(policy, reference, good, baseline), term.settings)
         rewards, policy = self._rewards(policy, reference, answers.lengths).detach(), policy.detach()
         zero = baseline * term.settings.beta if self.mismatched else baseline
-        right = (rewards > zero) == good
+        right = torch.where(rewards == zero, 0.5, ((rewards > zero) == good).to(rewards.dtype))
         sides = [[(x * side).sum(), side.sum()] for x in (rewards, policy) for side in (good, ~good)]
-        sides.insert(2, [right.sum(), right.new_tensor(len(right), dtype=torch.long)])
+        sides.insert(2, [right.sum(), right.new_tensor(len(right))])
         return values, torch.stack([torch.stack([n.to(rewards.dtype) for n in pair]) for pair in sides])
 
     def _rewards(self, policy: Tensor, reference: Tensor | None, lengths: Tensor) -> Tensor:
@@ -127,10 +127,18 @@ def resolve(cfg: Dpo) -> Objective:
 
 
 def figures(sums: Tensor) -> dict[str, float]:
-    """Means out of sums and counts over any number of batches and processes; null where nothing was counted."""
+    """Means out of sums and counts over any number of batches and processes; null where nothing was counted.
+
+    `accuracy`: how often the better answer has the higher reward (of rated answers: how often the reward is on the
+    right side of the baseline); a tie, as all are before the first step, counts as one half."""
     found = {name: s / n if n else None for name, (s, n) in zip(FIGURES, sums.tolist(), strict=True)}
     both = found["rewards_chosen"], found["rewards_rejected"]
     return found | {"margin": None if None in both else both[0] - both[1]}
+
+
+def better(won: Tensor, lost: Tensor) -> Tensor:
+    """1 where the first is greater, 0 where it is less, one half for a tie; of the same shape and dtype."""
+    return (1 + torch.sign(won - lost)) / 2
 
 
 def running_mean(counters: dict[str, Any], sums: Tensor) -> None:
@@ -147,5 +155,5 @@ def _sides(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _paired_figures(rewards: Tensor, policy: Tensor) -> Tensor:
     (won, lost), (chosen, rejected) = _sides(rewards), _sides(policy)
-    sums = torch.stack([x.sum() for x in (won, lost, (won > lost).to(won.dtype), chosen, rejected)])
+    sums = torch.stack([x.sum() for x in (won, lost, better(won, lost), chosen, rejected)])
     return torch.stack((sums, torch.full_like(sums, len(won))), 1)

@@ -13,6 +13,7 @@ from ftlib.data import AnswerBatch, Preferences
 from ftlib.losses.reward import bradley_terry, step_loss
 from ftlib.models import LanguageModel
 from ftlib.parallel.run import Run
+from ftlib.preference.objective import better
 from ftlib.sections import Reward
 from ftlib.tokenizers import Tokenizer
 
@@ -30,15 +31,16 @@ def scores(model: LanguageModel, batch: AnswerBatch, cfg: Reward) -> Tensor:
 
 def loss(found: Tensor, batch: AnswerBatch, cfg: Reward) -> tuple[Tensor, Tensor]:
     """The loss of each pair or step, from `scores`, and sums for the log, detached [len(FIGURES) + 1]; the last one is
-    their number."""
+    their number. A tie, as all are while the head is 0, is one half of a right answer."""
     if cfg.kind == "steps":
         classes, right = batch.answers.targets, found.detach().argmax(1)
-        sums = (right == classes).sum(), (found.detach()[:, 1] - found.detach()[:, 0]).abs().sum(), right.sum()
+        correct = torch.where(found[:, 0] == found[:, 1], 0.5, (right == classes).to(found.dtype))
+        sums = correct.sum(), (found.detach()[:, 1] - found.detach()[:, 0]).abs().sum(), right.sum()
         return step_loss(found, classes), _sums(sums, found)
     chosen, rejected = found.view(-1, 2).unbind(1)
     values = bradley_terry(chosen, rejected, batch.answers.values if cfg.margin else 0.0, cfg.centre)
     chosen, rejected = chosen.detach(), rejected.detach()
-    sums = (chosen > rejected).sum(), (chosen - rejected).sum(), (chosen + rejected).sum() / 2
+    sums = better(chosen, rejected).sum(), (chosen - rejected).sum(), (chosen + rejected).sum() / 2
     return values, _sums(sums, values)
 
 

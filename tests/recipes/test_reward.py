@@ -77,7 +77,7 @@ def test_transformers_scores_held_out_answers_alike(lora, toy, tmp_path):
     sections = {} if lora else {"lora": None, "optim": {"lr": 2e-3}}
     rows = train("reward", "--config", toy(tmp_path, **sections))
     assert rows[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6), "every score is 0 at first"
-    assert rows[-1]["eval_accuracy"] == 1.0
+    assert rows[0]["eval_accuracy"] == 0.5 and rows[-1]["eval_accuracy"] == 1.0
     folder = tmp_path / "out/final"
     tokenizer = tokenizers.from_pretrained(folder)
     pairs = [json.loads(line) for line in toy.files["pairs"][1].read_text().splitlines()]
@@ -113,7 +113,8 @@ def test_steps_are_judged_where_they_end(toy, tmp_path):
     from transformers import AutoModelForTokenClassification
 
     rows = train("reward", "--config", toy(tmp_path, "steps", steps=24))
-    assert rows[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6) and rows[-1]["eval_accuracy"] >= 0.95
+    assert rows[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6) and rows[0]["eval_accuracy"] == 0.5
+    assert rows[-1]["eval_accuracy"] >= 0.95
     folder = tmp_path / "out/final"
     model, said = AutoModelForTokenClassification.from_pretrained(folder, output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]

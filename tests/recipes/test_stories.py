@@ -70,6 +70,6 @@ def test_dpo_on_real_pairs(stories, tmp_path, capsys):
     )  # fmt: skip
     with pytest.warns(UserWarning, match="no token for"):
         found = train("dpo", "--config", file)
-    assert abs(steps(found)[0] - math.log(2)) < 1e-6 and found[0]["accuracy"] == 0
+    assert abs(steps(found)[0] - math.log(2)) < 1e-6 and found[0]["accuracy"] == 0.5  # all tie
     assert sum(steps(found)[-3:]) / 3 < 0.6 and found[-1]["accuracy"] == 1
     assert "dropped 194: longer than data.seq_len=512" in capsys.readouterr().out
