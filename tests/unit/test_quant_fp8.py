@@ -32,7 +32,7 @@ def rounded(x, rows, kind=E4M3):
 
 
 def gradients(y, *inputs):
-    return y.detach(), *torch.autograd.grad((y * drawn(*y.shape, seed=9)).sum(), inputs, retain_graph=True)
+    return y.detach(), *torch.autograd.grad((y * drawn(*y.shape, seed=9)).sum(), inputs)
 
 
 @BOTH
