@@ -111,6 +111,7 @@ def test_operands_are_as_the_matrix_units_want_them(rows, monkeypatch):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_is_eager(frozen, rows):
     linear = Linear(64, 48, bias=True)
+    linear.load_state_dict({"weight": 0.1 * drawn(48, 64, seed=1), "bias": 0.1 * drawn(48, seed=2)})
     layer = Float8Frozen(linear, rows, turn=True) if frozen else Float8Linear(linear, rows)
     if frozen:
         layer.base.fill(linear.weight.detach())
