@@ -219,6 +219,8 @@ def test_training_and_resuming_to_the_bit(form, tmp_path, capsys):
     assert 1e-5 < max(gaps) < 0.1  # not the plain base, and near it
     for file in (one / "checkpoints/step_000003").glob("*.safetensors"):
         assert b".base." not in file.read_bytes(), "the base is made again, not kept in checkpoints"
+    words = ["merge", "ftlib:demo/model", str(one / "checkpoints/step_000003"), str(tmp_path / "merged")]
+    assert tune([*words, "--quantize", form]) == 0, "of a base that the checkpoint does not hold"
     before = losses(one)
     shutil.rmtree(one / "checkpoints/step_000006")
     shutil.rmtree(one / "final")
