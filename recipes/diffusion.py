@@ -20,6 +20,7 @@ from ftlib.layers.batch import Batch as Packed
 from ftlib.loop import Boundary
 from ftlib.losses.diffusion import diffusion_loss, hide, sample
 from ftlib.observe.output import Output
+from ftlib.observe.said import Said
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
 from ftlib.sections import (
@@ -101,7 +102,7 @@ class HeldOut:
         targets = sum(int(rows.target_counts.sum()) for rows in self.sets)
         return {"eval_loss": self.run.total(total).item() / targets} if targets else {}
 
-    def samples(self) -> list[str]:
+    def samples(self) -> list[Said]:
         """None: a sample takes as long as many steps."""
         return []
 

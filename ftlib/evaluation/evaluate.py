@@ -10,6 +10,7 @@ from ftlib.evaluation import exact_match, held_out
 from ftlib.generation import Engine
 from ftlib.layers.batch import Batch
 from ftlib.models import LanguageModel
+from ftlib.observe.said import Said, said
 from ftlib.parallel.run import Run
 from ftlib.tokenizers import Tokenizer
 
@@ -38,19 +39,20 @@ class Evaluation:
                     row |= {f"eval_loss_{name}": value for name, value in losses.items()}
             engine, limit = Engine(model, max_batch=64, compile="off"), self.cfg.eval.max_new_tokens
             if self.conversations:
-                self.answers = exact_match.answer(engine, self.tokenizer, self.conversations, limit)
+                asked = [messages for _, messages in self.conversations]
+                self.answers = exact_match.answer(engine, self.tokenizer, asked, limit)
                 row["exact_match"] = exact_match.score(self.answers)
             if prompts := self.cfg.eval.prompts:
                 self.said = exact_match.say(engine, self.tokenizer, prompts, limit, continued=self.texts)
         return row
 
-    def samples(self) -> list[str]:
-        """What was said to `eval.prompts` and the first few of the last answers, as lines to print."""
-        lines = [f"  {p!r} -> {said.strip()!r}" for p, said in zip(self.cfg.eval.prompts, self.said, strict=False)]
-        for answer in self.answers[: self.cfg.eval.samples]:
-            verdict = "right" if answer.right else f"expected {answer.expected!r}"
-            lines.append(f"  {answer.prompt!r} -> {answer.given.strip()!r}  ({verdict})")
-        return lines
+    def samples(self) -> list[Said]:
+        """What was said to `eval.prompts` and the first few of the last answers."""
+        own = zip(self.cfg.eval.prompts, self.said, strict=False)
+        found = [said(prompt, answer, "eval.prompts") for prompt, answer in own]
+        for (name, _), one in zip(self.conversations, self.answers[: self.cfg.eval.samples], strict=False):
+            found.append(said(one.prompt, one.given, name, one.expected))
+        return found
 
     def _batches(self, rows: data.Documents) -> Iterator[Batch]:
         run, batch = self.run, self.cfg.batch
@@ -64,6 +66,7 @@ class Evaluation:
             self.max_documents,
         )
 
-    def _conversations(self) -> list[list[dict]]:
-        found = [e.messages for rows in self.sets.values() for e in rows.examples if e.messages]
-        return [m for m in found if m and m[-1]["role"] == "assistant"][: self.cfg.eval.exact_match]
+    def _conversations(self) -> list[tuple[str, list[dict]]]:
+        """The first that end with an answer, each with the name of its set."""
+        found = [(name, e.messages) for name, rows in self.sets.items() for e in rows.examples if e.messages]
+        return [(name, m) for name, m in found if m[-1]["role"] == "assistant"][: self.cfg.eval.exact_match]

@@ -16,6 +16,7 @@ from ftlib.observe.flops import count_weights, device_peak, flops_per_token
 from ftlib.observe.meter import Devices, Meter
 from ftlib.observe.metrics import MetricsFile
 from ftlib.observe.progress import Progress
+from ftlib.observe.said import Said
 from ftlib.observe.watch import Watch
 from ftlib.parallel import pulse
 from ftlib.quant.frozen import FrozenWeight
@@ -98,10 +99,11 @@ class Output:
         self._progress.step(row)
         self.must_go_back = self.watch(step, row["loss"], row["grad_norm"])
 
-    def evaluation(self, step: int, row: dict[str, float], samples: Sequence[str]) -> None:
+    def evaluation(self, step: int, row: dict[str, float], samples: Sequence[Said]) -> None:
         """The row of a held-out evaluation after `step` steps (0: before the first), and answers to look at."""
-        if samples:
-            self.samples.write({"step": step, "samples": list(samples)})
+        for one in samples:
+            if one.row:
+                self.samples.write({"step": step, **one.row})
         if row:
             self._write({"step": step, **row})
             if step:
@@ -110,8 +112,8 @@ class Output:
             self.say(f"held out, after step {step}:  {numbers}")
         elif samples:
             self.say(f"after step {step}:")
-        for line in samples:
-            self.say(line)
+        for one in samples:
+            self.say(str(one))
         self._meter.start()
 
     @property

@@ -51,7 +51,7 @@ def write(
     environment: dict[str, Any],
     notes: Sequence[str] = (),
 ) -> None:
-    """Write the page. `rows` of metrics.jsonl, `samples` of samples.jsonl (`step`, `samples`: lines), `config` as
+    """Write the page. `rows` of metrics.jsonl, `samples` of samples.jsonl (`step`, `prompt`, `answer`, …), `config` as
     YAML without secrets, `notes`: what else happened, a line each."""
     trained = [row for row in rows if "loss" in row]
     scored = [row for row in rows if "loss" not in row]
@@ -128,9 +128,17 @@ def _points(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float
 def _samples(samples: Sequence[dict[str, Any]]) -> str:
     if not samples:
         return ""
-    shown = samples if len(samples) <= 6 else [samples[0], *samples[-5:]]
-    rows = {f"step {one['step']}": "\n".join(line.strip() for line in one["samples"]) for one in shown}
+    steps = list(dict.fromkeys(one["step"] for one in samples))
+    shown = steps if len(steps) <= 6 else [steps[0], *steps[-5:]]
+    rows = {f"step {step}": "\n".join(_answer(one) for one in samples if one["step"] == step) for step in shown}
     return f"<h2>Answers</h2>{_table(rows)}"
+
+
+def _answer(one: dict[str, Any]) -> str:
+    expected, answer = one.get("reference"), one["answer"].strip()
+    more = f"  (expected {expected!r})" if expected is not None and expected.strip() != answer else ""
+    more += f"  (reward {one['reward']:.3g})" if one.get("reward") is not None else ""
+    return f"{one['prompt']!r} -> {answer!r}{more}"
 
 
 def _table(rows: dict[str, Any]) -> str:

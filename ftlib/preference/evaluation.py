@@ -8,6 +8,7 @@ import torch
 from ftlib import data
 from ftlib.data import AnswerBatch, Preferences
 from ftlib.models import LanguageModel
+from ftlib.observe.said import Said
 from ftlib.parallel.run import Run
 from ftlib.preference.answers import policy_weights
 from ftlib.preference.objective import FIGURES, Objective, figures
@@ -45,7 +46,7 @@ class PreferenceEvaluation:
                 row |= {f"{key}_{name}": numbers[key] for name, numbers in found.items()}
         return row
 
-    def samples(self) -> list[str]:
+    def samples(self) -> list[Said]:
         """Nothing is generated."""
         return []
 

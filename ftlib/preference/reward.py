@@ -12,6 +12,7 @@ from ftlib.adapters.merge import merge_into
 from ftlib.data import AnswerBatch, Preferences
 from ftlib.losses.reward import bradley_terry, step_loss
 from ftlib.models import LanguageModel
+from ftlib.observe.said import Said
 from ftlib.parallel.run import Run
 from ftlib.preference.objective import better
 from ftlib.sections import Reward
@@ -67,7 +68,7 @@ class RewardEvaluation:
             row |= self._numbers(sums, f"_{name}")
         return row
 
-    def samples(self) -> list[str]:
+    def samples(self) -> list[Said]:
         """Nothing is generated."""
         return []
 

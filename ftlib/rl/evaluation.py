@@ -4,6 +4,7 @@ import torch
 
 from ftlib.data.prompts import Prompt
 from ftlib.models import LanguageModel
+from ftlib.observe.said import Said
 from ftlib.parallel.run import Run
 from ftlib.rl import log, pages
 from ftlib.rl.presets import Resolved
@@ -43,8 +44,10 @@ class Held:
             found |= each
         return {key: value for key, value in found.items() if value is not None}
 
-    def samples(self) -> list[str]:
-        """The first few of the last answers, as lines to print."""
+    def samples(self) -> list[Said]:
+        """A table of the first few of the last answers; their rows are those of rollouts.jsonl."""
         if not self._last or not self.cfg.samples:
             return []
-        return pages.lines(self._last, self.cfg.samples)
+        head, *lines = pages.lines(self._last, self.cfg.samples)
+        named = zip(lines, self._last, strict=False)
+        return [Said(head), *(Said(line, pages.answer(one, self.rewards.names)) for line, one in named)]

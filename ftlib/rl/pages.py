@@ -89,10 +89,24 @@ def record(step: int, sample: Sample, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def answer(sample: Sample, names: Sequence[str]) -> dict[str, Any]:
+    """A held-out completion as a row of samples.jsonl: prompt and answer as text, and what it earned."""
+    row = record(0, sample, names)
+    texts = {"prompt": _text(sample.prompt.messages), "answer": _text(sample.messages)}
+    return texts | {key: row[key] for key in ("reward", "rewards", "tokens", "finish", "where", "columns")}
+
+
 def _advantage(sample: Sample) -> float:
     """Of a completion; the mean where its tokens have their own."""
     values = sample.advantages
     return float(values.mean()) if values is not None and len(values) else 0.0
+
+
+def _text(messages: Sequence[dict[str, Any]]) -> str:
+    """What the messages say; more than one with their roles."""
+    if len(messages) == 1:
+        return str(messages[0].get("content") or "")
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
 
 
 def _short(messages: Sequence[dict[str, Any]]) -> str:

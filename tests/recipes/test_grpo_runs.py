@@ -193,6 +193,9 @@ def test_gsm8k_runs_whole(tmp_path):
     assert [row["unscorable"] for row in rows if "loss" in row] == [0, 0]
     table = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").read_text().splitlines()]
     assert "####" in table[0]["columns"]["answer"]
+    said = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in said} == {0, 2} and all(row["reward"] == 0 and row["where"] for row in said)
+    assert all(isinstance(row[key], str) and row[key] for row in said for key in ("prompt", "answer"))
 
 
 @pytest.mark.slow

@@ -60,9 +60,12 @@ def test_loss_falls_and_rows_are_as_promised(run):
 def test_own_prompts_are_answered_at_every_evaluation(run):
     out = run[2]
     said = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in said] == [0, 8, 16, 20] and all(len(row["samples"]) == 4 for row in said)
-    assert all(row["samples"][0].startswith("  'say red' -> '") for row in said)
-    assert run[0] == "pretrain" or said[0]["samples"][0] != said[-1]["samples"][0]
+    assert [row["step"] for row in said] == [step for step in (0, 8, 16, 20) for _ in range(4)]
+    own, held_out = said[::4], said[1::4] + said[2::4] + said[3::4]
+    assert all(set(row) == {"step", "set", "prompt", "answer"} and row["set"] == "eval.prompts" for row in own)
+    assert all(set(row) == {"step", "set", "prompt", "answer", "reference"} for row in held_out)
+    assert all(row["prompt"] == "say red" for row in own) and {row["set"] for row in held_out} != {"eval.prompts"}
+    assert run[0] == "pretrain" or own[0]["answer"] != own[-1]["answer"]
     assert "say red" in (out / "report.html").read_text()
 
 

@@ -293,12 +293,12 @@ def test_report_is_one_page_that_loads_nothing(tmp_path):
         rows.append({"step": step, "loss": 3 / step if step != 7 else None, "grad_norm": 1.0, "lr": 1e-4, "mfu": None,
                      "tokens": step * 10, "tokens_per_s": 50.0, "peak_memory_gib": None})  # fmt: skip
     rows.append({"step": 1000, "eval_loss": 0.5, "exact_match": 0.75})
-    samples = [{"step": 0, "samples": ["  '<script>alert(1)</script>' -> 'b'"]}]
+    samples = [{"step": 0, "set": "a", "prompt": "<script>alert(1)</script>", "answer": "b", "reference": "c"}]
     report.write(tmp_path / "report.html", "a <run>", rows, samples, "lr: 1\n", {"torch": "2", "packages": {}})
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "http" not in page and "src=" not in page
     assert page.count("<svg") == page.count("</svg>") == 5, "loss, exact match, rate, norm, speed; none is empty"
-    for words in ("3.0000 → 0.5000", "0.0% → 75.0%", "a &lt;run&gt;", "3:20", "lr: 1", "&lt;script&gt;"):
+    for words in ("3.0000 → 0.5000", "0.0% → 75.0%", "a &lt;run&gt;", "3:20", "lr: 1", "&lt;script&gt;", "(expected"):
         assert words in page
     assert len(page) < 60_000
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
