@@ -21,6 +21,7 @@ from ftlib.sections import Lora
 from ftlib.tokenizers import Tokenizer
 
 PREFIX = "model."
+BESIDE = "mtp."  # modules beside the decoder, without which the model is whole (ftlib.models.mtp)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -38,6 +39,7 @@ def fill(model: LanguageModel, folder: Path) -> bool:
         raise UserError(f"{folder} is damaged: {problem}", fix="take another step's, or a copy of it")
     saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     names = {name: name.removeprefix(PREFIX) for name in saved if name.startswith(PREFIX)}
+    names = {name: ours for name, ours in names.items() if not ours.startswith(BESIDE)}
     has_adapter = any(".adapters." in name for name in names)
     if has_adapter:
         section, tokens = _section(folder, "lora", Lora), added(folder, tokenizer(folder, model.source))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import ROOT, losses, probe, steps, train, tune, write_config
 
-from ftlib import config, models, plugins
+from ftlib import cli, config, models, plugins
 from ftlib.errors import UserError
 
 STEPS = 8
@@ -74,6 +74,9 @@ def test_mtp_goes_on_to_the_bit_and_leaves_a_plain_model(lab):
     model = models.from_pretrained(final)
     assert model.mtp is None and probe(model.logits).isfinite().all()
     assert not any("mtp" in key for key in json.dumps(json.loads((final / "config.json").read_text())))
+    checkpoint = final.parent / "checkpoints" / f"step_{STEPS:06}"
+    assert cli.main(["merge", str(final), str(checkpoint), str(final.parent / "merged")]) == 0
+    assert torch.equal(probe(models.from_pretrained(final.parent / "merged").logits), probe(model.logits))
 
 
 def test_mtp_continues_with_the_modules_that_were_saved(lab):
