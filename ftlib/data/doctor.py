@@ -19,6 +19,7 @@ from ftlib.errors import UserError
 from ftlib.sections import Data, Source
 
 LISTED = 20  # broken rows that are printed
+KEY = "data.sources[0]"  # what a config would call the data
 SHOWN = 5  # rows on the page, rendered with their trained tokens marked
 COLUMNS = ("where", "tokens", "trained", "state", "repeat_of", "held_out")
 
@@ -109,7 +110,10 @@ def _read(
     source = Source(path=path, format=format)
     cfg = Data(sources=(source,), seq_len=1 << 30, on_bad_row="skip")
     files = sources.files_of(source)
-    shape, places = find_shape(source, cfg, files, tokenizer, "DATA")
+    try:
+        shape, places = find_shape(source, cfg, files, tokenizer, KEY)
+    except UserError as error:
+        raise _of_the_argument(error, path) from None
     job, writer = Job(shape, tokenizer, cfg, files, True), MemoryWriter([str(file) for file in files])
     numbers, outcomes = {file: i for i, file in enumerate(files)}, []
     for file, row in places:
@@ -121,6 +125,18 @@ def _read(
         error = next((o.error for _, o in outcomes if o.error), None)
         raise error or UserError(f"{path} has nothing to train on", fix="look at the roles and weights of its messages")
     return f"{shape.format} ({shape.evidence})", outcomes, Documents([writer.finish()], sources=())
+
+
+def _of_the_argument(error: UserError, path: str) -> UserError:
+    """The same mistake where no config is read: what `data.sources[0]` says of DATA is its path or --format."""
+    where, fix = error.where, error.fix and error.fix.replace(f"{KEY}.format=", "--format ")
+    if where == f"{KEY}.format":
+        where = "--format"
+    elif where in (KEY, f"{KEY}.path"):
+        where = path
+    if fix and KEY in fix:
+        fix += "; that goes into the config (tune init writes one): here only --format can be named"
+    return UserError(error.what, where=where, fix=fix)
 
 
 def write(found: Findings, folder: Path) -> Path:

@@ -12,6 +12,7 @@ from ftlib.errors import UserError, did_you_mean
 
 Columns = Mapping[str, str]
 Read = Callable[[dict[str, Any], Shape, str], Example | list[Example]]
+_ANSWERS = ("answer", "antwort", "respuesta", "a", "output", "completion", "reply", "response", "target", "bot")
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,19 @@ def _unmatched(row: dict[str, Any], format: str, key: str) -> UserError:
     return UserError(
         f"the columns {listed(row)} {wanted} ({needs})",
         where=key,
-        fix=f"say which column is which, for example {key}.columns: {{instruction: question, output: answer}}",
+        fix=f"say which column is which, for example {key}.columns: {_mapping(row, format)}",
     )
+
+
+def _mapping(row: dict[str, Any], format: str) -> str:
+    """`columns` that would fit, where the row has one or two texts and no format is asked for; else an example."""
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    if len(texts) == 2 and format in ("auto", "qa"):
+        question, answer = reversed(texts) if texts[0].lower() in _ANSWERS else texts
+        return f"{{question: {question}, answer: {answer}}}"
+    if len(texts) == 1 and format in ("auto", "text"):
+        return f"{{text: {texts[0]}}}"
+    return "{instruction: question, output: answer}"
 
 
 def _messages(row: dict[str, Any], columns: Columns) -> dict[str, str]:

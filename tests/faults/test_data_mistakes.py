@@ -73,7 +73,7 @@ FILES = {
     ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n'): ["mixed.jsonl:2", "'text' must be text", "3"],
     ("missing.jsonl", b'{"text": "a"}\n{"txt": "b"}\n'): ["missing.jsonl:2", "'text' not found", "[txt]"],
     ("dpo.jsonl", b'{"chosen": "a", "rejected": "b"}'): ["preference data"],
-    ("odd.jsonl", b'{"ask": "a", "say": "b"}'): ["[ask, say]", "columns", "instruction: question"],
+    ("odd.jsonl", b'{"ask": "a", "say": "b"}'): ["[ask, say]", "columns: {question: ask, answer: say}"],
     ("short.jsonl", b'{"text": "a"}'): ["all 1 rows were dropped", "1 no trained token", "Lengths seen: 1"],
     ("long.jsonl", json.dumps({"text": "a" * 99}).encode()): [
         "longer than data.seq_len=64",

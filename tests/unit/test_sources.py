@@ -363,3 +363,24 @@ def test_doctor(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(UserError, match="invalid JSON"):
         doctor.main([str(tmp_path / "bad.jsonl")])
+
+
+def test_doctor_says_what_its_own_command_line_can(tmp_path):
+    """Not `columns` or `path` of a config that is not there; the mapping is of the columns that are."""
+    for row, mapping in (
+        ({"frage": "a", "antwort": "b"}, "{question: frage, answer: antwort}"),
+        ({"id": 3, "antwort": "b", "frage": "a"}, "{question: frage, answer: antwort}"),
+        ({"satz": "b"}, "{text: satz}"),
+    ):
+        (file := tmp_path / "a.jsonl").write_text(json.dumps(row))
+        with pytest.raises(UserError) as told:
+            doctor.main([str(file)])
+        assert told.value.where == str(file) and f"data.sources[0].columns: {mapping}" in told.value.fix
+        assert "goes into the config" in told.value.fix
+    with pytest.raises(UserError) as told:
+        doctor.main([str(file), "--format", "chatty"])
+    assert told.value.where == "--format"
+    (file := tmp_path / "a.yaml").write_text("a: 1")
+    with pytest.raises(UserError) as told:
+        doctor.main([str(file)])
+    assert told.value.where == str(file)
