@@ -75,8 +75,7 @@ class Stored(Protocol):
 def base_state(model: LanguageModel) -> dict[str, Tensor | Stored]:
     """Parameters and buffers that a checkpoint holds, by our names: everything but adapters and `mtp`."""
     state = model.state_dict(keep_vars=True).items()
-    other = (".adapters.", ".base.")
-    found = {n: t for n, t in state if not n.startswith("mtp.") and not any(part in n for part in other)}
+    found = {name: t for name, t in state if not name.startswith("mtp.") and ".adapters." not in name}
     stored = {f"{name}.weight": module.base for name, module in model.named_modules() if hasattr(module, "base")}
     return found | stored
 
