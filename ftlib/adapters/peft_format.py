@@ -247,11 +247,13 @@ def read_config(folder: Path) -> dict:
     """adapter_config.json of a LoRA adapter without options that we would have to ignore."""
     file = folder / CONFIG
     if not file.exists():
-        raise UserError(f"{folder} is no adapter: it has no adapter_config.json")
+        fix = f"name a folder with {CONFIG} and {TENSORS}, as final/ of a LoRA run is"
+        raise UserError(f"{folder} is no adapter: it has no adapter_config.json", fix=fix)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"adapter_config.json is not valid JSON: {error}", where=str(file)) from None
+        what = f"adapter_config.json is not valid JSON: {error}"
+        raise UserError(what, where=str(file), fix="copy or download it again") from None
     if config.get("peft_type") != "LORA":
         raise UserError(f"adapter type {config.get('peft_type')!r} is not supported", where=str(file), fix="use LORA")
     for key, neutral in REFUSED.items():

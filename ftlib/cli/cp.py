@@ -49,6 +49,8 @@ def _free(text: str, name: str, force: bool) -> Path:
         dest = dest / name
     if dest.exists() and not force:
         raise UserError(f"{dest} exists and stays as it is", fix="name another file, or add --force to replace it")
+    if not dest.parent.exists() and not dest.resolve().is_relative_to(Path.cwd()):
+        raise UserError(f"{dest.parent}: no such folder", fix="make it first, or name a file below this one")
     return dest
 
 

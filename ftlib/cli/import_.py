@@ -50,6 +50,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     """The file's keys; sections of torchtune's kind are opened into dotted keys."""
+    if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".txt"):
+        fix = f"tune init {path} writes a config for rows, tune doctor {path} looks at them"
+        raise UserError(f"{path}: is no config but a file of rows", fix=fix)
     try:
         node = parse(path.read_text(encoding="utf-8"), Source(str(path), path.parent))
     except (OSError, UnicodeDecodeError) as error:

@@ -26,6 +26,9 @@ def main(argv: Sequence[str]) -> int:
     out = Path(os.path.expanduser(args.out))
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists and stays as it is", fix="name a folder that does not exist yet, or is empty")
+    first, second = (Path(os.path.expanduser(name)) for name in (args.model, args.adapter))
+    if (first / "adapter_config.json").is_file() and (second / "config.json").is_file():
+        raise UserError(f"{first} is an adapter: the model comes first", fix=f"tune merge {second} {first} {args.out}")
     from ftlib import models, quant  # imports torch: a wrong argument answers at once
     from ftlib.adapters import merge
     from ftlib.checkpoint.final import publish, staging

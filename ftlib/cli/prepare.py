@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if not argv or argv[0].startswith("-"):
         raise UserError("tune prepare: the recipe comes first", fix="tune prepare RECIPE --config FILE [key=value …]")
-    path = recipe.find(argv[0])
+    path = recipe.find(argv[0], "prepare")
     cfg = config.load(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
     if not hasattr(cfg, "model") or not hasattr(getattr(cfg, "data", None), "cache"):
         raise UserError(f"{path}: its config has no model and no data that are kept, so there is nothing to prepare")

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     count, argv = take_number(argv, "preview", "--rows", 3)
     if not argv or argv[0].startswith("-"):
         raise UserError("tune preview: the recipe comes first", fix="tune preview RECIPE --config FILE [key=value …]")
-    path = recipe.find(argv[0])
+    path = recipe.find(argv[0], "preview")
     cfg = config.load(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
     if not hasattr(cfg, "data") or not hasattr(cfg, "model"):
         raise UserError(f"{path}: its config has no model and data, so there is nothing to show")

@@ -14,9 +14,18 @@ _SHAPE = "a recipe defines `class Config` and `def main(cfg)`, and ends with\n" 
     '       if __name__ == "__main__": launch(Config, main)'
 
 
-def find(name: str) -> Path:
-    """The file of a recipe, looked at but not run. Raises `UserError` when it is no recipe."""
+_CONFIGS, _ROWS = (".yaml", ".yml"), (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst")
+
+
+def find(name: str, verb: str = "run") -> Path:
+    """The file of a recipe, looked at but not run. Raises `UserError` when it is none; `verb`: for its advice."""
     path = assets.resolve_recipe(name)
+    if path.suffix in _CONFIGS:
+        fix = f"the recipe comes first: tune {verb} RECIPE --config {name}"
+        raise UserError(f"{path}: is no recipe but a config", fix=fix)
+    if path.suffix in _ROWS:
+        fix = f"tune {verb} RECIPE --config FILE, where FILE names the rows; tune doctor {name} looks at rows alone"
+        raise UserError(f"{path}: is no recipe but a file of rows", fix=fix)
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except SyntaxError as error:

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     world, argv = _take_world(argv)
     if not argv or argv[0].startswith("-"):
         raise UserError("tune validate: the recipe comes first", fix="tune validate RECIPE --config FILE [key=value …]")
-    path = recipe.find(argv[0])
+    path = recipe.find(argv[0], "validate")
     arguments = recipe.with_shipped_configs(argv[1:])
     for line in recipe.check(path, arguments, world):
         print(line)

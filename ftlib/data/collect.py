@@ -276,8 +276,10 @@ def _summary(bad: list[UserError], rows: int) -> UserError:
     first, more = bad[0], bad[1:3]
     if not more:
         return first
-    few = "; ".join(f"{error.where}: {error.what}" for error in more)
-    what = f"{first.what}\n{len(bad):,} of {rows:,} rows read have a problem, the next: {few}"
+    few, problem = "; ".join(f"{error.where}: {error.what}" for error in more), "a problem"
+    if all(error.what == first.what for error in bad):  # a broken template is broken for every row: said once
+        few, problem = ", ".join((error.where or "").split(" (")[0] for error in more), "this problem"
+    what = f"{first.what}\n{len(bad):,} of {rows:,} rows read have {problem}, the next: {few}"
     return UserError(what, where=first.where, fix=first.fix)
 
 

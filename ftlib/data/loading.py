@@ -156,10 +156,6 @@ def _first_of_each(documents: Documents) -> Documents:
 
 def _hold_out(documents: Documents, amount: float, seed: int) -> tuple[Documents, Documents]:
     """Training and held-out documents, disjoint; which ones depends on `seed` and their number alone."""
-    if amount >= 1 and amount != int(amount):
-        raise UserError(
-            f"{amount} is no number of rows", where="data.eval", fix="a fraction below 1, or a whole number"
-        )
     count = int(amount) if amount >= 1 else max(1, round(amount * len(documents)))
     if count >= len(documents):
         raise UserError(

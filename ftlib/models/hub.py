@@ -51,7 +51,8 @@ def read_config(folder: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"config.json is not valid JSON: {error}", where=str(file)) from None
+        # As the tokenizer's reader says it of the same file: one check of both then tells it once.
+        raise UserError(f"not valid JSON: {error}", where=str(file), fix="download the file again") from None
 
 
 def _shipped() -> list[str]:

@@ -54,8 +54,8 @@ class Data:
             raise ValueError("train_on: at least one role")
         if self.workers < 0:
             raise ValueError("workers: must not be negative")
-        if isinstance(self.eval, (int, float)) and self.eval < 0:
-            raise ValueError("eval: a fraction below 1 or a number of rows, not negative")
+        if isinstance(self.eval, (int, float)) and (self.eval < 0 or (self.eval > 1 and self.eval % 1)):
+            raise ValueError(f"eval: {self.eval:g} is neither a share below 1 (0.05) nor a whole number of rows (200)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ class Prompts:
             raise ValueError("sources: at least one is needed")
         if self.seq_len < 2:
             raise ValueError("seq_len: must be at least 2")
-        if isinstance(self.eval, (int, float)) and self.eval < 0:
-            raise ValueError("eval: a fraction below 1 or a number of prompts, not negative")
+        if isinstance(self.eval, (int, float)) and (self.eval < 0 or (self.eval > 1 and self.eval % 1)):
+            raise ValueError(f"eval: {self.eval:g} is neither a share below 1 (0.05) nor a whole number of rows (200)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Greedy:
         if min(self.every, self.samples, self.patience) < 0:
             raise ValueError("every, samples, patience: must not be negative")
         if self.patience and not self.every:
-            raise ValueError("patience: counts evaluations, so every must be above 0")
+            raise ValueError("patience: counts evaluations, so eval.every must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ class Eval:
         if min(self.every, self.exact_match, self.samples, self.patience) < 0 or self.max_new_tokens < 1:
             raise ValueError("every, exact_match, samples, patience: not negative; max_new_tokens: at least 1")
         if self.patience and not self.every:
-            raise ValueError("patience: counts evaluations, so every must be above 0")
+            raise ValueError("patience: counts evaluations, so eval.every must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,8 @@ class JsonBackend:
             self._content = settings
             self.tokenizer = Tokenizer.from_str(json.dumps(settings))
         except Exception as error:
-            raise UserError(f"the tokenizer cannot be read: {error}", where=str(where)) from None
+            what = f"the tokenizer cannot be read: {error}"
+            raise UserError(what, where=str(where), fix="copy or download it again") from None
         listed = settings.get("added_tokens", ())
         self.added = {token["content"]: token["id"] for token in listed}
         self.visible = {token["id"] for token in listed if not token.get("special")}
@@ -57,7 +58,8 @@ class JsonBackend:
         try:
             built = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
         except Exception as error:
-            raise UserError(f"the vocabulary cannot be read: {error}", where=str(vocab)) from None
+            what = f"the vocabulary cannot be read: {error}"
+            raise UserError(what, where=str(vocab), fix="copy or download it again") from None
         built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         built.decoder = decoders.ByteLevel()
         return cls(built.to_str(), vocab)

@@ -279,6 +279,9 @@ def _raise(message: str) -> None:
     raise _Refused(message)
 
 
+_MEND = "mend the template, or name another: data.template=chatml"
+
+
 def _explained(error: Exception) -> UserError:
     """Any failure of a template as a message with its line."""
     if isinstance(error, UserError):
@@ -293,10 +296,10 @@ def _explained(error: Exception) -> UserError:
     if isinstance(error, SecurityError):
         return UserError(f"the chat template does what the sandbox forbids: SecurityError: {text}", where=where)
     if isinstance(error, TemplateSyntaxError):
-        return UserError(f"the chat template cannot be read: {text}", where=where)
+        return UserError(f"the chat template cannot be read: {text}", where=where, fix=_MEND)
     if isinstance(error, RecursionError | MemoryError):
         text = "it calls itself too deeply" if isinstance(error, RecursionError) else "it needs too much memory"
-    return UserError(f"the chat template failed: {text}", where=where)
+    return UserError(f"the chat template failed: {text}", where=where, fix=_MEND)
 
 
 def _line(error: Exception) -> int | None:

@@ -93,6 +93,14 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("run", "--nproc-per-node", "0", RECIPE): "at least 1 process",
     ("run", "--nproc-per-node", "2", "nope.py"): "nope.py: no such recipe",
     ("run", "--nproc-per-node", "2", RECIPE, "--config", "c.yaml", "batch.rows=4"): "is no multiple of",
+    ("run", "c.yaml"): "tune run RECIPE --config c.yaml",
+    ("validate", "c.yaml"): "is no recipe but a config\n  fix: the recipe comes first: tune validate RECIPE",
+    ("preview", "c.yaml"): "tune preview RECIPE --config c.yaml",
+    ("prepare", "c.yaml"): "tune prepare RECIPE --config c.yaml",
+    ("prepare", "rows.jsonl"): "tune prepare RECIPE --config FILE, where FILE names the rows; tune doctor rows.jsonl",
+    ("validate", RECIPE, "--config", "c.yaml", "data.eval=1.5"): "1.5 is neither a share below 1 (0.05) nor a whole",
+    ("validate", RECIPE, "--config", "c.yaml", "eval.patience=2"): "so eval.every must be above 0",
+    ("validate", RECIPE, "--config", "c.yaml", "tokenizer.path=cut_tokenizer"): "fix: copy or download it again",
     ("validate",): "the recipe comes first",
     ("validate", "--world", "2"): "the recipe comes first",
     ("validate", RECIPE, "--config", "c.yaml", "--world"): "--world needs a number",
@@ -114,12 +122,14 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("cp", "lora_sft", "empty.py"): "exists and stays as it is",
     ("cp", "demo_loraa", "x.yaml"): "ftlib ships nothing of this name",
     ("cp", "lora_sft", "rows.jsonl/x.py"): "cannot be written",
+    ("cp", "lora_sft", "../nodir/x/y.py"): "nodir/x: no such folder\n  fix: make it first",
     ("diff", "none.py"): "none.py cannot be read",
     ("diff", "empty.py"): "does not say what it was copied from",
     ("update", "none.py"): "none.py cannot be read",
     ("update", "rows.jsonl"): "does not say what it was copied from",
     ("import", "none.yaml"): "none.yaml cannot be read",
     ("import", "c.yaml"): "looks like a config of ours",
+    ("import", "rows.jsonl"): "is no config but a file of rows\n  fix: tune init rows.jsonl",
     ("import", "rows.jsonl", "--from", "trl"): "invalid choice: 'trl'",
     # models
     ("generate", "model"): "required: --prompt",
@@ -131,6 +141,9 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("chat", "model", "--max-new-tokens", "0"): "at least 1",
     ("chat", "odd"): "model_type 'odd' is not supported",
     ("merge", "model", "model", "merged"): "is no adapter",
+    ("merge", "model", "bare", "merged"): "has no adapter_config.json\n  fix: name a folder with",
+    ("merge", "model", "torn_adapter", "merged"): "fix: copy or download it again",
+    ("merge", "cut_adapter", "model", "merged"): "the model comes first\n  fix: tune merge model cut_adapter merged",
     ("merge", "model", "nowhere/at/all", "merged"): "no such file or folder",
     ("merge", "model", "model", "bare"): "bare exists and stays as it is",
     ("gguf", "model"): "required: OUT.gguf",
@@ -157,6 +170,13 @@ def made(tmp_path_factory):
         '{"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}'
     )
     (folder / "cut_adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    (folder / "torn_adapter").mkdir()
+    (folder / "torn_adapter" / "adapter_config.json").write_text('{"peft_type": "LO')
+    write_model(folder / "cut_tokenizer")
+    (folder / "cut_tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "added')
+    write_model(folder / "cut_config")
+    (folder / "cut_config" / "config.json").write_text('{"model_type": "lla')
+    (folder / "bad.jinja").write_text("{% for m in messages %}{{ m.foo.bar }}{% endfor %}")
     (folder / "bare").mkdir()
     (folder / "bare" / "notes.txt").write_text("not empty")
     (folder / "odd").mkdir()
@@ -191,3 +211,16 @@ def test_every_problem_of_one_command_is_in_the_one_message(made, capsys, monkey
     told = capsys.readouterr().err
     assert "3 problems" in told and all(words in told for words in ("optim.lrr", "lora.rank", "batch.rows"))
     assert json.loads(Path("c.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [("model.path=cut_config", "not valid JSON"), ("data.template=bad.jinja", "the chat template failed")],
+)
+def test_one_mistake_is_told_once(made, capsys, monkeypatch, override, problem):
+    """Though model and tokenizer read the same file, and every row meets the same template."""
+    monkeypatch.chdir(made)
+    assert cli.main(["validate", RECIPE, "--config", "c.yaml", override]) == 2
+    told = capsys.readouterr().err
+    assert told.count(problem) == 1 and "fix: " in told, told
+    assert max(map(len, told.splitlines())) < 400
