@@ -99,7 +99,8 @@ def measure(path: str, known: Known, kinds: Sequence[str] = ("train", "pairs", "
     source = found.report.sources[0]
     lengths = np.array(source.lengths) if kind == "train" else data.Preferences(found.train).lengths
     about = "" if known.model is not None else "about "
-    summary = f"{count:,} rows of {source.format}, {about}{np.median(lengths):,.0f} tokens, at most {lengths.max():,}"
+    middle = f"{about}{np.median(lengths):,.0f} tokens in the median row"
+    summary = f"{count:,} rows of {source.format}, {middle}, at most {lengths.max():,}"
     return Rows(count, lengths, summary, [known.reason] * bool(known.reason) + found.report.lines()[:-1],
                 template if source.format != "text" else None, kind)  # fmt: skip
 

@@ -35,7 +35,7 @@ class Progress:
         self._clock = clock
         self._done = start
         self._from = (start, clock())  # where the average time of a step is taken from
-        self._seconds_a_step = 0.0
+        self._seconds_a_step: float | None = None  # none before the second step: the first measures no other
         self._steps = 0
         self._drawn = -math.inf
         self._line = ""
@@ -48,10 +48,11 @@ class Progress:
         now = self._clock()
         step, since = self._from
         self._done = row["step"]
-        self._seconds_a_step = (now - since) / max(1, self._done - step)
         self._steps += 1
         if self._steps == 1:  # it also compiled and warmed up: not a measure for the others
             self._from = (self._done, now)
+        else:
+            self._seconds_a_step = (now - since) / max(1, self._done - step)
         if not self.enabled:
             return
         ended = self._done >= self.total
@@ -103,7 +104,8 @@ class Progress:
             parts.append(f"MFU {100 * row['mfu']:.0f}%")
         if row.get("peak_memory_gib") is not None:
             parts.append(f"peak {row['peak_memory_gib']:.1f} GiB")
-        parts.append(f"{duration((self.total - self._done) * self._seconds_a_step)} left")
+        if self._seconds_a_step is not None:
+            parts.append(f"{duration((self.total - self._done) * self._seconds_a_step)} left")
         return "  ".join(parts)
 
     def _draw(self, now: float) -> None:

@@ -177,3 +177,24 @@ def test_breakpoint_stops_rank_0_and_goes_on(processes, tiny, tmp_path):
     assert out.count("(Pdb)") == 2, out
     assert f"'rank 0 of {processes} at 1'" in out
     assert "finished 2 steps" in out
+
+
+def test_the_readme_from_python(tiny, tmp_path, monkeypatch):
+    """Both blocks of recipes/README.md, as they stand there."""
+    section = (ROOT / "recipes/README.md").read_text().split("## From Python or a notebook")[1].split("\n## ")[0]
+    blocks, names = [part.split("```")[0] for part in section.split("```python\n")[1:]], {}
+    monkeypatch.chdir(tmp_path)
+    Path("output").mkdir()
+    tiny.config(tmp_path, schedule={"name": "constant"}).rename("my.yaml")
+    for block, steps_done in zip(blocks, (10, 2), strict=True):
+        exec(block, names)
+        assert names["rows"][-1]["step"] == steps_done
+    assert Path("output/from_python/final/adapter_config.json").is_file()
+
+
+def test_the_readme_s_config_of_a_distillation_is_one(tmp_path):
+    text = (ROOT / "recipes/README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    recipe = plugins.load_file(ROOT / "recipes/distill.py")
+    (file := tmp_path / "my.yaml").write_text(text)
+    (tmp_path / "chats.jsonl").write_text("{}")
+    assert config.load(recipe.Config, ["--config", str(file)]).distill.teacher == "Qwen/Qwen3-4B"

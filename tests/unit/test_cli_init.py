@@ -33,7 +33,7 @@ def test_init_writes_a_config_that_trains(tiny, here, capsys):
     code, out, _ = tune(capsys, "init", tiny.rows, "--model", tiny.model, "--out", "my.yaml")
     assert code == 0 and "tune run recipes/lora_sft.py --config my.yaml" in out
     text = Path("my.yaml").read_text()
-    assert len(text.splitlines()) <= 13 and "96 rows of messages, 35 tokens" in text
+    assert len(text.splitlines()) <= 13 and "96 rows of messages, 35 tokens in the median row, at most" in text
     recipe = plugins.load_file(ROOT / "recipes/lora_sft.py")
     cfg = config.load(recipe.Config, ["--config", "my.yaml", "steps=1"])
     assert (Path(cfg.model.path), Path(cfg.data.sources[0].path)) == (tiny.model, tiny.rows)
