@@ -40,8 +40,8 @@ def check(cfg: Any) -> None:
 class Boundary:
     """`with Boundary(…) as boundary:` around the loop; in it, `if boundary(step): break` after each step.
 
-    `evaluate(model)` gives a row of numbers and `evaluate.samples()` answers to print and keep. Inside the block a signal
-    that asks the run to end is obeyed after the step: the state is saved and `Stopped` raised.
+    `evaluate(model)` gives a row of numbers and `evaluate.samples()` answers to print and keep. Inside the block a
+    signal that asks the run to end is obeyed after the step: the state is saved and `Stopped` raised.
     """
 
     def __init__(
