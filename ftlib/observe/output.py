@@ -167,7 +167,8 @@ class Output:
             notes.append(f"Best {self.cfg.eval.metric}: {self.best['value']:.4g}, after step {self.best['step']}.")
         name, text = self.folder.resolve().name, config.dump(self.cfg)
         rows, samples = self.rows(), self.samples.rows()
-        report.write(self.folder / report.NAME, name, rows, samples, text, environment(), notes)
+        kept = self.best["step"] if self.cfg.checkpoint.keep_best and self.best is not None else None
+        report.write(self.folder / report.NAME, name, rows, samples, text, environment(), notes, kept)
 
     def already_finished(self) -> list[dict[str, Any]]:
         """The run of this folder is over: say so, with its numbers; nothing is done again."""

@@ -50,15 +50,17 @@ def write(
     config: str,
     environment: dict[str, Any],
     notes: Sequence[str] = (),
+    kept: int | None = None,
 ) -> None:
     """Write the page. `rows` of metrics.jsonl, `samples` of samples.jsonl (`step`, `prompt`, `answer`, …), `config` as
-    YAML without secrets, `notes`: what else happened, a line each."""
+    YAML without secrets, `notes`: what else happened, a line each; `kept`: the step whose model is the result, if not
+    the last."""
     trained = [row for row in rows if "loss" in row]
     scored = [row for row in rows if "loss" not in row]
     body = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="sub">{escape(_machine(environment))}</p>',
-        f'<div class="tiles">{"".join(_tiles(trained, scored))}</div>',
+        f'<div class="tiles">{"".join(_tiles(trained, scored, kept))}</div>',
         *(f"<p>{escape(note)}</p>" for note in notes),
         f'<h2>Curves</h2><div class="charts">{"".join(_charts(trained, scored))}</div>',
         _samples(samples),
@@ -75,7 +77,7 @@ def write(
     temporary.replace(path)
 
 
-def _tiles(trained: list[dict[str, Any]], scored: list[dict[str, Any]]) -> list[str]:
+def _tiles(trained: list[dict[str, Any]], scored: list[dict[str, Any]], kept: int | None) -> list[str]:
     found = []
     if trained:
         last = trained[-1]
@@ -93,6 +95,7 @@ def _tiles(trained: list[dict[str, Any]], scored: list[dict[str, Any]]) -> list[
             values = [row[key] for row in trained if row.get(key) is not None]
             if values:
                 found.append((label, form.format(statistics.median(values) if key == "mfu" else max(values))))
+    scored = [row for row in scored if kept is None or row["step"] <= kept]
     for key in scored[-1] if scored else ():
         values = [y for _, y in finite(_points(scored, key))]
         if key != "step" and values:

@@ -149,6 +149,8 @@ def test_early_stop_keeps_the_best_and_final_is_made_from_it(base, tmp_path, cap
     shard = load_file(next((tmp_path / "out" / "checkpoints" / kept[0]).glob("*.safetensors")))
     assert torch.equal(final["model.norm.weight"], shard["model.model.norm.weight"])
     assert f"eval loss: {rows[0]['eval_loss']:.4f} before, {scored[best]:.4f} after" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"<b>{rows[0]['eval_loss']:.4f} → {scored[best]:.4f}</b>" in page
     with pytest.raises(UserError, match="no evaluation to pick the best by"):
         train("full_sft", "--config", file, "eval.every=0", "eval.patience=0", f"output_dir={tmp_path}/other")
     with pytest.raises(UserError, match="none are set apart"):
