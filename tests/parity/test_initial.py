@@ -98,5 +98,5 @@ def test_a_run_in_other_sizes(tmp_path):
     assert steps(found)[-1] < steps(found)[0]
     final = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
     assert (final["num_hidden_layers"], final["hidden_size"], final["vocab_size"]) == (2, 96, 320)
-    with pytest.raises(UserError, match="weights have the sizes they have"):
+    with pytest.raises(UserError, match="weights have the sizes and the attention they have"):
         train("pretrain", "--config", file, "from_scratch=false")
