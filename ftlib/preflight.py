@@ -120,8 +120,13 @@ def check(model: nn.Module, cfg: Any, shards: int) -> None:
         )
 
 
+def _existing(folder: Path) -> Path:
+    """The part of a path that is there."""
+    return next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+
+
 def _writable(folder: Path) -> None:
-    there = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    there = _existing(folder)
     if not there.is_dir():
         raise UserError(f"{there} is a file, not a folder", where="output_dir", fix="name a folder of your own")
     if not os.access(there, os.W_OK | os.X_OK) or there.is_relative_to("/proc"):
@@ -139,7 +144,7 @@ def _memory(least: Need) -> str | None:
 
 
 def _disk(least: Need, folder: Path) -> str | None:
-    there = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    there = _existing(folder)
     free = shutil.disk_usage(there).free
     wanted = least.checkpoint + least.final
     if wanted <= free:

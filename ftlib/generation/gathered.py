@@ -1,13 +1,13 @@
 """A whole copy of a model whose weights lie on several processes: each of them draws alone, with a policy of all."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from ftlib.adapters.lora import adapted
 from ftlib.errors import UserError
 from ftlib.models import LanguageModel
+from ftlib.models.shards import unsharded
 from ftlib.parallel.apply import reshard
 
 
@@ -45,16 +45,12 @@ class Gathered:
             for own, value in module._parameters.items():
                 if value is not None:
                     made = folded[key].merged(value) if key in folded and own == "weight" else value
-                    target._parameters[own].copy_(_whole(made))
+                    target._parameters[own].copy_(unsharded(made))
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
         """Those with parameters or buffers of their own, adapters aside."""
         found = ((key, module) for key, module in self.source.named_modules() if "adapters" not in key.split("."))
         return [(key, module) for key, module in found if module._parameters or module._buffers]
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _plain(kind: type[nn.Module]) -> type[nn.Module]:

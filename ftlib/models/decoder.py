@@ -101,16 +101,23 @@ class Decoder(nn.Module):
         """Fresh weights: N(0, std), output projections over sqrt(2 * layers) (GPT-2) if `scaled`, norms neutral,
         biases 0. The head is not the decoder's: see ftlib.models.initial."""
         generator = torch.Generator(device=self.embed_tokens.weight.device).manual_seed(seed)
-        residual = (2 * len(self.layers)) ** -0.5 if scaled else 1.0
-        for name, parameter in self.named_parameters():
-            if name.endswith(("bias", "sinks")):
-                parameter.zero_()
-            elif name.endswith("ssmax"):
-                parameter.fill_(self.arch.ssmax)
-            elif parameter.ndim == 1:
-                parameter.fill_(0.0 if self.arch.zero_centered_norms else 1.0)
-            else:
-                scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-                # Drawn whole, whatever part is kept: the same weights on every mesh.
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=generator.device)
-                fill(parameter, whole.normal_(0.0, std * scale, generator=generator))
+        init_parameters(self, self.arch, generator, std, (2 * len(self.layers)) ** -0.5 if scaled else 1.0)
+
+
+def init_parameters(
+    module: nn.Module, arch: Arch, generator: torch.Generator, std: float, residual: float = 1.0
+) -> None:
+    """Fresh weights of blocks, norms and what goes with them, in the order of their names: N(0, std), of output
+    projections N(0, std * residual), norms neutral, biases 0. Called without gradients."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(("bias", "sinks")):
+            parameter.zero_()
+        elif name.endswith("ssmax"):
+            parameter.fill_(arch.ssmax)
+        elif parameter.ndim == 1:
+            parameter.fill_(0.0 if arch.zero_centered_norms else 1.0)
+        else:
+            scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            # Drawn whole, whatever part is kept: the same weights on every mesh.
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=generator.device)
+            fill(parameter, whole.normal_(0.0, std * scale, generator=generator))

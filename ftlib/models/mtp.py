@@ -13,9 +13,9 @@ from ftlib.layers.batch import Batch, Layout
 from ftlib.layers.linear import Linear
 from ftlib.layers.norms import RMSNorm
 from ftlib.models.arch import Arch
+from ftlib.models.decoder import init_parameters
 from ftlib.models.initial import STD
 from ftlib.models.language_model import LanguageModel
-from ftlib.models.shards import fill as fill_parameter
 from ftlib.models.shards import local_index, whole
 from ftlib.models.weights import open_folder
 from ftlib.sections.loss import Mtp
@@ -75,16 +75,7 @@ def fill(model: LanguageModel, source: Path | None, seed: int, std: float | None
         return
     std = model.config.get("initializer_range", STD) if std is None else std
     generator = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed + 2)
-    for name, parameter in model.mtp.named_parameters():
-        if name.endswith(("bias", "sinks")):
-            parameter.zero_()
-        elif name.endswith("ssmax"):
-            parameter.fill_(model.arch.ssmax)
-        elif parameter.ndim == 1:
-            parameter.fill_(0.0 if model.arch.zero_centered_norms else 1.0)
-        else:
-            drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device=generator.device)
-            fill_parameter(parameter, drawn.normal_(0.0, std, generator=generator))
+    init_parameters(model.mtp, model.arch, generator, std)
 
 
 def _load(model: LanguageModel, folder: Path) -> None:

@@ -19,7 +19,11 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
     local.copy_(whole[local_index(parameter)])
 
 
+def unsharded(tensor: Tensor) -> Tensor:
+    """All of a tensor, where it is. Collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, detached, contiguous, on the CPU. Collective where it is sharded."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+    return unsharded(tensor.detach()).cpu().contiguous()

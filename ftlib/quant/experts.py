@@ -1,14 +1,13 @@
 """Stacks of experts whose frozen matrices are stored in fewer bits."""
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ftlib.kernels.grouped_linear import grouped_linear
 from ftlib.layers.moe import ExpertLinear
-from ftlib.quant.frozen import FORMATS, FrozenWeight
+from ftlib.quant.frozen import FORMATS, FrozenWeight, OnFrozenWeight
 
 
 class FrozenStack(FrozenWeight):
@@ -25,7 +24,7 @@ class FrozenStack(FrozenWeight):
         return super().dequantize().view(self.shape)
 
 
-class QuantizedExperts(ExpertLinear):
+class QuantizedExperts(OnFrozenWeight, ExpertLinear):
     """As ExpertLinear, its stack kept as `base` and made whole for each product, forward and backward."""
 
     def __init__(self, stack: ExpertLinear, form: str) -> None:
@@ -35,14 +34,6 @@ class QuantizedExperts(ExpertLinear):
         weight = stack.weight
         self.base = FrozenStack(weight.shape, form, weight.device, weight.dtype)
         self.train(stack.training)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.dequantize()
-
-    @weight.setter
-    def weight(self, value: Tensor) -> NoReturn:
-        raise AttributeError("a quantized weight is frozen")
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
         base = self.base

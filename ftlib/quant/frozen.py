@@ -64,15 +64,10 @@ class FrozenWeight(nn.Module):
         return FORMATS[self.form].dequantize(*self.parts, self.dtype)
 
 
-class QuantizedLinear(Linear):
-    """y = x W^T + b with W kept as `base`; `weight` makes it whole, for whoever wants to look at it."""
+class OnFrozenWeight:
+    """A layer whose matrix is kept as `base`; `weight` makes it whole, for whoever wants to look at it."""
 
-    def __init__(self, linear: Linear, form: str) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        weight = linear.weight
-        self.base = FrozenWeight(weight.shape, form, weight.device, weight.dtype)
-        self.train(linear.training)
+    base: FrozenWeight
 
     @property
     def weight(self) -> Tensor:
@@ -81,6 +76,17 @@ class QuantizedLinear(Linear):
     @weight.setter
     def weight(self, value: Tensor) -> NoReturn:
         raise AttributeError("a quantized weight is frozen")
+
+
+class QuantizedLinear(OnFrozenWeight, Linear):
+    """y = x W^T + b with W in few bits."""
+
+    def __init__(self, linear: Linear, form: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        weight = linear.weight
+        self.base = FrozenWeight(weight.shape, form, weight.device, weight.dtype)
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x)

@@ -8,11 +8,8 @@ first gradients agree.
 """
 
 import argparse
-import json
 import math
-import os
 import sys
-from pathlib import Path
 
 import sft
 
@@ -33,7 +30,7 @@ def main() -> None:
         row = sft.run(script, work | {"share": name.endswith("shared")}, paths, args.limit) | {"contender": name}
         rows.append(row | judge(row, rows[0] if rows else row))
         print_row(rows[-1], heading=len(rows) == 1)
-        write(args.out, rows)
+        sft.write(rows, args.out)
     if any("failed" in row for row in rows):
         sys.exit(1)
 
@@ -90,14 +87,6 @@ def print_row(row: dict, heading: bool) -> None:
         f" gradient {row['grad_norm'][0]:.4f}, apart {row.get('grad_gap', 0):.1e}{ideal})",
         flush=True,
     )
-
-
-def write(file: str | None, rows: list[dict]) -> None:
-    """All rows so far: what a later contender does cannot lose them."""
-    if file:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        command = f"python tools/bench/{os.path.basename(sys.argv[0])} " + " ".join(sys.argv[1:])
-        Path(file).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import common
+import sft
 import torch
 
 HERE = Path(__file__).parent
@@ -38,9 +39,7 @@ def main() -> None:
         if "tokens_per_s" in row:
             row["share_of_limit"] = round(row["tokens_per_s"] / limit(work), 3)
         print(json.dumps({key: value for key, value in row.items() if key != "work"}), flush=True)
-        if args.out:
-            command = "python tools/bench/generate.py " + " ".join(sys.argv[1:])
-            Path(args.out).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+        sft.write(rows, args.out)
 
 
 def arguments() -> argparse.Namespace:

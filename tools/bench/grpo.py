@@ -11,7 +11,6 @@ lengths, a reward that looks at nothing. Figures are medians of the steps behind
 import argparse
 import sys
 
-import dpo
 import sft
 
 SIZES = ("rank", "prompts", "group", "prompt_tokens", "new_tokens", "seq_len", "micro_rows", "steps", "recompute")
@@ -39,7 +38,7 @@ def main() -> None:
         script = "grpo_ours" if name.startswith("ftlib") else f"{name}_grpo_peer"
         rows.append(sft.run(script, work | {"quantize": form}, paths, args.limit) | {"contender": name})
         print_row(rows[-1])
-        dpo.write(args.out, rows)
+        sft.write(rows, args.out)
     if any("failed" in row for row in rows):
         sys.exit(1)
 
