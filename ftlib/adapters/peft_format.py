@@ -14,9 +14,11 @@ from ftlib.adapters import hf_layers, initial, lora, saved_modules, token_rows
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
 from ftlib.models.resize import resize_embeddings
+from ftlib.quant import kept_in
 from ftlib.sections import Lora
 
 PREFIX = "base_model.model."
+KEPT_IN = "model.quantize"  # of the run, in the header of TENSORS, where peft looks for nothing
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 ROWS = "token_adapter.trainable_tokens_delta"  # whole rows, whatever the name says
@@ -73,7 +75,8 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(model, layers, one, modules) | {"base_model_name_or_path": base, "revision": revision}
     config["trainable_token_indices"] = tokens or None
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    form = kept_in(model)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"} | ({KEPT_IN: form} if form else {}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -151,6 +154,13 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "policy", trainabl
     for parts in (lora.adapted(model, name), saved_modules.saved(model, name), token_rows.held(model, name)):
         for _, _, part in parts:
             part.requires_grad_(trainable)
+
+
+def base_form(folder: str | Path) -> str | None:
+    """`model.quantize` of the run that trained the adapter in `folder`: what its base was kept in. None: plain, or
+    not known."""
+    with _opened(Path(folder) / TENSORS) as opened:
+        return (opened.metadata() or {}).get(KEPT_IN)
 
 
 def tokens(folder: str | Path) -> token_rows.Where:

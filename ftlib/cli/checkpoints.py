@@ -72,6 +72,12 @@ def tokenizer(folder: Path, base: Path) -> Tokenizer:
     return found
 
 
+def base_form(folder: Path) -> str | None:
+    """What the base was kept in when an adapter's checkpoint was written; None: plain."""
+    file = folder.absolute().parent.parent / "config.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["model"].get("quantize")
+
+
 def added(folder: Path, tokenizer: Tokenizer) -> list[int]:
     """Ids of the tokens that the run was to learn."""
     section = _section(folder, "tokenizer", sections.Tokenizer, needed=False)

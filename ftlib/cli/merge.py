@@ -4,10 +4,12 @@
     tune merge MODEL output/run/checkpoints/step_000100 OUT      any checkpoint of a run on MODEL, LoRA or full
 
 The sum is computed in float32 and stored in the precision of MODEL. An adapter that was trained on a quantized base has
-learned to make up for what that lost: with --quantize it is merged into that very base.
+learned to make up for what that lost: with --quantize it is merged into that very base. Without it the result is
+another model than the one that was trained and evaluated, and a note says so.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if (first / "adapter_config.json").is_file() and (second / "config.json").is_file():
         raise UserError(f"{first} is an adapter: the model comes first", fix=f"tune merge {second} {first} {args.out}")
     from ftlib import models, quant  # imports torch: a wrong argument answers at once
-    from ftlib.adapters import merge
+    from ftlib.adapters import merge, peft_format
     from ftlib.checkpoint.final import publish, staging
     from ftlib.cli import checkpoints, loading
     from ftlib.models import hub
@@ -39,12 +41,16 @@ def main(argv: Sequence[str]) -> int:
     if checkpoints.is_checkpoint(checkpoint):
         base = hub.resolve(args.model)
         model = models.from_pretrained(base, dtype=loading.stored_dtype(base))
+        has_adapter = checkpoints.fill(model, checkpoint)
+        kept = checkpoints.base_form(checkpoint) if has_adapter else None
+        _check_base(args.quantize, kept, has_adapter)
         quant.round_through(model, args.quantize)
-        count = merge.merge_into(model) if checkpoints.fill(model, checkpoint) else None
+        count = merge.merge_into(model) if has_adapter else None
         tokenizer = checkpoints.tokenizer(checkpoint, base)
         said = f"{checkpoint} of {base} -> {out}" + (f", {count} adapted layers merged" if count else "")
     else:
         base, adapter = loading.find(args.model, args.adapter)
+        _check_base(args.quantize, kept := peft_format.base_form(adapter))
         model, tokenizer = loading.load(base, adapter, dtype=loading.stored_dtype(base), device="cpu")
         quant.round_through(model, args.quantize)
         said = f"merged {merge.merge_into(model)} layers of {adapter} into {base} -> {out}"
@@ -53,4 +59,16 @@ def main(argv: Sequence[str]) -> int:
     tokenizer.save(folder)
     publish(folder, out)
     print(said)
+    if kept and not args.quantize:
+        what = f"the adapter was trained on a base kept in {kept}, and this is its sum with the plain base"
+        print(f"note: {what}, another model than was evaluated; --quantize {kept} writes that one", file=sys.stderr)
     return 0
+
+
+def _check_base(asked: str | None, kept: str | None, has_adapter: bool = True) -> None:
+    """UserError where --quantize is not what an adapter was trained on, as far as that is known."""
+    if asked and not has_adapter:
+        raise UserError("the checkpoint holds a whole model, so no base", where="--quantize", fix="leave it out")
+    if asked and kept and asked != kept:
+        what = f"the adapter was trained on a base kept in {kept}, not in {asked}"
+        raise UserError(what, where="--quantize", fix=f"--quantize {kept}")

@@ -1,11 +1,11 @@
 """Low precision: weights of a frozen base in fewer bits, products in 8-bit floats."""
 
 from ftlib.quant.experts import QuantizedExperts
-from ftlib.quant.frozen import FORMATS, FrozenWeight, QuantizedLinear, hold, round_through
+from ftlib.quant.frozen import FORMATS, FrozenWeight, QuantizedLinear, hold, kept_in, round_through
 from ftlib.quant.qat import at
 from ftlib.quant.setup import attach, check, note
 
 __all__ = [
-    "FORMATS", "FrozenWeight", "QuantizedExperts", "QuantizedLinear", "at", "attach", "check", "hold", "note",
-    "round_through",
+    "FORMATS", "FrozenWeight", "QuantizedExperts", "QuantizedLinear", "at", "attach", "check", "hold", "kept_in",
+    "note", "round_through",
 ]  # fmt: skip

@@ -132,13 +132,20 @@ def hold(model: nn.Module, form: str) -> int:
     return count + replace(model, lambda stack: QuantizedExperts(stack, form), plain, ExpertLinear)
 
 
+def kept_in(model: nn.Module) -> str | None:
+    """The form that every matrix in the blocks is kept in, as `round_through` takes it; None if there is no such."""
+    layers = [m for m in model.model.layers.modules() if isinstance(m, Linear | ExpertLinear)]
+    forms = {layer.base.form.removesuffix("_turned") if hasattr(layer, "base") else None for layer in layers}
+    return forms.pop() if len(forms) == 1 else None
+
+
 @torch.no_grad()
 def round_through(model: nn.Module, form: str | None) -> None:
     """Give every linear layer in the blocks of a model with plain weights those that `form`, if there is one, keeps of
     them: the base that an adapter saw, where it was trained on a quantized one."""
     for linear in model.model.layers.modules():
         if form is not None and isinstance(linear, Linear | ExpertLinear):
-            rows = linear.weight.flatten(0, -2)
+            rows = linear._parameters["weight"].flatten(0, -2)  # the attribute may be what an adapter trains instead
             rows.copy_(FORMATS[form].dequantize(*FORMATS[form].quantize(rows).values(), rows.dtype))
 
 

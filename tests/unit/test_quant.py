@@ -118,8 +118,9 @@ def test_adapters_see_the_quantized_weight():
 
 
 @QUICK
-def test_exported_with_its_quantized_base(form, tmp_path):
-    """transformers computes what was trained: the base as it was kept, and with the adapter merged into it."""
+def test_exported_with_its_quantized_base(form, tmp_path, capsys):
+    """transformers computes what was trained: the base as it was kept, and with the adapter merged into it. Merged into
+    the plain base it does not, and that is said."""
     from transformers import AutoModelForCausalLM
 
     config = shrunk("llama-3.2-1b", head_dim=16, intermediate_size=128)
@@ -147,12 +148,17 @@ def test_exported_with_its_quantized_base(form, tmp_path):
             factors.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
         trained = model.logits(ids)
     peft_format.save(model, tmp_path / "adapter", base=str(tmp_path / "base"))
-    words = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "merged")]
+    words = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter")]
     shutil.copytree("ftlib/assets/demo/model", tmp_path / "base", dirs_exist_ok=True, ignore=lambda folder, names: [
         name for name in names if not name.startswith(("tokenizer", "special"))
     ])  # fmt: skip
-    assert tune([*words, "--quantize", form]) == 0
-    assert relative(theirs(tmp_path / "merged"), trained) < 1e-5
+    assert tune([*words, str(tmp_path / "merged"), "--quantize", form]) == 0
+    assert relative(theirs(tmp_path / "merged"), trained) < 1e-5 and "note:" not in capsys.readouterr().err
+    assert tune([*words, str(tmp_path / "other")]) == 0
+    assert relative(theirs(tmp_path / "other"), trained) > 1e-3 and f"--quantize {form}" in capsys.readouterr().err
+    wrong = "int8" if form != "int8" else "fp8"
+    assert tune([*words, str(tmp_path / "wrong"), "--quantize", wrong]) == 2
+    assert f"kept in {form}, not in {wrong}" in capsys.readouterr().err
 
 
 def test_operator_of_stacks_is_sound():
@@ -219,8 +225,11 @@ def test_training_and_resuming_to_the_bit(form, tmp_path, capsys):
     assert 1e-5 < max(gaps) < 0.1  # not the plain base, and near it
     for file in (one / "checkpoints/step_000003").glob("*.safetensors"):
         assert b".base." not in file.read_bytes(), "the base is made again, not kept in checkpoints"
-    words = ["merge", "ftlib:demo/model", str(one / "checkpoints/step_000003"), str(tmp_path / "merged")]
-    assert tune([*words, "--quantize", form]) == 0, "of a base that the checkpoint does not hold"
+    words = ["merge", "ftlib:demo/model", str(one / "checkpoints/step_000003")]
+    assert tune([*words, str(tmp_path / "merged"), "--quantize", form]) == 0, "of a base that the checkpoint lacks"
+    assert "note:" not in capsys.readouterr().err
+    assert tune([*words, str(tmp_path / "plainly")]) == 0
+    assert f"--quantize {form}" in capsys.readouterr().err
     before = losses(one)
     shutil.rmtree(one / "checkpoints/step_000006")
     shutil.rmtree(one / "final")
