@@ -5,6 +5,9 @@ that a normal variable falls between equally often; a weight is the index of the
 over the whole matrix, are 8-bit integers in groups of 256: 4.127 bits a weight in all.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ LEVELS = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+Piece = tuple[int, int, int]  # dimension, start and length along it
 CHUNK = 1 << 24  # weights looked up at a time: the indices take 8 bytes each
 
 
@@ -53,6 +57,33 @@ def quantize(weight: Tensor) -> dict[str, Tensor]:
     return {"codes": codes.view(len(weight), -1), "scales": scales, "steps": steps, "mean": mean[None]}
 
 
+def group(scales: Tensor, steps: Tensor) -> int:
+    """How many scales share a step: a power of two, 256 unless the parts were `cut` from others."""
+    return 1 << (-(-len(scales) // len(steps)) - 1).bit_length()
+
+
+def cut(parts: dict[str, Tensor], shape: Sequence[int], piece: Piece) -> dict[str, Tensor]:
+    """Parts of a piece of a matrix or of a stack of them [..., in]: the same values to the bit.
+
+    A piece of the last dimension begins and ends between blocks. Where it does not hold whole groups of scales, a step
+    is kept for each smaller run of them.
+    """
+    dim, start, length = piece
+    scales, steps, inner = parts["scales"], parts["steps"], [*shape[:-1], shape[-1] // BLOCK]
+    if dim == len(shape) - 1:
+        start, length = start // BLOCK, length // BLOCK
+    places = torch.arange(len(scales), device=scales.device).view(inner).narrow(dim, start, length).flatten()
+    each = math.prod(inner[dim + 1 :])  # blocks that lie together
+    run = math.gcd(group(scales, steps), each * inner[dim], each * start, each * length)
+    codes = parts["codes"].view(*inner, BLOCK // 2).narrow(dim, start, length)
+    return {
+        "codes": codes.reshape(-1, codes.shape[-2] * codes.shape[-1]),
+        "scales": scales[places],
+        "steps": steps[places[::run] // group(scales, steps)],
+        "mean": parts["mean"],
+    }
+
+
 def dequantize(
     codes: Tensor, scales: Tensor, steps: Tensor, mean: Tensor, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
@@ -69,5 +100,5 @@ def dequantize_reference(codes: Tensor, scales: Tensor, steps: Tensor, mean: Ten
     """The same in PyTorch operations: the oracle."""
     levels = torch.tensor(LEVELS, device=codes.device)
     values = levels[torch.stack((codes >> 4, codes & 15), -1).long()].view(-1, BLOCK)
-    scale = mean + scales.float() * steps.repeat_interleave(GROUP)[: len(scales)]
+    scale = mean + scales.float() * steps.repeat_interleave(group(scales, steps))[: len(scales)]
     return (values * scale[:, None]).to(dtype).view(len(codes), -1)

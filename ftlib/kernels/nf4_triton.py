@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftlib.kernels.nf4 import BLOCK, GROUP, LEVELS
+from ftlib.kernels.nf4 import BLOCK, LEVELS, group
 
-BYTES = 2048  # codes of one program
+BLOCKS = 64  # of one program
 
 
 def dequantize_nf4(
@@ -17,10 +17,10 @@ def dequantize_nf4(
     if out is None:
         out = torch.empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype, device=codes.device)
     levels = _levels(codes.device)
-    count = codes.numel()
-    _dequantize[(triton.cdiv(count, BYTES),)](
-        codes, scales, steps, mean, levels, out,
-        COUNT=count, WIDTH=out.shape[1], APART=out.stride(0), BYTES=BYTES, BLOCK=BLOCK, GROUP=GROUP,
+    blocks = codes.numel() * 2 // BLOCK
+    _dequantize[(triton.cdiv(blocks, BLOCKS),)](
+        codes, scales, steps, mean, levels, out, blocks, out.stride(0),
+        ROW=out.shape[1] // BLOCK, BLOCKS=BLOCKS, BLOCK=BLOCK, GROUP=group(scales, steps),
     )  # fmt: skip
     return out
 
@@ -36,18 +36,18 @@ def _levels(device: torch.device) -> Tensor:
 
 @triton.jit
 def _dequantize(  # noqa: ANN202
-    codes, scales, steps, mean, levels, out,  # noqa: ANN001
-    COUNT: tl.constexpr, WIDTH: tl.constexpr, APART: tl.constexpr,
-    BYTES: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    codes, scales, steps, mean, levels, out, blocks, apart,  # noqa: ANN001
+    ROW: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
-    inside = at < COUNT
-    code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-    block = (at * 2) // BLOCK
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)  # what is one number a block is computed once a block
+    inside = block < blocks
     scale = tl.load(scales + block, mask=inside, other=0).to(tl.float32)
     scale = tl.load(mean) + scale * tl.load(steps + block // GROUP, mask=inside, other=0.0)
-    first = tl.load(levels + (code >> 4)) * scale
-    second = tl.load(levels + (code & 15)) * scale
-    where = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
-    value = tl.interleave(first, second).to(out.dtype.element_ty)
-    tl.store(out + where + where // WIDTH * (APART - WIDTH), value, mask=where < 2 * COUNT)
+    byte, value = tl.arange(0, BLOCK // 2), tl.arange(0, BLOCK)
+    at = block.to(tl.int64)[:, None] * (BLOCK // 2) + byte[None, :]
+    code = tl.load(codes + at, mask=inside[:, None], other=0).to(tl.int32)
+    first = tl.load(levels + (code >> 4)) * scale[:, None]
+    second = tl.load(levels + (code & 15)) * scale[:, None]
+    start = (block // ROW).to(tl.int64) * apart + block % ROW * BLOCK
+    values = tl.interleave(first, second).to(out.dtype.element_ty)
+    tl.store(out + start[:, None] + value[None, :], values, mask=inside[:, None])

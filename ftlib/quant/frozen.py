@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from ftlib.errors import UserError
 from ftlib.kernels import nf4
@@ -23,28 +25,38 @@ class Format:
     empty: Callable[[tuple[int, int], torch.device | str], dict[str, Tensor]]
     quantize: Callable[[Tensor], dict[str, Tensor]]
     dequantize: Callable[..., Tensor]  # (*parts, dtype, out=None)
+    cut: Callable[[dict[str, Tensor], Sequence[int], nf4.Piece], dict[str, Tensor]]  # parts of a piece
     block: int = 1
 
 
 def _rowwise(kind: torch.dtype) -> Format:
-    return Format(partial(rowwise.empty, kind=kind), partial(rowwise.quantize, kind=kind), rowwise.dequantize)
+    quantize = partial(rowwise.quantize, kind=kind)
+    return Format(partial(rowwise.empty, kind=kind), quantize, rowwise.dequantize, rowwise.cut)
 
 
 FORMATS = {
-    "nf4": Format(nf4.empty, nf4.quantize, nf4.dequantize, nf4.BLOCK),
+    "nf4": Format(nf4.empty, nf4.quantize, nf4.dequantize, nf4.cut, nf4.BLOCK),
     "int8": _rowwise(torch.int8),
     "fp8": _rowwise(torch.float8_e4m3fn),
-    "fp8_turned": Format(rowwise.empty_turned, rowwise.quantize_turned, rowwise.dequantize_turned),
+    "fp8_turned": Format(
+        rowwise.empty_turned, rowwise.quantize_turned, rowwise.dequantize_turned, rowwise.cut_turned
+    ),
 }
 
 
 class FrozenWeight(nn.Module):
-    """A matrix [out, in] in one of FORMATS: `shape`, `dtype` (of what `dequantize` gives), and buffers."""
+    """A matrix [out, in] in one of FORMATS: `shape`, `dtype` (of what `dequantize` gives), and buffers.
+
+    A stack [..., out, in] is kept as one matrix below the other. `shard`: this process keeps a `piece` of what was
+    quantized whole, so that all of them together have the very weights that one process has.
+    """
 
     def __init__(self, shape: torch.Size, form: str, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.form, self.dtype = shape, form, dtype
-        for name, part in FORMATS[form].empty(tuple(shape), device).items():
+        self.piece: nf4.Piece | None = None
+        self.mesh: DeviceMesh | None = None  # of the processes that keep the other pieces
+        for name, part in FORMATS[form].empty((shape[:-1].numel(), shape[-1]), device).items():
             self.register_buffer(name, part, persistent=False)  # made from the base model at every start, never saved
         self.lost: Callable[[Tensor, Tensor], None] | None = None  # is given each matrix and what is kept of it
 
@@ -52,16 +64,33 @@ class FrozenWeight(nn.Module):
     def parts(self) -> list[Tensor]:
         return list(self._buffers.values())
 
+    @property
+    def local_shape(self) -> torch.Size:
+        """Of what this process keeps."""
+        dim, _, length = self.piece or (0, 0, self.shape[0])
+        return torch.Size((*self.shape[:dim], length, *self.shape[dim + 1 :]))
+
+    def shard(self, dim: int, mesh: DeviceMesh) -> None:
+        """Keep one of equal parts along dimension `dim`: each process of the one-dimensional `mesh` has its own."""
+        length = self.shape[dim] // mesh.size()
+        self.mesh, self.piece = mesh, (dim, mesh.get_local_rank() * length, length)
+        for name, part in FORMATS[self.form].cut(self._buffers, self.shape, self.piece).items():
+            self._buffers[name] = part.clone()
+
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
-        """Take over a matrix, quantized on this object's device."""
-        for name, part in FORMATS[self.form].quantize(weight.to(self.parts[0].device)).items():
-            self._buffers[name].copy_(part)
+        """Take over a whole matrix or stack: quantized on this object's device, and of that what is kept."""
+        form = FORMATS[self.form]
+        parts = form.quantize(weight.to(self.parts[0].device).flatten(0, -2))
         if self.lost is not None:
-            self.lost(weight, self.dequantize())
+            self.lost(weight, form.dequantize(*parts.values(), self.dtype))
+        for name, part in (form.cut(parts, self.shape, self.piece) if self.piece else parts).items():
+            self._buffers[name].copy_(part)
 
     def dequantize(self) -> Tensor:
-        return FORMATS[self.form].dequantize(*self.parts, self.dtype)
+        """The matrix or stack; a DTensor where this process keeps a piece."""
+        local = FORMATS[self.form].dequantize(*self.parts, self.dtype).view(self.local_shape)
+        return local if self.mesh is None else DTensor.from_local(local, self.mesh, [Shard(self.piece[0])])
 
 
 class OnFrozenWeight:
@@ -95,7 +124,7 @@ class QuantizedLinear(OnFrozenWeight, Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T."""
-        return torch.ops.ftlib.frozen_linear(x, self.base.parts, self.base.form, self.out_features)
+        return torch.ops.ftlib.frozen_linear(x, self.base.parts, self.base.form)
 
 
 def replace(
@@ -150,13 +179,13 @@ def round_through(model: nn.Module, form: str | None) -> None:
 
 
 @torch.library.custom_op("ftlib::frozen_linear", mutates_args=())
-def _frozen_linear(x: Tensor, parts: Sequence[Tensor], form: str, out: int) -> Tensor:
+def _frozen_linear(x: Tensor, parts: Sequence[Tensor], form: str) -> Tensor:
     return F.linear(x, FORMATS[form].dequantize(*parts, x.dtype))
 
 
 @_frozen_linear.register_fake
-def _(x: Tensor, parts: Sequence[Tensor], form: str, out: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out)
+def _(x: Tensor, parts: Sequence[Tensor], form: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(parts[0]))
 
 
 @torch.library.custom_op("ftlib::frozen_linear_backward", mutates_args=())
@@ -170,14 +199,14 @@ def _(grad: Tensor, parts: Sequence[Tensor], form: str, dim: int) -> Tensor:
 
 
 def _setup(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
-    x, parts, ctx.form, _ = inputs
+    x, parts, ctx.form = inputs
     ctx.save_for_backward(*parts)  # not the whole matrix: it is made again
     ctx.dim = x.shape[-1]
 
 
 def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
     parts = list(ctx.saved_tensors)  # read once: recomputation makes them anew each time
-    return torch.ops.ftlib.frozen_linear_backward(grad, parts, ctx.form, ctx.dim), [None] * len(parts), None, None
+    return torch.ops.ftlib.frozen_linear_backward(grad, parts, ctx.form, ctx.dim), [None] * len(parts), None
 
 
 _frozen_linear.register_autograd(_backward, setup_context=_setup)

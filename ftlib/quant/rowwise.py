@@ -1,7 +1,11 @@
 """One scale a row: int8 integers, or float8 with 4 bits of exponent and 3 of fraction."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ftlib.kernels.nf4 import Piece
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -21,6 +25,15 @@ def quantize(weight: Tensor, kind: torch.dtype) -> dict[str, Tensor]:
     return {"codes": (scaled.round() if kind is torch.int8 else scaled).to(kind), "scales": scales}
 
 
+def cut(parts: dict[str, Tensor], shape: Sequence[int], piece: Piece) -> dict[str, Tensor]:
+    """Parts of a piece of a matrix or of a stack of them [..., in]: the same values."""
+    dim, start, length = piece
+    codes, scales = parts["codes"].view(*shape).narrow(dim, start, length), parts["scales"]
+    if dim < len(shape) - 1:
+        scales = scales.view(*shape[:-1]).narrow(dim, start, length).flatten()
+    return {"codes": codes.reshape(-1, codes.shape[-1]), "scales": scales}
+
+
 def empty_turned(shape: tuple[int, int], device: torch.device | str) -> dict[str, Tensor]:
     """The same for e4m3, and the codes transposed [in, out]."""
     kept = empty(shape, device, torch.float8_e4m3fn)
@@ -31,6 +44,12 @@ def quantize_turned(weight: Tensor) -> dict[str, Tensor]:
     """Parts as `empty_turned` has them."""
     kept = quantize(weight, torch.float8_e4m3fn)
     return kept | {"turned": kept["codes"].t().contiguous()}
+
+
+def cut_turned(parts: dict[str, Tensor], shape: Sequence[int], piece: Piece) -> dict[str, Tensor]:
+    """The same of a matrix in e4m3 with its transpose."""
+    dim, *where = piece
+    return cut(parts, shape, piece) | {"turned": parts["turned"].narrow(1 - dim, *where)}
 
 
 def dequantize_turned(

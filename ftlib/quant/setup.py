@@ -99,7 +99,7 @@ def note(model: nn.Module) -> list[str]:
     held = [module.base for module in model.modules() if hasattr(module, "base")]
     if held:
         size = sum(part.numel() * part.element_size() for base in held for part in base.parts)
-        bits = 8 * size / sum(base.shape.numel() for base in held)
+        bits = 8 * size / sum(base.local_shape.numel() for base in held)
         form = held[0].form.removesuffix("_turned")
         lines.append(f"base: {len(held)} matrices in {form}, {bits:.2f} bits a weight, {size / 2**20:,.1f} MiB")
     if layers := qat.rounded(model):

@@ -68,6 +68,26 @@ def test_storage_and_error(form, shape):
     assert not FORMATS[form].dequantize(*zeros.values(), torch.float32).any()
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", [(70, 384), (512, 128), (5, 2, 12, 256), (3, 128, 2, 64)])
+def test_pieces_have_the_values_of_the_whole(form, shape):
+    """Each process of two, three or four quantizes the whole and keeps a piece: no value may depend on how many."""
+    if form == "fp8_turned" and len(shape) > 2:
+        return  # of linear layers only
+    whole = drawn(torch.Size(shape[:-1]).numel(), shape[-1])
+    whole *= torch.rand(len(whole), 1, generator=torch.Generator().manual_seed(1)) * 9  # every scale its own
+    parts = FORMATS[form].quantize(whole)
+    kept = FORMATS[form].dequantize(*parts.values(), torch.float32).view(shape)
+    for dim, size in enumerate(shape):
+        unit = FORMATS[form].block if dim == len(shape) - 1 else 1
+        for ways in (ways for ways in (2, 3, 4) if size % (ways * unit) == 0):
+            length = size // ways
+            for start in range(0, size, length):
+                piece = FORMATS[form].cut(parts, shape, (dim, start, length))
+                found = FORMATS[form].dequantize(*piece.values(), torch.float32)
+                assert torch.equal(found, kept.narrow(dim, start, length).reshape(found.shape)), (dim, ways, start)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_layer_is_the_product_with_its_weight(form, compiled):

@@ -214,7 +214,7 @@ def quantized(dim: int, inner: int, tokens: int) -> Iterator[Case]:
                lambda *parts: nf4.dequantize(*parts, torch.bfloat16))  # fmt: skip
     yield Case("NF4 linear", f"{tokens} x {dim} x {inner}", operands,
                lambda x, *parts: F.linear(x, whole(*parts)),
-               lambda x, *parts: torch.ops.ftlib.frozen_linear(x, list(parts), "nf4", inner))  # fmt: skip
+               lambda x, *parts: torch.ops.ftlib.frozen_linear(x, list(parts), "nf4"))  # fmt: skip
 
 
 def packed_attention(heads: int, kv: int, width: int, tokens: int) -> Case:
