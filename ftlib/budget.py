@@ -191,9 +191,8 @@ def room(asked: float | str, device: torch.device) -> int:
 
 
 def states(model: nn.Module, cfg: Any) -> int:
-    """Bytes of the optimizer's state, which a trial does not have."""
-    need = preflight.need(model, cfg, 1)
-    return need.checkpoint - need.final
+    """Bytes of the optimizer's state on the device, which a trial does not have."""
+    return preflight.need(model, cfg, 1).optimizer
 
 
 def question(cfg: Any, device: torch.device) -> dict[str, str]:

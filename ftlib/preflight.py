@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from ftlib.errors import UserError
+from ftlib.kernels.linear_cross_entropy import TILE_BYTES
 from ftlib.layers.moe import Moe
 from ftlib.models.arch import Arch, Layer
 from ftlib.models.remote import size
 from ftlib.optim import lisa
-from ftlib.sections import Optim
+from ftlib.sections import Optim, Parallel
 
 PARKED = 4  # tensors on their way to host memory and back
+STEPPED = 3  # parameters whose states are on the device at a time, where they wait in host memory
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,23 @@ class Need:
     """Bytes of one process, all ranks of a shard together holding one model."""
 
     weights: int
-    training: int  # gradients, if they are all there at once, and what the optimizer keeps
+    gradients: int  # of all parameters that train; the largest of them where they move in backward
+    optimizer: int  # what it keeps on the device
+    host: int  # what it keeps in host memory instead
     activations: int
     checkpoint: int  # on disk, of the whole run
     final: int
     kept: int  # estimate: what backward needs of all blocks, as memory.recompute says; at least `activations`
     working: int  # estimate: the block that backward is in
-    gathered: int  # estimate: the weights of two blocks, where other processes hold parts of them
+    logits: int  # those that exist at a time, and the gradient of the hidden states
+    head: int  # estimate: the head's own gradient, wide until the loss is known
+    gathered: int  # estimate: the weights of two blocks and the head, where other processes hold parts of them
+    adds_up: bool  # gradients of several micro-batches: they are there from the second on
+
+    @property
+    def training(self) -> int:
+        """Gradients and what the optimizer keeps."""
+        return self.gradients + self.optimizer
 
     @property
     def memory(self) -> int:
@@ -43,31 +55,68 @@ class Need:
         return self.weights + self.training + self.activations
 
     @property
+    def moments(self) -> dict[str, dict[str, int]]:
+        """Estimate: what is there when the loss is computed, when backward begins and when it ends."""
+        fixed = {"weights": self.weights, "optimizer": self.optimizer}
+        early = self.gradients if self.adds_up else 0
+        return {
+            "loss": fixed | {"gradients": early + self.head, "activations": self.kept, "logits": self.logits,
+                             "gathered": self.gathered},
+            "backward": fixed | {"gradients": early + self.head // 3, "activations": self.kept + self.working,
+                                 "gathered": self.gathered},
+            "last block": fixed | {"gradients": self.gradients, "activations": self.working, "gathered": self.gathered},
+        }  # fmt: skip
+
+    @property
+    def peak(self) -> str:
+        """The moment that takes the most."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
     def about(self) -> int:
         """The estimate."""
-        return self.weights + self.training + self.kept + self.working + self.gathered
+        return sum(self.moments[self.peak].values())
 
 
 def need(model: nn.Module, cfg: Any, shards: int) -> Need:
-    """The least a run takes. `model` is on meta, adapters attached; `shards` processes share its parameters."""
-    parameters = [
-        p for name, p in model.named_parameters() if not (model.arch.tied and name == "lm_head.weight")
-    ]  # fmt: skip
+    """The least a run takes, and about what. `model` is on meta, adapters attached; `shards` processes share its
+    parameters, `cfg.parallel.cp` and `tp` of them the tokens of a row."""
+    mesh, shared = getattr(cfg, "parallel", Parallel()), model.arch.tied
+    parameters = [p for name, p in model.named_parameters() if not (shared and name == "lm_head.weight")]
     asleep, optim = {id(p) for p in lisa.asleep(model, 1)}, cfg.optim if hasattr(cfg, "optim") else Optim()
-    final = sum(_bytes(p) for p in parameters if p.requires_grad)
     active = [p for p in parameters if p.requires_grad and id(p) not in asleep]
-    trained = sum(_bytes(p) for p in active)
-    states = int(sum(p.numel() * optim.state_bytes(p.element_size()) for p in active))
-    everything = sum(_bytes(p) for p in parameters)
-    quantized = sum(_bytes(b) for b in model.buffers())  # whole in each process
-    width, tokens = 2 if cfg.dtype == "bf16" else 4, cfg.batch.micro_rows * cfg.data.seq_len
-    tile = min(1.0, (cfg.memory.tiled_mlp or tokens) / tokens)
-    each = (block_elements(model.arch, layer, cfg.data.seq_len, tile) for layer in model.arch.layers)
-    blocks = [tokens * width * elements for elements in each]
-    hidden = tokens * width * model.arch.dim
+    trained, final = sum(map(_bytes, active)), sum(_bytes(p) for p in parameters if p.requires_grad)
+    each = [int(p.numel() * optim.state_bytes(p.element_size())) for p in active]
+    states, at_a_time = sum(each), min(sum(each), STEPPED * max(each, default=0))
     parked = cfg.memory.offload or cfg.memory.budget_gib is not None  # which offloads where it has to
-    inputs = (min(len(blocks), PARKED) if parked else len(blocks)) * hidden
-    attended = tokens * width * sum(layer.mixer.heads * layer.mixer.head_dim for layer in model.arch.layers)
+    everything = sum(map(_bytes, parameters))
+    if parked and shards == 1 and not (shared or model.model.embed_tokens.weight.requires_grad):
+        everything -= _bytes(model.model.embed_tokens.weight)
+    largest = max(map(_bytes, active), default=0)
+    rows = cfg.batch.micro_rows * max(1, mesh.dp_replicate) * max(1, shards // (mesh.cp * mesh.tp))
+    return Need(
+        weights=everything // shards + sum(map(_bytes, model.buffers())),  # quantized ones are whole in each process
+        gradients=(largest if optim.in_backward else trained) // shards,
+        optimizer=(at_a_time if optim.offload else states) // shards,
+        host=states // shards if optim.offload else 0,
+        checkpoint=final + states,
+        final=final,
+        gathered=_gathered(model, cfg, shards // mesh.tp) // mesh.tp,
+        adds_up=not optim.in_backward and getattr(cfg.batch, "rows", 2 * rows) > rows,
+        **_activations(model, cfg, mesh, parked),
+    )
+
+
+def _activations(model: nn.Module, cfg: Any, mesh: Parallel, parked: bool) -> dict[str, int]:
+    """What depends on the tokens of a forward."""
+    arch, width = model.arch, 2 if cfg.dtype == "bf16" else 4
+    tokens = cfg.batch.micro_rows * cfg.data.seq_len // mesh.cp
+    tile = min(1.0, (cfg.memory.tiled_mlp or tokens) / tokens)
+    elements = [block_elements(arch, layer, cfg.data.seq_len, tile, mesh.tp) for layer in arch.layers]
+    blocks = [tokens * width * count for count in elements]
+    hidden = tokens * width * arch.dim
+    inputs = (min(len(blocks), PARKED) if parked else len(blocks)) * hidden // mesh.tp
+    attended = tokens * width * sum(layer.mixer.heads * layer.mixer.head_dim for layer in arch.layers) // mesh.tp
     kept = {
         "full": inputs,
         "except_attention": inputs + attended,
@@ -76,26 +125,37 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     }[cfg.memory.recompute]
     if cfg.memory.offload:
         kept = min(kept, inputs)
-    gathered = max(sum(_bytes(p) for p in block.parameters()) for block in model.model.layers) if shards > 1 else 0
-    return Need(
-        weights=everything // shards + quantized,
-        training=(states + (0 if optim.in_backward else trained)) // shards,
-        activations=inputs,
-        checkpoint=final + states,
-        final=final,
-        kept=max(kept, inputs) + 2 * hidden,  # the last hidden states and their gradient, for the head
-        working=2 * max(blocks),  # as many gradients as activations
-        gathered=2 * gathered,
-    )
+    head = model.lm_head.weight
+    return {
+        "activations": inputs,
+        "kept": max(kept, inputs) + 2 * hidden,  # the last hidden states and their gradient, for the head
+        "working": max(blocks) * 4 // 3,  # the widest of them have gradients at the same time
+        "logits": min(TILE_BYTES, tokens * width * head.shape[0]),
+        "head": head.numel() * (4 + width) // mesh.tp if head.requires_grad else 0,
+    }
 
 
-def block_elements(arch: Arch, layer: Layer, seq_len: int, tile: float = 1.0) -> int:
+def _gathered(model: nn.Module, cfg: Any, processes: int) -> int:
+    """Estimate of what is whole for a while where `processes` share the weights: two blocks and the head's unit; of a
+    block that trains its gradient too, and that again in float32 for the sum."""
+    if processes == 1:
+        return 0
+    width = 2 if cfg.dtype == "bf16" else 4
+    sizes = [
+        sum(p.numel() * (2 * width + (width + 4) * (p.requires_grad and p.ndim > 1)) for p in block.parameters())
+        for block in model.model.layers
+    ]
+    head = model.lm_head.weight
+    return max(sizes) + head.numel() * (width + 4 * head.requires_grad)
+
+
+def block_elements(arch: Arch, layer: Layer, seq_len: int, tile: float = 1.0, tp: int = 1) -> int:
     """Estimate of the numbers one block keeps for backward, for each token.
 
     Dense: both norms' inputs and outputs, queries, keys and values before and after they turn, what attention gives,
     and gate, up and their product. Experts keep these for each choice, and their own copies of input and output.
     Capped scores are kept three times, two of them in float32. `tile`: the share of the tokens that is in a dense
-    feed-forward layer at a time.
+    feed-forward layer at a time. `tp` processes share all but the norms' outputs, which each has whole.
     """
     attention, ffn = layer.mixer, layer.ffn
     query, key = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
@@ -103,7 +163,7 @@ def block_elements(arch: Arch, layer: Layer, seq_len: int, tile: float = 1.0) ->
     if isinstance(ffn, Moe):
         inner = ffn.top_k * (3 * ffn.hidden + 2 * arch.dim)
     scores = 5 * attention.heads * seq_len if attention.softcap is not None else 0
-    return 4 * arch.dim + 2 * (query + 2 * key) + query + inner + scores
+    return 2 * arch.dim + (2 * arch.dim + 2 * (query + 2 * key) + query + inner + scores) // tp
 
 
 def check(model: nn.Module, cfg: Any, shards: int) -> None:
@@ -135,7 +195,10 @@ def _writable(folder: Path) -> None:
 
 def _memory(least: Need) -> str | None:
     where, have, sharing = available()
-    if least.memory * sharing <= have:
+    if where == "the GPU" and (machine := _machine())[0] < least.host * machine[1]:
+        what = f"the optimizer's state is {size(least.host)} of host memory"
+        return f"{what} for each of {machine[1]} processes (optim.offload), this machine has {size(machine[0])}"
+    if (least.memory + (least.host if where != "the GPU" else 0)) * sharing <= have:
         return None
     parts = f"weights {size(least.weights)}, gradients and optimizer {size(least.training)}, "
     parts += f"kept activations {size(least.activations)}"
@@ -157,11 +220,16 @@ def available() -> tuple[str, int, int]:
     if torch.cuda.is_available():
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
         return "the GPU", min(sizes), 1
+    return "this machine", *_machine()
+
+
+def _machine() -> tuple[int, int]:
+    """(bytes of host memory, processes here that share it)."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # of the container
     if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
         total = min(total, int(text))
-    return "this machine", total, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return total, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _bytes(p: nn.Parameter) -> int:

@@ -120,9 +120,7 @@ def text(plan: Plan) -> str:
     nproc = f" --nproc-per-node {plan.gpus}" if plan.gpus > 1 else ""
     packed = " (published quantized: read as bf16)" if "quantization_config" in _shape(plan) else ""
     made = need(plan)
-    parts = {"weights": made.weights, "gradients and optimizer": made.training, "activations": made.kept + made.working,
-             "gathered blocks": made.gathered}  # fmt: skip
-    listed = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in parts.items() if value)
+    listed = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in made.moments[made.peak].items() if value)
     return (
         f"# {plan.title}, {method}{packed}: about {made.about / 2**30:.1f} GiB{many} ({listed})\n"
         f"# yaml-language-server: $schema=schema/{plan.recipe}.json\n"

@@ -41,6 +41,9 @@ def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[
     interrupted run one step ahead of an uninterrupted one.
     """
     tensors, numbers = {}, {}
+    for optimizer in optimizers:
+        if (host := getattr(optimizer, "host", None)) is not None:
+            host.wait()
     for name, state in _named_state(model, optimizers):
         for slot, value in state.items():
             target = tensors if isinstance(value, Tensor) else numbers

@@ -7,6 +7,7 @@ from typing import Any
 
 from ftlib.errors import UserError
 from ftlib.parallel import pulse
+from ftlib.sections.optim import HOST
 
 MIB = 1 << 20
 LONG = 16_384  # tokens of a row from which feed-forward layers are worth cutting
@@ -74,6 +75,8 @@ def knobs(cfg: Any) -> list[str]:
             found.append("memory.offload: false -> true (same results; activations wait in host memory)")
         if getattr(memory, "tiled_mlp", None) == 0 and getattr(data, "seq_len", 0) >= LONG:
             found.append(f"memory.tiled_mlp: 0 -> {LONG // 2} (same results, slower; no mixture of experts)")
+    if (optim := getattr(cfg, "optim", None)) is not None and optim.name in HOST and not optim.offload:
+        found.append("optim.offload: false -> true (same results; moments wait in host memory)")
     if getattr(cfg, "lora", None) is None and hasattr(cfg, "optim"):
         found.append("the recipe: full_sft -> lora_sft (no gradients and moments for the frozen weights)")
     elif hasattr(cfg, "lora") and cfg.lora.dora:

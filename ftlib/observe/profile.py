@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ftlib.optim.pieces import local
+
 WARM, STEPS = 3, 3  # steps before the trace begins (compilation, first allocations), steps in it
 COMPONENTS = (  # the first whose expression is found in the name of an operation, of what called it, or of its kernel
     ("communication", re.compile(r"nccl|gloo|c10d::|all_gather|reduce_scatter|all_reduce")),
@@ -133,7 +135,7 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int | None)
     """GiB of this process by what holds it; `peak` bytes less those are activations and workspace."""
     distinct = {id(p): p for p in model.parameters()}.values()
     trained = [p for p in distinct if p.requires_grad]
-    slots = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    slots = [v for p, state in optimizer.state.items() for v in state.values() if _beside(v, p)]
     held = {
         "frozen weights": [p for p in distinct if not p.requires_grad],
         "trained weights": trained,
@@ -146,9 +148,14 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int | None)
     return {name: round(size / 2**30, 3) for name, size in sizes.items()}
 
 
+def _beside(value: object, p: Tensor) -> bool:
+    """Whether it is a tensor in the memory that `p` is in: state may wait on the host (optim.offload)."""
+    return isinstance(value, Tensor) and local(value).device == local(p).device
+
+
 def _bytes(tensor: Tensor) -> int:
-    local = getattr(tensor, "to_local", lambda: tensor)()
-    return local.numel() * local.element_size()
+    part = local(tensor)
+    return part.numel() * part.element_size()
 
 
 def table(summary: dict[str, Any], idle: str) -> list[str]:

@@ -9,12 +9,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from ftlib.optim.host import HostState
+
 Group = dict[str, Any]
 
 
 class Update(Optimizer, ABC):
     """An optimizer whose step is `update(group)` for each group. State is plain tensors and numbers, so that a
-    checkpoint holds it; it is made in a parameter's first step, whatever the gradient."""
+    checkpoint holds it; it is made in a parameter's first step, whatever the gradient. With `host` it waits there."""
+
+    host: HostState | None = None
 
     def __init__(self, groups: Iterable[Group], **defaults: Any) -> None:
         super().__init__(list(groups), defaults)
@@ -27,8 +31,18 @@ class Update(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self.update(group)
+            self.move(group)
+        if self.host is not None:
+            self.host.end()
         return loss
+
+    def move(self, group: Group) -> None:
+        """`update`, wherever state waits. After the last of a step, `host.end`."""
+        if self.host is None:
+            self.update(group)
+            return
+        for p in self.stepped(group):
+            self.host.step(self, group, p)
 
     @abstractmethod
     def update(self, group: Group) -> None:

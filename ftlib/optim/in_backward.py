@@ -20,6 +20,7 @@ class InBackward:
 
     def __init__(self, optimizer: Update) -> None:
         self._squares: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+        self._host = optimizer.host
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.register_post_accumulate_grad_hook(partial(self._move, optimizer, group))
@@ -29,11 +30,13 @@ class InBackward:
         grad = local_gradient(p)
         wide = torch.promote_types(grad.dtype, torch.float32)
         self._squares.setdefault(piece(p).groups, []).append(torch.linalg.vector_norm(grad, dtype=wide).square())
-        optimizer.update({**group, "params": [p]})
+        optimizer.move({**group, "params": [p]})
         p.grad = None
 
     def norm(self) -> Tensor:
-        """The 2-norm of all gradients since the last call. Collective where parameters are sharded."""
+        """After backward: the 2-norm of all gradients since the last call. Collective where parameters are sharded."""
+        if self._host is not None:
+            self._host.end()
         sums = [Piece((), groups).add_up(torch.stack(found).sum()) for groups, found in self._squares.items()]
         self._squares.clear()
         return torch.stack(sums).sum().sqrt()

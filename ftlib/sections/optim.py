@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+HOST = ("adamw", "lion", "ademamix")  # optimizers whose state may wait in host memory
 # Settings of some optimizers only: their values when not set. Setting one for another optimizer is a mistake.
 SETTINGS: dict[str, dict[str, float]] = {
     "muon": {"momentum": 0.95},
@@ -48,6 +49,7 @@ class Optim:
     states: Literal["fp32", "bf16", "int8", "fp8", "int4"] | None = None  # adamw: what moments are kept in; null: dtype
     rounding: Literal["nearest", "stochastic"] = "nearest"  # adamw: of weights in bf16; stochastic is right on average
     in_backward: bool = False  # move each parameter as soon as it has its gradient, and free that; no clipping
+    offload: bool = False  # adamw, lion, ademamix: state waits in pinned host memory, a parameter's at a time is here
     max_grad_norm: float | None = 1.0  # clip the global gradient norm to this; null: no clipping
     nonfinite: Literal["raise", "skip", "rollback"] = "raise"  # NaN gradients, never applied: stop, go on, go back
     spike: Literal["ignore", "warn", "raise", "rollback"] = "warn"  # a loss far above the last 50
@@ -71,6 +73,9 @@ class Optim:
 
         if self.name != "adamw" and (self.states is not None or self.rounding != "nearest"):
             raise ValueError(f"states, rounding: are for adamw; {self.name} has none")
+
+        if self.offload and self.name not in HOST:
+            raise ValueError(f"offload: is for {', '.join(HOST)}, which move a parameter by its own state alone")
 
     @property
     def slots(self) -> int:

@@ -67,7 +67,7 @@ def held(state):
     return {name: whole(p.detach()) for name, p in [*state.model.named_parameters(), *kept.items()]}
 
 
-def train_in_backward(mesh, rank):
+def train_in_backward(mesh, rank, offload=False):
     """Layers that FSDP2 shards, moved as their gradients arrive; each process has half of the rows."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(512, 10), nn.Tanh(), nn.Linear(10, 3)).double()
@@ -76,7 +76,7 @@ def train_in_backward(mesh, rank):
             fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    optimizer, norms = optim.build(net, Optim(lr=0.01, weight_decay=0.1, in_backward=True)), []
+    optimizer, norms = optim.build(net, Optim(lr=0.01, weight_decay=0.1, in_backward=True, offload=offload)), []
     for step in range(4):
         x = torch.randn(8, 512, generator=torch.Generator().manual_seed(step)).double()
         (net(x if mesh is None else x.chunk(2)[rank]).square().sum() / 8).backward()
@@ -124,6 +124,8 @@ def main(rank, world, folder, meshes):
     if meshes == ["fsdp"]:
         alone, spread = train_in_backward(None, rank), train_in_backward(mesh, rank)
         report["in backward"] = max(float((spread[key] - alone[key]).abs().max()) for key in alone)
+        away = train_in_backward(mesh, rank, offload=True)
+        report["from host memory"] = max(float((away[key] - spread[key]).abs().max()) for key in alone)
     (folder / f"report_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

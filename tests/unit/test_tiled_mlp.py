@@ -99,8 +99,8 @@ def test_the_estimate_counts_a_tile_and_the_way_out_of_memory_names_it(folder):
 
     model = load.build(folder, torch.bfloat16)
     whole, tiled = (preflight.need(model, settings(tile), 1) for tile in (0, 4096))
-    inner = 2 * 32_768 * 3 * 96  # bytes of gate, up and product; backward's working set is twice a block's
-    assert whole.working - tiled.working == pytest.approx(2 * inner * 7 / 8, rel=1e-3)
+    inner = 2 * 32_768 * 3 * 96  # bytes of gate, up and product; backward's working set is a block and a third
+    assert whole.working - tiled.working == pytest.approx(4 / 3 * inner * 7 / 8, rel=1e-3)
     assert any("memory.tiled_mlp: 0 -> 8192" in knob for knob in diagnose.knobs(settings(0)))
     assert not any("tiled" in knob for knob in diagnose.knobs(settings(4096)))
 
