@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from ftlib.adapters.lora import LoraFactors
 from ftlib.errors import UserError
@@ -23,7 +24,7 @@ class ExpertFactors(LoraFactors):
                 fix="leave it out, or leave the experts out of lora.targets: [q_proj, k_proj, v_proj, o_proj]",
             )
         super().__init__(stack, cfg, rank, alpha, dtype)
-        self.experts, self.transposed = stack.experts, stack.transposed
+        self.experts, self.transposed, self.parts = stack.experts, stack.transposed, stack.parts
         made = {"device": stack.weight.device, "dtype": dtype}
         self.lora_A = torch.nn.Parameter(torch.empty(stack.experts * rank, stack.in_features, **made))
         self.lora_B = torch.nn.Parameter(torch.empty(stack.out_features, rank * stack.experts, **made))
@@ -32,8 +33,9 @@ class ExpertFactors(LoraFactors):
 
     def stacks(self) -> tuple[Tensor, Tensor]:
         """A [experts, rank, in] and B [experts, out, rank]."""
-        a = self.lora_A.unflatten(0, (self.experts, self.rank))
-        return a, self.lora_B.unflatten(1, (self.rank, self.experts)).permute(2, 0, 1)
+        a, b = _replicated(self.lora_A), _replicated(self.lora_B)
+        b = b.unflatten(1, (self.rank, self.experts)).permute(2, 0, 1)
+        return a.unflatten(0, (self.experts, self.rank)), b
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [N, in], sorted by expert, whose runs end at `ends`. Returns what the adapter adds, [N, out]."""
@@ -46,4 +48,14 @@ class ExpertFactors(LoraFactors):
         wide = torch.promote_types(weight.dtype, torch.float32)
         a, b = (factor.to(wide) for factor in self.stacks())
         change = b @ a * self.scale
-        return weight.to(wide) + (change.mT if self.transposed else change)
+        change = change.mT if self.transposed else change
+        if self.parts > 1:
+            change = change.unflatten(2 if self.transposed else 1, (self.parts, -1))
+        return weight.to(wide) + change
+
+
+def _replicated(factor: Tensor) -> Tensor:
+    """Where FSDP2 has shared out its rows, which need not be whole experts': all of it on each process."""
+    if not isinstance(factor, DTensor):
+        return factor
+    return factor.redistribute(placements=[Replicate()] * factor.device_mesh.ndim)

@@ -58,16 +58,27 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 class ExpertLinear(nn.Module):
-    """One linear layer per expert, their matrices stacked: `weight` [E, out, in], or [E, in, out] if `transposed`."""
+    """One linear layer per expert, their matrices stacked: `weight` [E, out, in], or [E, in, out] if `transposed`.
+
+    `parts` > 1: `outputs` are that many layers' one after the other, and a dimension of `weight` and `bias` tells them
+    apart ([E, parts, out / parts, in]), so that processes can share each of them.
+    """
 
     active: str | None = None  # the adapter that is on (ftlib.adapters.experts)
 
-    def __init__(self, experts: int, inputs: int, outputs: int, bias: bool, transposed: bool) -> None:
+    def __init__(self, experts: int, inputs: int, outputs: int, bias: bool, transposed: bool, parts: int = 1) -> None:
         super().__init__()
-        self.experts, self.in_features, self.out_features, self.transposed = experts, inputs, outputs, transposed
-        shape = (inputs, outputs) if transposed else (outputs, inputs)
-        self.weight = nn.Parameter(torch.empty(experts, *shape))
-        self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
+        self.experts, self.in_features, self.out_features = experts, inputs, outputs
+        self.transposed, self.parts = transposed, parts
+        rows = (outputs,) if parts == 1 else (parts, outputs // parts)
+        self.weight = nn.Parameter(torch.empty(experts, *((inputs, *rows) if transposed else (*rows, inputs))))
+        self.bias = nn.Parameter(torch.empty(experts, *rows)) if bias else None
+
+    @property
+    def matrices(self) -> Tensor:
+        """The weight as [E, out, in], or [E, in, out] if `transposed`."""
+        first = 2 if self.transposed else 1
+        return self.weight if self.parts == 1 else self.weight.flatten(first, first + 1)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [N, in], sorted by expert, whose runs end at `ends` (int32 [E]). Returns [N, out]."""
@@ -76,7 +87,8 @@ class ExpertLinear(nn.Module):
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
         """The same without an adapter."""
-        return grouped_linear(x, self.weight.mT if self.transposed else self.weight, ends, self.bias)
+        weight = self.matrices.mT if self.transposed else self.matrices
+        return grouped_linear(x, weight, ends, None if self.bias is None else self.bias.flatten(1))
 
 
 class Experts(nn.Module):
@@ -85,7 +97,8 @@ class Experts(nn.Module):
     def __init__(self, spec: Moe, dim: int) -> None:
         super().__init__()
         self.spec = spec
-        self.gate_up_proj = ExpertLinear(spec.experts, dim, 2 * spec.hidden, spec.bias, spec.transposed)
+        parts = 1 if spec.interleaved else 2
+        self.gate_up_proj = ExpertLinear(spec.experts, dim, 2 * spec.hidden, spec.bias, spec.transposed, parts)
         self.down_proj = ExpertLinear(spec.experts, spec.hidden, dim, spec.bias, spec.transposed)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Stack:
-    """`ours` [experts, rows, columns]: for each expert `{e}` the checkpoint tensors `hf`, one below the other."""
+    """`ours`: for each expert `{e}` the checkpoint tensor `hf`, [experts, rows, columns]; or all of them where there
+    are several, [experts, tensors, rows, columns]."""
 
     ours: str
     hf: tuple[str, ...]
@@ -120,7 +121,8 @@ def from_hf(tensors: dict[str, Tensor], names: Iterable[str], table: Table) -> d
     out = {}
     for name, p in plan(names, table).items():
         if p.experts:
-            out[name] = torch.stack([torch.cat([tensors[key] for key in expert]) for expert in p.experts])
+            stacks = [torch.stack([tensors[key] for key in expert]) for expert in p.experts]
+            out[name] = torch.stack(stacks) if len(p.experts[0]) > 1 else torch.cat(stacks)
         else:
             out[name] = tensors[p.hf] if p.rows is None else tensors[p.hf][slice(*p.rows)]
     return out
@@ -145,5 +147,5 @@ def hf_tensors(
             tensors = [read(name) for _, name in sorted(parts)]
             yield hf, tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             continue
-        for keys, matrix in zip(experts, read(parts[0][1]), strict=True):
-            yield from zip(keys, matrix.chunk(len(keys)), strict=True)
+        for keys, matrices in zip(experts, read(parts[0][1]), strict=True):
+            yield from zip(keys, matrices if len(keys) > 1 else matrices[None], strict=True)

@@ -50,7 +50,7 @@ def check_weights(model: LanguageModel, folder: Path) -> Weights:
             continue  # the tied head
         wanted = list(state[name].shape)
         if piece.experts:
-            wanted = [wanted[1] // len(piece.experts[0]), wanted[2]]
+            wanted = wanted[-2:]
         for key in piece.keys:
             found = list(weights.shapes[key])
             rows = found[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
@@ -92,25 +92,21 @@ def load_weights(model: LanguageModel, weights: Weights) -> None:
             tensor.fill(_read(weights, pieces[name], whole).to(tensor.dtype))
             continue
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        local.copy_(_read(weights, pieces[name], local_index(tensor)))
+        if local.numel():  # there may be more processes than experts
+            local.copy_(_read(weights, pieces[name], local_index(tensor)))
 
 
 def _read(weights: Weights, piece: Piece, index: tuple[slice, ...]) -> Tensor:
     if piece.experts:
-        return torch.stack([_read_rows(weights, keys, *index[1:]) for keys in piece.experts[index[0]]])
+        return torch.stack([_read_expert(weights, keys, index[1:]) for keys in piece.experts[index[0]]])
     if piece.rows is not None:
         first = index[0]
         index = (slice(first.start + piece.rows[0], first.stop + piece.rows[0]), *index[1:])
     return weights.read(piece.hf, index)
 
 
-def _read_rows(weights: Weights, keys: tuple[str, ...], rows: slice, columns: slice) -> Tensor:
-    """Rows of the matrices `keys`, one below the other."""
-    parts, start = [], 0
-    for key in keys:
-        count = weights.shapes[key][0]
-        first, last = max(rows.start - start, 0), min(rows.stop - start, count)
-        if first < last:
-            parts.append(weights.read(key, (slice(first, last), columns)))
-        start += count
-    return torch.cat(parts)
+def _read_expert(weights: Weights, keys: tuple[str, ...], index: tuple[slice, ...]) -> Tensor:
+    if len(keys) == 1:
+        return weights.read(keys[0], index)
+    which, *index = index
+    return torch.stack([weights.read(key, tuple(index)) for key in keys[which]])

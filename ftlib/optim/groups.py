@@ -7,7 +7,7 @@ from torch import nn
 from ftlib.errors import UserError
 from ftlib.sections import Optim
 
-MATRICES = {"muon": (2, 3), "dion": (2,)}  # dimensions of what they treat as matrices; 3 is a stack of them
+MATRICES = {"muon": (2, 3, 4), "dion": (2,)}  # dimensions of what they treat as matrices; above 2 are stacks of them
 WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")
 
 
@@ -54,7 +54,9 @@ def lookups(model: nn.Module) -> dict[str, set[int]]:
     return {
         "embedding": {id(p) for module in embeddings for p in module.parameters()},
         "head": set() if head is None else {id(p) for p in head.parameters()},
-        "transposed": {id(module.weight) for module in model.modules() if getattr(module, "transposed", False)},
+        "transposed": {
+            id(module._parameters.get("weight")) for module in model.modules() if getattr(module, "transposed", False)
+        },
     }
 
 

@@ -5,6 +5,9 @@ is its local part, which its attributes give while the parameters themselves sta
 block's edges: between them hidden states are split along the sequence, the mixer and the feed-forward part each gather
 their input (the gradient that comes back is a part of a sum) and scatter the sum of their outputs. Norms see their
 slice of the sequence. The head stays split over the vocabulary into the loss (ftlib.kernels.linear_cross_entropy).
+
+In a mixture of experts each process routes all tokens, alike, and has a slice of every expert's width: what it adds to
+an output, and to the gradient of a routing weight, is a part of a sum as in a dense layer.
 """
 
 from collections.abc import Callable
@@ -17,10 +20,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from ftlib.adapters.experts import ExpertFactors
 from ftlib.adapters.lora import LoraFactors
 from ftlib.adapters.saved_modules import waits
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
+from ftlib.layers.moe import ExpertLinear, Moe
 from ftlib.parallel.collectives import gather, scatter_sum, shared, summed
 
 COLUMN, ROW, SAME, VOCAB, HEAD, WIDE = "column", "row", "same", "vocab", "head", "wide"
@@ -31,6 +36,8 @@ PLAN = {
     "o_proj": ROW, "down_proj": ROW,
     "attn_pre": SAME, "attn_post": SAME, "mlp_pre": SAME, "mlp_post": SAME, "norm": SAME,
     "q_norm": SAME, "k_norm": SAME,  # one weight for all heads: each process norms its own heads
+    "self_attn": COLUMN,  # what attention itself has for each head: sinks, factors of scalable softmax
+    "gate": SAME, "router": SAME, "gate_up_proj": COLUMN,  # of experts, whose down_proj is a row as any other
 }  # fmt: skip
 HEAD_NORMS = ("q_norm", "k_norm")  # over all heads in some families: then each process has its heads' weights
 EDGES = ("self_attn", "mlp")  # their input and output is a hidden state
@@ -61,7 +68,9 @@ def check(model: nn.Module, tp: int, cp: int = 1) -> None:
     for layer in arch.layers:
         for field, key in (("heads", "num_attention_heads"), ("kv_heads", "num_key_value_heads")):
             sizes.setdefault(key, set()).add(getattr(layer.mixer, field, tp))
-        sizes.setdefault("intermediate_size", set()).add(getattr(layer.ffn, "hidden", tp))
+        width = "moe_intermediate_size" if isinstance(layer.ffn, Moe) else "intermediate_size"
+        width = width if width in model.config else "intermediate_size"
+        sizes.setdefault(width, set()).add(getattr(layer.ffn, "hidden", tp))
     for key, values in sizes.items():
         wrong += [f"{key} {value} is no multiple of parallel.tp {tp}" for value in sorted(values) if value % tp]
     for name, module in model.named_modules():
@@ -90,21 +99,22 @@ def _leave(group: ProcessGroup, module: nn.Module, args: tuple, y: Tensor) -> Te
 def _place(module: nn.Module, role: str, mesh: DeviceMesh) -> None:
     """Shard a module's parameters, its adapters' with them, and let it compute with its own part."""
     split = role in (COLUMN, VOCAB, HEAD, WIDE)
-    weight = Shard(0) if split else Shard(1) if role == ROW else Replicate()
-    placements = {"weight": weight, "bias": Shard(0) if split else Replicate()}
+    placements = _placements(module, role, split)
     _distribute(module, placements, mesh)
     for adapter in getattr(module, "adapters", {}).values():
         if not isinstance(adapter, LoraFactors):
             _distribute(adapter, placements, mesh)
             continue
         a, b = (Replicate(), Shard(0)) if split else (Shard(1), Replicate())
+        apart = split and getattr(module, "parts", 1) > 1  # rows of B belong to gate and to up: no slice is one's own
+        b = Replicate() if apart else b
         _distribute(adapter, {"lora_A": a, "lora_B": b, "magnitude": b, "start_A": a, "start_B": b}, mesh)
-        adapter.__class__ = _local(type(adapter), tuple(_sharded(adapter)), ())
+        adapter.__class__ = _local(type(adapter), tuple(_sharded(adapter)), (("lora_B", _own_rows),) if apart else ())
         adapter.tp_group = mesh.get_group()
         if not split:
             adapter.over_inputs = partial(summed, group=mesh.get_group())
     if role != HEAD:  # the loss needs to know that the head is a part
-        module.__class__ = _local(type(module), tuple(module._parameters), ("bias",) if role == ROW else ())
+        module.__class__ = _local(type(module), tuple(module._parameters), (("bias", _once),) if role == ROW else ())
     module.tp_group = mesh.get_group()
     if role == WIDE:
         module.over_features = partial(_mean, mesh.get_group())
@@ -112,6 +122,27 @@ def _place(module: nn.Module, role: str, mesh: DeviceMesh) -> None:
         module.forward = partial(_embed, module)
     elif role == HEAD:
         module.forward = partial(_logits, module)
+
+
+def _placements(module: nn.Module, role: str, split: bool) -> dict[str, Placement]:
+    """How a module's own parameters are placed; of stacked experts, the width of each."""
+    rows, columns, ends = 0, 1, 0
+    if isinstance(module, ExpertLinear):
+        last = module.weight.ndim - 1
+        rows, columns, ends = (last, 1, last - 1) if module.transposed else (last - 1, last, last - 1)
+    weight = Shard(rows) if split else Shard(columns) if role == ROW else Replicate()
+    return {"weight": weight} | dict.fromkeys(("bias", "sinks", "ssmax"), Shard(ends) if split else Replicate())
+
+
+def _once(module: nn.Module, bias: Tensor) -> Tensor:
+    """What is added to a part of a sum: only the first process has other than zeros."""
+    return bias * (module.tp_group.rank() == 0)
+
+
+def _own_rows(adapter: ExpertFactors, b: Tensor) -> Tensor:
+    """This process's slice of the rows of each part."""
+    group = adapter.tp_group
+    return b.unflatten(0, (adapter.parts, group.size(), -1))[:, group.rank()].flatten(0, 1)
 
 
 def _mean(group: ProcessGroup, x: Tensor) -> Tensor:
@@ -135,12 +166,17 @@ def _distribute(module: nn.Module, placements: dict[str, Placement], mesh: Devic
 
 
 @cache
-def _local(kind: type[nn.Module], names: tuple[str, ...], once: tuple[str, ...]) -> type[nn.Module]:
+def _local(
+    kind: type[nn.Module],
+    names: tuple[str, ...],
+    changed: tuple[tuple[str, Callable[[nn.Module, Tensor], Tensor]], ...],
+) -> type[nn.Module]:
     """`kind` whose attributes `names` are the local parts of its sharded parameters, as plain tensors.
 
     A replicated one is used by each process on its own part of the sequence, heads or features, hence its gradients
-    are summed. Those in `once` are added to what is a part of a sum: only the first process has other than zeros.
+    are summed. `changed`: (name, what the module makes of the local part).
     """
+    changes = dict(changed)
 
     def view(name: str) -> property:
         inner: Callable | None = getattr(getattr(kind, name, None), "fget", None)
@@ -152,7 +188,7 @@ def _local(kind: type[nn.Module], names: tuple[str, ...], once: tuple[str, ...])
             local = tensor.to_local()
             if tensor.placements[0].is_replicate():
                 local = shared(local, self.tp_group)
-            return local * (self.tp_group.rank() == 0) if name in once else local
+            return changes[name](self, local) if name in changes else local
 
         return property(get)
 

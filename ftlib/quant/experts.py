@@ -11,14 +11,14 @@ from ftlib.quant.frozen import FORMATS, FrozenWeight, OnFrozenWeight
 
 
 class FrozenStack(FrozenWeight):
-    """Matrices [E, rows, columns], quantized as one below the other."""
+    """Matrices [..., rows, columns], quantized as one below the other."""
 
     def __init__(self, shape: torch.Size, form: str, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(torch.Size((shape[0] * shape[1], shape[2])), form, device, dtype)
+        super().__init__(torch.Size((shape[:-1].numel(), shape[-1])), form, device, dtype)
         self.shape = shape
 
     def fill(self, weight: Tensor) -> None:
-        super().fill(weight.flatten(0, 1))
+        super().fill(weight.flatten(0, -2))
 
     def dequantize(self) -> Tensor:
         return super().dequantize().view(self.shape)
@@ -30,16 +30,16 @@ class QuantizedExperts(OnFrozenWeight, ExpertLinear):
     def __init__(self, stack: ExpertLinear, form: str) -> None:
         nn.Module.__init__(self)
         self.experts, self.transposed, self.bias = stack.experts, stack.transposed, stack.bias
-        self.in_features, self.out_features = stack.in_features, stack.out_features
+        self.in_features, self.out_features, self.parts = stack.in_features, stack.out_features, stack.parts
         weight = stack.weight
         self.base = FrozenStack(weight.shape, form, weight.device, weight.dtype)
         self.train(stack.training)
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
-        base = self.base
-        return torch.ops.ftlib.frozen_grouped_linear(
-            x, ends, self.bias, base.parts, base.form, list(base.shape), self.transposed
-        )
+        base, bias = self.base, None if self.bias is None else self.bias.flatten(1)
+        rows, columns = self.out_features, self.in_features
+        shape = [self.experts, *((columns, rows) if self.transposed else (rows, columns))]
+        return torch.ops.ftlib.frozen_grouped_linear(x, ends, bias, base.parts, base.form, shape, self.transposed)
 
 
 @torch.library.custom_op("ftlib::frozen_grouped_linear", mutates_args=())

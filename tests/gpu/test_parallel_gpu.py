@@ -27,6 +27,8 @@ CASES = [
     Case(cp=2, kind="lora", dtype="bf16", style="allgather", compile=True),
     Case(shard=2, dtype="fp32"),
     Case(tp=2, dtype="fp32", compile=True),
+    Case(tp=2, model="mixtral", dtype="bf16", compile=True),
+    Case(tp=2, model="qwen3_moe", dtype="fp32", kind="lora"),
     Case(cp=2, dtype="fp32", style="allgather"),
 ]
 

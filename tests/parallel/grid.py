@@ -13,7 +13,9 @@ class Case:
     tp: int = 1
     style: str = "ulysses"
     kind: str = "full"  # full, lora, dora or saved (LoRA with whole modules beside it)
-    model: str = "qwen3"  # tied, norms on heads; qwen2: untied, biases; olmo2: norms over all heads; llama: all biases
+    # tied, norms on heads; qwen2: untied, biases; olmo2: norms over all heads; llama: all biases; mixtral, qwen3_moe:
+    # experts, some without a token; gpt_oss: with biases too, transposed, and sinks
+    model: str = "qwen3"
     pack: bool = True
     micro_rows: int = 1  # accumulation = 8 rows / (micro_rows x data ranks)
     recompute: str = "none"
@@ -56,6 +58,10 @@ SHORT = [
     Case(tp=2, model="olmo2"),
     Case(tp=2, model="llama"),
     Case(tp=2, dtype="fp32"),
+    Case(tp=2, model="mixtral"),
+    Case(tp=2, model="gpt_oss", recompute="full", micro_rows=2),
+    Case(tp=2, kind="lora", model="qwen3_moe"),
+    Case(tp=2, kind="lora", model="gpt_oss"),
     Case(cp=2),
     Case(cp=2, style=GATHER, model="qwen2"),
     Case(cp=2, style=GATHER, kind="lora", recompute="full", micro_rows=2),
@@ -63,7 +69,10 @@ SHORT = [
     Case(replicate=2, shard=2, micro_rows=2),
     Case(shard=2, tp=2),
     Case(shard=2, tp=2, kind="lora", model="qwen2", recompute="full", tiled_mlp=7),
+    Case(shard=2, tp=2, model="qwen3_moe"),
+    Case(shard=2, tp=2, kind="lora", model="mixtral", pack=False),
     Case(cp=2, tp=2, style=GATHER),
+    Case(cp=2, tp=2, model="gpt_oss"),
     Case(shard=2, cp=2, kind="saved"),
 ]
 
@@ -85,6 +94,9 @@ def wide() -> list[Case]:
         {"kind": "dora", "model": "qwen3"},
         {"kind": "saved", "model": "qwen2"},
         {"kind": "full", "model": "qwen3", "dtype": "fp32"},
+        {"kind": "full", "model": "gpt_oss", "recompute": "full"},
+        {"kind": "lora", "model": "qwen3_moe"},
+        {"kind": "saved", "model": "mixtral", "pack": False},
     ]
     found = [Case(**mesh, **run) for mesh in meshes for run in runs]
     compiled = [Case(**mesh, kind=kind, compile=True) for mesh in meshes[:5] for kind in ("full", "lora")]

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from tiny_model import ROOT
 from torch.distributed.tensor import DTensor
 
+from ftlib.adapters import lora
 from ftlib.errors import UserError
-from ftlib.models import families
+from ftlib.models import families, keys, load, shards
 from ftlib.models.language_model import LanguageModel
 from ftlib.parallel import check
 from ftlib.parallel import run as processes
@@ -41,6 +42,7 @@ def settings(seq_len=64, exact_match=0, **parallel):
     [
         ({}, {"tp": 3}, ("num_attention_heads 4", "parallel.tp 3", "vocab_size 160")),
         ({"num_key_value_heads": 1}, {"tp": 2}, ("num_key_value_heads 1", "parallel.tp 2")),
+        ({"moe_intermediate_size": 42}, {"tp": 4}, ("moe_intermediate_size 42", "parallel.tp 4")),
         ({}, {"tp": 2, "seq_len": 63}, ("data.seq_len 63", "data.seq_len=64")),
         ({}, {"cp": 4, "cp_style": "allgather", "seq_len": 60}, ("multiple of 8", "early and a late")),
         ({}, {"cp": 8}, ("num_attention_heads 4", "parallel.cp 8", "allgather")),
@@ -48,7 +50,7 @@ def settings(seq_len=64, exact_match=0, **parallel):
     ],
 )
 def test_what_does_not_fit_is_named_by_its_keys(changes, sections, words):
-    model = on_meta(shrunk("llama-3.2-1b", **changes))
+    model = on_meta(shrunk("qwen3-30b-a3b" if "moe_intermediate_size" in changes else "llama-3.2-1b", **changes))
     cfg = settings(**sections)
     with pytest.raises(UserError) as caught:
         check.check(model, cfg, cfg.parallel.cp, cfg.parallel.tp)
@@ -60,9 +62,11 @@ def test_a_product_that_is_not_the_number_of_processes():
         processes.sizes(Parallel(dp_shard=1, tp=4), 6)
 
 
-def test_a_mixture_of_experts_has_no_tensor_parallel_plan():
-    with pytest.raises(UserError, match="no tensor-parallel plan"):
-        check.tensor.check(on_meta(shrunk("qwen3-30b-a3b")), 2)
+def test_what_has_no_tensor_parallel_plan_is_named():
+    model = on_meta(shrunk("qwen3-30b-a3b"))
+    model.model.layers[1].mlp.critic = torch.nn.Linear(4, 4)
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.critic \(Linear\) has no tensor-parallel plan"):
+        check.tensor.check(model, 2)
 
 
 @contextmanager
@@ -107,6 +111,48 @@ def test_a_70b_shape_starts_on_eight_processes(parallel, monkeypatch):
         whole = sum(p.numel() for p in parameters.values())
         assert 69e9 < whole < 71e9
         assert local < whole / 8 * 1.01, "each process holds its eighth"
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b"])
+@pytest.mark.parametrize("parallel", [{"tp": 8}, {"tp": 2}, {}])
+def test_a_process_reads_its_slice_of_each_expert(name, parallel, monkeypatch):
+    """The last of eight, which without tp has none of twelve experts."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "moe_intermediate_size": 48, "intermediate_size": 96}
+    model = on_meta(shrunk(name, **sizes)).float()
+    wanted = {key: torch.rand(p.shape) for key, p in model.named_parameters()}
+    weights = Counting(keys.to_hf(wanted, model.table))
+    with one_of_eight(7, monkeypatch, **parallel) as run:
+        apply(model, run, Memory(compile=False), torch.float32)
+        model.to_empty(device="cpu")
+        load.load_weights(model, weights)
+        for key, part in model.named_parameters():
+            assert torch.equal(part.to_local(), wanted[key][shards.local_index(part)]), key
+    held = sum(part.to_local().numel() for part in model.parameters())
+    assert weights.read_numbers == held < sum(part.numel() for part in model.parameters()) / 4
+
+
+def test_an_adapter_on_experts_is_merged_where_its_rows_are_no_whole_experts(monkeypatch):
+    """Twelve experts over eight processes."""
+    model = on_meta(shrunk("qwen3-30b-a3b")).float()
+    lora.attach(model, ("gate_up_proj",), rank=2)
+    with one_of_eight(5, monkeypatch) as run:
+        apply(model, run, Memory(compile=False), torch.float32)
+        stack = model.model.layers[0].mlp.experts.gate_up_proj
+        with torch.no_grad():
+            merged = stack.adapters["policy"].merged(stack.weight)
+        assert merged.shape == stack.weight.shape and merged.placements == stack.weight.placements
+
+
+class Counting:
+    """A checkpoint in memory that counts the numbers it is asked for."""
+
+    def __init__(self, tensors):
+        self.tensors, self.read_numbers = tensors, 0
+
+    def read(self, key, index):
+        found = self.tensors[key][index]
+        self.read_numbers += found.numel()
+        return found
 
 
 def test_a_process_needs_memory_for_its_part_only(tmp_path):

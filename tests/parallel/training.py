@@ -15,16 +15,20 @@ from ftlib.adapters import lora
 from ftlib.checkpoint import Saver, State
 from ftlib.data import Documents, Loader
 from ftlib.losses.language_modelling import next_token_loss
+from ftlib.models.save import hf_tensors
 from ftlib.parallel import run as processes
 from ftlib.sections import Batch, Checkpoint, Lora, Memory, Model, Optim, Parallel
 
 SEQ_LEN, ROWS, STEPS, SEED = 32, 8, 3, 7
-NAMES = {"qwen3": "qwen3-0.6b", "qwen2": "qwen2.5-7b", "olmo2": "olmo-2-1b", "llama": "llama-3.1-8b"}
+NAMES = {
+    "qwen3": "qwen3-0.6b", "qwen2": "qwen2.5-7b", "olmo2": "olmo-2-1b", "llama": "llama-3.1-8b",
+    "mixtral": "mixtral-8x7b", "qwen3_moe": "qwen3-30b-a3b", "gpt_oss": "gpt-oss-20b",
+}  # fmt: skip
 build.DTYPES["fp64"] = torch.float64
 
 
 def write_models(folder: Path) -> None:
-    """Tiny models of two families with every weight random, biases and norms too."""
+    """Tiny models of several families with every weight random, biases and norms too."""
     import json
 
     from parity.shrink import reference, shrunk
@@ -50,7 +54,7 @@ def config(case: Case, models: Path) -> SimpleNamespace:
     )
     if case.kind != "full":
         modules = {"modules_to_save": ("lm_head", "norm")} if case.kind == "saved" else {}
-        cfg.lora = Lora(rank=4, dora=case.kind == "dora", **modules)
+        cfg.lora = Lora(rank=8, dora=case.kind == "dora", **modules)
         # Adapters are kept in float32; here nothing may be rounded.
         lora.attach_section.__kwdefaults__["dtype"] = build.DTYPES[case.dtype]
     return cfg
@@ -92,7 +96,7 @@ def fresh(case: Case, models: Path, run: object) -> State:
     if case.kind != "full":
         randomise(model)  # B = 0 would hide A
     # A large eps: else a gradient that is zero but for rounding moves its weight as far as any other.
-    optimizer = optim.build(model, Optim(lr=1e-2, weight_decay=0.1, eps=1e-4))
+    optimizer = optim.build(model, Optim(lr=1e-2, weight_decay=0.1, eps=1e-2))
     loader = Loader(
         documents(), seq_len=SEQ_LEN, rows=ROWS, micro_rows=case.micro_rows, seed=SEED, pack=case.pack, pad_id=0,
         rank=run.data_rank, ranks=run.data_ranks, share=run.share if run.world > 1 else None,
@@ -115,8 +119,9 @@ def step_of(name: str) -> int:
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything that is trained."""
-    return {f"weight {name}": whole(p) for name, p in model.named_parameters() if p.requires_grad}
+    """Everything that is trained, and the model as it would be exported."""
+    trained = {f"weight {name}": whole(p) for name, p in model.named_parameters() if p.requires_grad}
+    return trained | {f"weight exported {key}": tensor for key, tensor in hf_tensors(model)}
 
 
 def steps(state: State, run: object, which: range) -> dict[str, torch.Tensor]:

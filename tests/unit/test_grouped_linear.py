@@ -39,9 +39,9 @@ def test_experts_equal_one_token_at_a_time(transposed):
     for t in range(7):
         expected = 0
         for e, share in zip(chosen[t].tolist(), weights[t], strict=True):
-            stacks = (experts.gate_up_proj.weight[e], experts.down_proj.weight[e])
+            stacks = (experts.gate_up_proj.matrices[e], experts.down_proj.matrices[e])
             up, down = (w.mT for w in stacks) if transposed else stacks
-            gate, rise = (up @ x[t] + experts.gate_up_proj.bias[e]).chunk(2)
+            gate, rise = (up @ x[t] + experts.gate_up_proj.bias[e].flatten()).chunk(2)
             expected = expected + share * (down @ (torch.nn.functional.silu(gate) * rise) + experts.down_proj.bias[e])
         assert torch.allclose(y[t], expected)
 
