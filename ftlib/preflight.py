@@ -95,7 +95,7 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     largest = max(map(_bytes, active), default=0)
     rows = cfg.batch.micro_rows * max(1, mesh.dp_replicate) * max(1, shards // (mesh.cp * mesh.tp))
     return Need(
-        weights=everything // shards + sum(map(_bytes, model.buffers())),  # quantized ones are whole in each process
+        weights=everything // shards + sum(map(_bytes, model.buffers())) // mesh.tp,  # quantized ones: all of them
         gradients=(largest if optim.in_backward else trained) // shards,
         optimizer=(at_a_time if optim.offload else states) // shards,
         host=states // shards if optim.offload else 0,

@@ -111,7 +111,7 @@ def run(work: dict, limit: float, device: int | None = None) -> dict:
     env.setdefault("OMP_NUM_THREADS", "4")
     if device is not None:
         env["CUDA_VISIBLE_DEVICES"] = str(device)
-    command = [sys.executable, *launcher, str(HERE / "parallel_step.py"), json.dumps(work)]
+    command = [sys.executable, *launcher, str(HERE / "parallel_step.py"), json.dumps(work | {"launched": time.time()})]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -157,8 +157,8 @@ def print_table(rows: dict[str, dict]) -> None:
 
 def write(out: Path, rows: dict[str, dict]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = "python tools/bench/parallel.py " + " ".join(sys.argv[1:])
-    out.write_text(json.dumps({"command": command.strip(), "rows": rows}, indent=1) + "\n")
+    command = " ".join(["python", f"tools/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

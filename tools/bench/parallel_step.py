@@ -52,15 +52,16 @@ def settings(work: dict, shape: dict) -> SimpleNamespace:
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(shape))
     cfg = SimpleNamespace(
-        model=Model(path=str(folder)),
-        memory=Memory(recompute=work["recompute"]),
+        model=Model(path=str(folder), quantize=work.get("quantize")),
+        memory=Memory(recompute=work["recompute"], offload=work.get("offload", False)),
         parallel=Parallel(**work["mesh"]),
         batch=SimpleNamespace(rows=work["rows"], micro_rows=work["micro_rows"]),
-        optim=Optim(lr=1e-4),
+        data=SimpleNamespace(seq_len=work["seq_len"]),
+        optim=Optim(lr=1e-4, in_backward=work.get("in_backward", False)),
         from_scratch=True,
         dtype="bf16",
         seed=0,
-        deterministic=work["deterministic"],
+        deterministic=work.get("deterministic", False),
     )
     if work["kind"] == "lora":
         cfg.lora = Lora(rank=16, alpha=32)
@@ -71,19 +72,24 @@ def settings(work: dict, shape: dict) -> SimpleNamespace:
 def draw_weights(model: LanguageModel) -> None:
     """Every weight from its name alone, so that all meshes hold the same model; both factors of adapters too."""
     for name, tensor in base_state(model).items():
-        if not (model.arch.tied and name == "lm_head.weight"):
+        if model.arch.tied and name == "lm_head.weight":
+            continue
+        if isinstance(tensor, torch.Tensor):
             fill(tensor, draw(name, tensor))
+        else:
+            tensor.fill(draw(name, torch.empty(tensor.shape, device="meta"), tensor.parts[0].device))
     for name, _, factors in lora.adapted(model):
         for which in ("lora_A", "lora_B"):
             fill(factors.stored(which), draw(f"{name}.{which}", factors.stored(which)))
 
 
-def draw(name: str, like: torch.Tensor) -> torch.Tensor:
-    """The whole tensor called `name`, on the device of `like`."""
+def draw(name: str, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """The whole tensor called `name`, of the shape of `like` and on its device, if no other is named."""
+    device = device or like.device
     if like.ndim == 1:
-        return torch.ones(like.shape, dtype=like.dtype, device=like.device)
-    generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.bfloat16) * 0.02
+        return torch.ones(like.shape, dtype=like.dtype, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(like.shape, generator=generator, device=device, dtype=torch.bfloat16) * 0.02
 
 
 def stepper(
@@ -129,6 +135,8 @@ def measure(step: Callable[[torch.Tensor], tuple[float, float]], run: processes.
         found = step(tokens)
         wait(run)
         seconds.append(time.perf_counter() - start)
+        if i == 0:
+            began = time.time() - work.get("launched", time.time())
         checks.append(found)
     timed = sorted(seconds[work["warm"] :])
     median = timed[len(timed) // 2]
@@ -139,6 +147,7 @@ def measure(step: Callable[[torch.Tensor], tuple[float, float]], run: processes.
         "spread": round((timed[-1] - timed[0]) / median, 3),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
         "first_step_s": round(seconds[0], 1),
+        "start_s": round(began, 1),  # from the command to the end of the first step
         "loss": [loss for loss, _ in checks[:2]],
         "grad_norm": [norm for _, norm in checks[:2]],
         "device": torch.cuda.get_device_name() if cuda else "cpu",
