@@ -18,7 +18,7 @@ from ftlib.quant import kept_in
 from ftlib.sections import Lora
 
 PREFIX = "base_model.model."
-KEPT_IN = "model.quantize"  # of the run, in the header of TENSORS, where peft looks for nothing
+BASE = "ftlib.json"  # beside them where the base was quantized: {"model.quantize": form}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 ROWS = "token_adapter.trainable_tokens_delta"  # whole rows, whatever the name says
@@ -75,8 +75,9 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(model, layers, one, modules) | {"base_model_name_or_path": base, "revision": revision}
     config["trainable_token_indices"] = tokens or None
-    form = kept_in(model)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"} | ({KEPT_IN: form} if form else {}))
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    if (form := kept_in(model)) is not None:
+        (folder / BASE).write_text(json.dumps({"model.quantize": form}) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -159,8 +160,8 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "policy", trainabl
 def base_form(folder: str | Path) -> str | None:
     """`model.quantize` of the run that trained the adapter in `folder`: what its base was kept in. None: plain, or
     not known."""
-    with _opened(Path(folder) / TENSORS) as opened:
-        return (opened.metadata() or {}).get(KEPT_IN)
+    file = Path(folder) / BASE
+    return json.loads(file.read_text(encoding="utf-8")).get("model.quantize") if file.is_file() else None
 
 
 def tokens(folder: str | Path) -> token_rows.Where:

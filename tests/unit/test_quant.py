@@ -250,12 +250,13 @@ def test_training_and_resuming_to_the_bit(form, tmp_path, capsys):
     assert "note:" not in capsys.readouterr().err
     assert tune([*words, str(tmp_path / "plainly")]) == 0
     assert f"--quantize {form}" in capsys.readouterr().err
-    before = losses(one)
+    before, final = losses(one), {file.name: file.read_bytes() for file in (one / "final").iterdir()}
     shutil.rmtree(one / "checkpoints/step_000006")
     shutil.rmtree(one / "final")
     assert tune(["run", *RUN, f"model.quantize={form}", f"output_dir={one}"]) == 0
     assert "resuming from step_000003" in capsys.readouterr().out
     assert losses(one) == before
+    assert {file.name: file.read_bytes() for file in (one / "final").iterdir()} == final
 
 
 @pytest.mark.parametrize(
