@@ -89,13 +89,14 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     each = [int(p.numel() * optim.state_bytes(p.element_size())) for p in active]
     states, at_a_time = sum(each), min(sum(each), STEPPED * max(each, default=0))
     parked = cfg.memory.offload or cfg.memory.budget_gib is not None  # which offloads where it has to
-    everything = sum(map(_bytes, parameters))
+    codes = [b for b in model.buffers() if b.ndim > 1]  # of quantized matrices
+    everything = sum(map(_bytes, [*parameters, *codes]))
     if parked and shards == 1 and not (shared or model.model.embed_tokens.weight.requires_grad):
         everything -= _bytes(model.model.embed_tokens.weight)
     largest = max(map(_bytes, active), default=0)
     rows = cfg.batch.micro_rows * max(1, mesh.dp_replicate) * max(1, shards // (mesh.cp * mesh.tp))
     return Need(
-        weights=everything // shards + sum(map(_bytes, model.buffers())) // mesh.tp,  # quantized ones: all of them
+        weights=everything // shards + sum(_bytes(b) for b in model.buffers() if b.ndim < 2),
         gradients=(largest if optim.in_backward else trained) // shards,
         optimizer=(at_a_time if optim.offload else states) // shards,
         host=states // shards if optim.offload else 0,
@@ -143,6 +144,7 @@ def _gathered(model: nn.Module, cfg: Any, processes: int) -> int:
     width = 2 if cfg.dtype == "bf16" else 4
     sizes = [
         sum(p.numel() * (2 * width + (width + 4) * (p.requires_grad and p.ndim > 1)) for p in block.parameters())
+        + 2 * sum(_bytes(b) for b in block.buffers() if b.ndim > 1)
         for block in model.model.layers
     ]
     head = model.lm_head.weight

@@ -188,8 +188,9 @@ def reset(model: nn.Module, seed: int, name: str = "policy") -> None:
             continue  # what loading the weights made of it
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{layer_name}".encode()))
         from_weight = factors.magnitude is not None or factors.start_A is not None
-        stored = linear._parameters.get("weight")  # None: quantized, and made whole by the attribute
-        weight = whole(linear.weight if stored is None else stored) if from_weight else None
+        weight = None
+        if from_weight:
+            weight = whole(linear.base.dequantize() if hasattr(linear, "base") else linear._parameters["weight"])
         a, b = initial.draw(factors.init, linear, len(factors.stored("lora_A")), factors.scale, weight, generator)
         fill(factors.stored("lora_A"), a)
         fill(factors.stored("lora_B"), b)

@@ -13,10 +13,14 @@ def local_index(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def fill(parameter: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into a parameter, of which this process may hold only a part."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    local.copy_(whole[local_index(parameter)])
+    local(parameter).copy_(whole[local_index(parameter)])
 
 
 def unsharded(tensor: Tensor) -> Tensor:

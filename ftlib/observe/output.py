@@ -201,8 +201,10 @@ def attention_note(decoder: nn.Module | None) -> list[str]:
 
 def trained_share(model: nn.Module) -> str:
     """How much of a model is trained, for the user; sharded parameters count whole, quantized ones as what they are."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    sizes += [(module.shape.numel(), False) for module in model.modules() if isinstance(module, FrozenWeight)]
+    held = [module for module in model.modules() if isinstance(module, FrozenWeight)]
+    codes = {id(p) for module in held for p in module.parameters()}
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if id(p) not in codes]
+    sizes += [(module.shape.numel(), False) for module in held]
     everything, trained = sum(n for n, _ in sizes), sum(n for n, on in sizes if on)
     return f"{trained:,} of {everything:,} parameters are trained ({trained / everything:.1%})"
 

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from ftlib.parallel import recompute, tensor
 from ftlib.parallel.run import Run
+from ftlib.quant import FrozenWeight
 from ftlib.sections import Memory
 
 
@@ -45,6 +46,9 @@ def _shard(model: nn.Module, run: Run, dtype: torch.dtype) -> None:
     replicated = run.dense["dp_replicate"].size() > 1
     mesh = run.dense["dp_replicate", "fsdp"] if replicated else run.dense["fsdp"]
     reduce = torch.promote_types(dtype, torch.float32)
+    for module in model.modules():
+        if isinstance(module, FrozenWeight):
+            module.spread()
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce)}
     for block in model.model.layers:
         fully_shard(block, **options)

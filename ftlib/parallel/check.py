@@ -11,9 +11,9 @@ from ftlib.parallel import tensor
 def check(model: nn.Module, cfg: Any, cp: int, tp: int) -> None:
     """UserError naming the keys that do not fit. `model` may be on meta; `cfg` is the recipe's config."""
     problems = []
-    if tp > 1:
+    for part in (tensor.check, tensor.check_base) if tp > 1 else ():
         try:
-            tensor.check(model, tp)
+            part(model, tp)
         except UserError as error:
             problems.append(str(error))
     others = [part(cfg, cp, tp) for part in (_rows, _answers, _mtp)] + [part(model, cfg) for part in (_tiles, _keys)]

@@ -84,6 +84,19 @@ def check(model: nn.Module, tp: int, cp: int = 1) -> None:
         raise UserError("; ".join(wrong), where=where, fix="set parallel.tp=1, or one that divides these sizes")
 
 
+def check_base(model: nn.Module, tp: int) -> None:
+    """UserError when a quantized matrix would have to be cut inside a block of weights that share a scale."""
+    for name, module in model.named_modules():
+        base, role = getattr(module, "base", None), PLAN.get(name.rsplit(".", 1)[-1])
+        if base is None or role is None:
+            continue
+        dim = _placements(module, role, role == COLUMN)["weight"].dim
+        if not base.divides(dim, tp):
+            what = f"{name} has {base.shape[dim]} inputs, kept in blocks of {base.block}, for {tp} processes"
+            where, fix = "model.quantize, parallel.tp", "model.quantize=int8 or fp8, or a smaller parallel.tp"
+            raise UserError(what, where=where, fix=fix)
+
+
 def _head_dim(model: nn.Module, name: str) -> int:
     return model.get_submodule(name.rsplit(".", 1)[0]).spec.head_dim
 
@@ -101,6 +114,10 @@ def _place(module: nn.Module, role: str, mesh: DeviceMesh) -> None:
     split = role in (COLUMN, VOCAB, HEAD, WIDE)
     placements = _placements(module, role, split)
     _distribute(module, placements, mesh)
+    names = tuple(module._parameters)
+    if hasattr(module, "base"):  # in few bits: no parameter
+        module.base.shard(placements["weight"].dim, mesh)
+        names += ("weight",)
     for adapter in getattr(module, "adapters", {}).values():
         if not isinstance(adapter, LoraFactors):
             _distribute(adapter, placements, mesh)
@@ -114,7 +131,7 @@ def _place(module: nn.Module, role: str, mesh: DeviceMesh) -> None:
         if not split:
             adapter.over_inputs = partial(summed, group=mesh.get_group())
     if role != HEAD:  # the loss needs to know that the head is a part
-        module.__class__ = _local(type(module), tuple(module._parameters), (("bias", _once),) if role == ROW else ())
+        module.__class__ = _local(type(module), names, (("bias", _once),) if role == ROW else ())
     module.tp_group = mesh.get_group()
     if role == WIDE:
         module.over_features = partial(_mean, mesh.get_group())

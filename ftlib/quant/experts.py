@@ -10,20 +10,6 @@ from ftlib.layers.moe import ExpertLinear
 from ftlib.quant.frozen import FORMATS, FrozenWeight, OnFrozenWeight
 
 
-class FrozenStack(FrozenWeight):
-    """Matrices [..., rows, columns], quantized as one below the other."""
-
-    def __init__(self, shape: torch.Size, form: str, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(torch.Size((shape[:-1].numel(), shape[-1])), form, device, dtype)
-        self.shape = shape
-
-    def fill(self, weight: Tensor) -> None:
-        super().fill(weight.flatten(0, -2))
-
-    def dequantize(self) -> Tensor:
-        return super().dequantize().view(self.shape)
-
-
 class QuantizedExperts(OnFrozenWeight, ExpertLinear):
     """As ExpertLinear, its stack kept as `base` and made whole for each product, forward and backward."""
 
@@ -32,13 +18,15 @@ class QuantizedExperts(OnFrozenWeight, ExpertLinear):
         self.experts, self.transposed, self.bias = stack.experts, stack.transposed, stack.bias
         self.in_features, self.out_features, self.parts = stack.in_features, stack.out_features, stack.parts
         weight = stack.weight
-        self.base = FrozenStack(weight.shape, form, weight.device, weight.dtype)
+        self.base = FrozenWeight(weight.shape, form, weight.device, weight.dtype)
         self.train(stack.training)
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
         base, bias = self.base, None if self.bias is None else self.bias.flatten(1)
-        rows, columns = self.out_features, self.in_features
-        shape = [self.experts, *((columns, rows) if self.transposed else (rows, columns))]
+        kept = base.local_shape
+        inputs = kept[1 if self.transposed else -1]
+        outputs = kept[1:].numel() // inputs
+        shape = [self.experts, *((inputs, outputs) if self.transposed else (outputs, inputs))]
         return torch.ops.ftlib.frozen_grouped_linear(x, ends, bias, base.parts, base.form, shape, self.transposed)
 
 

@@ -1,6 +1,6 @@
 """Linear layers whose frozen weight is stored in fewer bits and made whole for each product, forward and backward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -15,6 +15,7 @@ from ftlib.errors import UserError
 from ftlib.kernels import nf4
 from ftlib.layers.linear import Linear
 from ftlib.layers.moe import ExpertLinear
+from ftlib.models.shards import fill, local, unsharded
 from ftlib.quant import rowwise
 
 
@@ -47,8 +48,9 @@ FORMATS = {
 class FrozenWeight(nn.Module):
     """A matrix [out, in] in one of FORMATS: `shape`, `dtype` (of what `dequantize` gives), and buffers.
 
-    A stack [..., out, in] is kept as one matrix below the other. `shard`: this process keeps a `piece` of what was
-    quantized whole, so that all of them together have the very weights that one process has.
+    A stack [..., out, in] is kept as one matrix below the other. Several processes share it in two ways, each of which
+    leaves the values as they are in one process, for it is quantized whole: `shard` (tensor parallelism), and `spread`
+    (FSDP2).
     """
 
     def __init__(self, shape: torch.Size, form: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -56,13 +58,38 @@ class FrozenWeight(nn.Module):
         self.shape, self.form, self.dtype = shape, form, dtype
         self.piece: nf4.Piece | None = None
         self.mesh: DeviceMesh | None = None  # of the processes that keep the other pieces
-        for name, part in FORMATS[form].empty((shape[:-1].numel(), shape[-1]), device).items():
-            self.register_buffer(name, part, persistent=False)  # made from the base model at every start, never saved
+        self.flat: dict[str, tuple[torch.dtype, torch.Size]] = {}  # parts that are parameters, and what they are
+        parts = FORMATS[form].empty((shape[:-1].numel(), shape[-1]), device)
+        self.names, self.bits = tuple(parts), 8 * _bytes(parts.values()) / shape.numel()
+        for name, part in parts.items():
+            self.register_buffer(name, part)
         self.lost: Callable[[Tensor, Tensor], None] | None = None  # is given each matrix and what is kept of it
 
     @property
     def parts(self) -> list[Tensor]:
-        return list(self._buffers.values())
+        """What FORMATS calls so, of the piece of this process. Collective outside of a forward where it is spread."""
+        found = []
+        for name in self.names:
+            part = getattr(self, name)
+            if name in self.flat:
+                kind, shape = self.flat[name]
+                part = unsharded(part).view(kind).view(shape)
+            found.append(part)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Of this process."""
+        return _bytes(local(part) for part in (*self._buffers.values(), *self._parameters.values()))
+
+    @property
+    def block(self) -> int:
+        """How many weights along the last dimension stay together."""
+        return FORMATS[self.form].block
+
+    def divides(self, dim: int, ways: int) -> bool:
+        """Whether dimension `dim` can be cut in `ways` equal parts."""
+        return self.shape[dim] % (ways * (self.block if dim == len(self.shape) - 1 else 1)) == 0
 
     @property
     def local_shape(self) -> torch.Size:
@@ -77,20 +104,36 @@ class FrozenWeight(nn.Module):
         for name, part in FORMATS[self.form].cut(self._buffers, self.shape, self.piece).items():
             self._buffers[name] = part.clone()
 
+    def _save_to_state_dict(self, *_: object) -> None:
+        """Nothing is: it is made from the base model at every start."""
+
+    def spread(self) -> None:
+        """Make what is as large as the matrix a flat parameter, for FSDP2 to share: its bytes in `dtype`, which then
+        travel with the layer's other parameters."""
+        for name in [name for name, part in self._buffers.items() if part.ndim > 1]:
+            part = self._buffers.pop(name)
+            self.flat[name] = part.dtype, part.shape
+            self.register_parameter(name, nn.Parameter(part.flatten().view(self.dtype), requires_grad=False))
+
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
         """Take over a whole matrix or stack: quantized on this object's device, and of that what is kept."""
         form = FORMATS[self.form]
-        parts = form.quantize(weight.to(self.parts[0].device).flatten(0, -2))
+        parts = form.quantize(weight.to(self._buffers["scales"].device).flatten(0, -2))
         if self.lost is not None:
             self.lost(weight, form.dequantize(*parts.values(), self.dtype))
         for name, part in (form.cut(parts, self.shape, self.piece) if self.piece else parts).items():
-            self._buffers[name].copy_(part)
+            target = getattr(self, name)
+            fill(target, part.flatten().view(self.dtype) if name in self.flat else part)
 
     def dequantize(self) -> Tensor:
         """The matrix or stack; a DTensor where this process keeps a piece."""
         local = FORMATS[self.form].dequantize(*self.parts, self.dtype).view(self.local_shape)
         return local if self.mesh is None else DTensor.from_local(local, self.mesh, [Shard(self.piece[0])])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class OnFrozenWeight:

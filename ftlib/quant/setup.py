@@ -36,12 +36,6 @@ def check(cfg: Any) -> None:
             where="model.quantize",
             fix="train adapters (recipes/lora_sft.py, a lora section), or leave it out; model.fp8 computes in 8 bits",
         )
-    if section.quantize and cfg.parallel.tp > 1:
-        raise UserError(
-            "quantized matrices are not cut: each process keeps them whole",
-            where="model.quantize, parallel.tp",
-            fix="set parallel.tp=1; the other axes work",
-        )
     for where in ("qat", "to"):
         if getattr(cfg, where, None) is not None:
             _check_rounding(cfg, where)
@@ -98,8 +92,8 @@ def note(model: nn.Module) -> list[str]:
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     held = [module.base for module in model.modules() if hasattr(module, "base")]
     if held:
-        size = sum(part.numel() * part.element_size() for base in held for part in base.parts)
-        bits = 8 * size / sum(base.local_shape.numel() for base in held)
+        size = sum(base.nbytes for base in held)
+        bits = sum(base.bits * base.shape.numel() for base in held) / sum(base.shape.numel() for base in held)
         form = held[0].form.removesuffix("_turned")
         lines.append(f"base: {len(held)} matrices in {form}, {bits:.2f} bits a weight, {size / 2**20:,.1f} MiB")
     if layers := qat.rounded(model):

@@ -12,10 +12,11 @@ class Case:
     cp: int = 1
     tp: int = 1
     style: str = "ulysses"
-    kind: str = "full"  # full, lora, dora or saved (LoRA with whole modules beside it)
+    kind: str = "full"  # full, lora, dora, loftq or saved (LoRA with whole modules beside it)
     # tied, norms on heads; qwen2: untied, biases; olmo2: norms over all heads; llama: all biases; mixtral, qwen3_moe:
-    # experts, some without a token; gpt_oss: with biases too, transposed, and sinks
+    # experts, some without a token; gpt_oss: with biases too, transposed, and sinks; wide: for NF4
     model: str = "qwen3"
+    quantize: str = ""
     pack: bool = True
     micro_rows: int = 1  # accumulation = 8 rows / (micro_rows x data ranks)
     recompute: str = "none"
@@ -36,7 +37,8 @@ class Case:
 
     @property
     def work(self) -> str:
-        words = [self.kind, self.model, "packed" if self.pack else "not packed", f"micro rows {self.micro_rows}"]
+        words = [f"{self.kind} on {self.quantize}" if self.quantize else self.kind, self.model]
+        words += ["packed" if self.pack else "not packed", f"micro rows {self.micro_rows}"]
         words += ["recompute"] * (self.recompute != "none") + ["tiled"] * bool(self.tiled_mlp)
         words += ["compiled"] * self.compile + ["elastic"] * self.elastic
         return ", ".join([*words, self.dtype])
@@ -62,6 +64,12 @@ SHORT = [
     Case(tp=2, model="gpt_oss", recompute="full", micro_rows=2),
     Case(tp=2, kind="lora", model="qwen3_moe"),
     Case(tp=2, kind="lora", model="gpt_oss"),
+    Case(tp=2, kind="lora", model="wide", quantize="nf4"),
+    Case(tp=2, kind="dora", model="wide", quantize="int8", recompute="full"),
+    Case(tp=2, kind="lora", model="gpt_oss", quantize="fp8", micro_rows=2),
+    Case(shard=2, kind="loftq", model="wide", quantize="nf4", recompute="full", dtype="fp32"),
+    Case(shard=2, kind="lora", model="qwen3_moe", quantize="fp8"),
+    Case(shard=2, tp=2, kind="loftq", model="wide", quantize="nf4"),
     Case(cp=2),
     Case(cp=2, style=GATHER, model="qwen2"),
     Case(cp=2, style=GATHER, kind="lora", recompute="full", micro_rows=2),

@@ -9,6 +9,7 @@ LIMIT = 1e-6  # in float64: six steps of Adam make more of rounding; another row
 CHAINS = [
     ({"kind": "full"}, [{"shard": 2}, {"shard": 2, "tp": 2}, {}]),
     ({"kind": "full", "model": "qwen2"}, [{"tp": 2}, {"shard": 4}, {}]),
+    ({"kind": "lora", "model": "wide", "quantize": "nf4"}, [{"tp": 2}, {"shard": 2, "tp": 2}, {}]),
     ({"kind": "lora"}, [{"replicate": 2}, {"cp": 2, "tp": 2, "style": GATHER}, {}]),
     ({"kind": "saved", "model": "qwen2"}, [{"cp": 2}, {"replicate": 2, "shard": 2}, {}]),
 ]

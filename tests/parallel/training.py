@@ -22,7 +22,7 @@ from ftlib.sections import Batch, Checkpoint, Lora, Memory, Model, Optim, Parall
 SEQ_LEN, ROWS, STEPS, SEED = 32, 8, 3, 7
 NAMES = {
     "qwen3": "qwen3-0.6b", "qwen2": "qwen2.5-7b", "olmo2": "olmo-2-1b", "llama": "llama-3.1-8b",
-    "mixtral": "mixtral-8x7b", "qwen3_moe": "qwen3-30b-a3b", "gpt_oss": "gpt-oss-20b",
+    "mixtral": "mixtral-8x7b", "qwen3_moe": "qwen3-30b-a3b", "gpt_oss": "gpt-oss-20b", "wide": "llama-3.1-8b",
 }  # fmt: skip
 build.DTYPES["fp64"] = torch.float64
 
@@ -36,7 +36,10 @@ def write_models(folder: Path) -> None:
     for name, source in NAMES.items():
         more = {"tie_word_embeddings": name == "qwen3"}
         more |= {"attention_bias": True, "mlp_bias": True} if name == "llama" else {}
-        settings = shrunk(source, num_hidden_layers=2, intermediate_size=64, **more)
+        sizes = {"num_hidden_layers": 2, "intermediate_size": 64}
+        if name == "wide":  # whole blocks of NF4 on each process, and six of them a row: groups of scales are cut
+            sizes |= {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384}
+        settings = shrunk(source, **sizes, **more)
         reference(settings).save_pretrained(folder / name)
         (folder / name / "config.json").write_text(json.dumps(settings))
 
@@ -44,7 +47,7 @@ def write_models(folder: Path) -> None:
 def config(case: Case, models: Path) -> SimpleNamespace:
     """What build.model reads of a recipe's config."""
     cfg = SimpleNamespace(
-        model=Model(path=str(models / case.model)),
+        model=Model(path=str(models / case.model), quantize=case.quantize or None),
         memory=Memory(recompute=case.recompute, tiled_mlp=case.tiled_mlp, compile=case.compile),
         parallel=mesh(case),
         batch=Batch(rows=ROWS, micro_rows=case.micro_rows),
@@ -53,8 +56,8 @@ def config(case: Case, models: Path) -> SimpleNamespace:
         seed=SEED,
     )
     if case.kind != "full":
-        modules = {"modules_to_save": ("lm_head", "norm")} if case.kind == "saved" else {}
-        cfg.lora = Lora(rank=8, dora=case.kind == "dora", **modules)
+        more = {"saved": {"modules_to_save": ("lm_head", "norm")}, "dora": {"dora": True}, "loftq": {"init": "loftq"}}
+        cfg.lora = Lora(rank=8, **more.get(case.kind, {}))
         # Adapters are kept in float32; here nothing may be rounded.
         lora.attach_section.__kwdefaults__["dtype"] = build.DTYPES[case.dtype]
     return cfg
@@ -93,7 +96,7 @@ def train(case: Case, models: Path, run: object, first: int = 0, last: int = STE
 def fresh(case: Case, models: Path, run: object) -> State:
     """A model with its optimizer and data, before the first step."""
     model = build.model(config(case, models), run)
-    if case.kind != "full":
+    if case.kind not in ("full", "loftq"):
         randomise(model)  # B = 0 would hide A
     # A large eps: else a gradient that is zero but for rounding moves its weight as far as any other.
     optimizer = optim.build(model, Optim(lr=1e-2, weight_decay=0.1, eps=1e-2))

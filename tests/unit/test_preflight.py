@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import ROOT
 
-from ftlib import preflight
+from ftlib import preflight, quant
 from ftlib.adapters import lora
 from ftlib.models import load
 from ftlib.sections import Batch, Data, Memory, Optim, Parallel, Source
@@ -61,6 +61,25 @@ def test_the_estimate_is_near_what_was_measured(name):
     *case, measured = MEASURED[name]
     found = planned(*case).about / 2**30
     assert found == pytest.approx(measured, rel=0.09 if name == "8b sharded" else 0.035)
+
+
+def test_a_quantized_base_is_shared_and_gathered_in_its_few_bits():
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text((ROOT / "tests/parity/configs/llama-3.1-8b.json").read_text())
+        model = load.build(Path(folder), torch.bfloat16)
+    quant.hold(model, "nf4")
+    lora.attach(model, "all-linear", rank=16)
+    cfg = SimpleNamespace(
+        dtype="bf16", data=Data(sources=(Source(path="x"),), seq_len=4096), batch=Batch(rows=2, micro_rows=1),
+        memory=KEPT["full"],
+    )  # fmt: skip
+    one, two = (preflight.need(model, cfg, gpus) for gpus in (1, 2))
+    blocks = sum(layer.base.shape.numel() for layer in model.modules() if hasattr(layer, "base"))
+    beside = model.lm_head.weight.nbytes * 2 + sum(p.nbytes for p in model.model.layers.parameters())
+    assert one.weights == pytest.approx(blocks * 4.127 / 8 + beside, rel=1e-3)
+    assert 0.5 * one.weights < two.weights < 0.51 * one.weights
+    plain = planned("llama-3.1-8b", 1, KEPT["full"], 2, {})
+    assert plain.gathered - two.gathered == pytest.approx(2 * blocks / 32 * (2 - 0.5), rel=1e-3)
 
 
 def test_several_micro_batches_hold_gradients_while_there_are_activations():

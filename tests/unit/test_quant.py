@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from parity.shrink import reference, relative, shrunk
 from ftlib import models
 from ftlib.adapters import lora, peft_format
 from ftlib.cli import main as tune
+from ftlib.errors import UserError
 from ftlib.kernels import nf4
 from ftlib.models import load
 from ftlib.observe.output import trained_share
+from ftlib.parallel import check as mesh
 from ftlib.quant import FORMATS, QuantizedLinear, hold, note, round_through
-from ftlib.sections import Lora
+from ftlib.sections import Data, Lora, Memory, Parallel, Source
 
 RUN = ["recipes/lora_sft.py", "--config", "configs/demo_lora.yaml", "eval.exact_match=0", "data.eval=8", "batch.rows=2"]
 RUN += ["batch.micro_rows=2", "data.seq_len=128", "steps=6", "checkpoint.every=3"]
@@ -263,7 +266,6 @@ def test_training_and_resuming_to_the_bit(form, tmp_path, capsys):
     ("recipe", "more", "says"),
     [
         ("full_sft", [], "only the frozen matrices"),
-        ("lora_sft", ["parallel.tp=2"], "each process keeps them whole"),
         ("lora_sft", ["model.quantize=nf5"], "expected 'nf4' or 'int8'"),
     ],
 )
@@ -272,6 +274,20 @@ def test_refused(recipe, more, says, tmp_path, capsys):
     words = ["validate", f"recipes/{recipe}.py", "--config", config, "model.quantize=nf4", *more]
     assert tune([*words, f"output_dir={tmp_path}"]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_cutting_inside_a_block_is_refused(tmp_path):
+    """Known before anything is loaded, with the layer, the keys and what works."""
+    settings = shrunk("llama-3.2-1b", head_dim=16, intermediate_size=192)  # 3 blocks, for 2 processes
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    model = load.build(tmp_path, torch.float32)
+    hold(model, "nf4")
+    cfg = SimpleNamespace(data=Data(sources=(Source(path="x"),), seq_len=64), memory=Memory(), parallel=Parallel(tp=2))
+    with pytest.raises(UserError, match=r"o_proj has 64 inputs, kept in blocks of 64[\s\S]*model.quantize, p"):
+        mesh.check(model, cfg, 1, 2)
+    model = load.build(tmp_path, torch.float32)
+    hold(model, "int8")
+    mesh.check(model, cfg, 1, 2)
 
 
 def test_changing_it_between_runs_is_refused(tmp_path, capsys):
