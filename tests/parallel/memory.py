@@ -1,4 +1,5 @@
-"""Host memory of a process that loads its part of a model: `memory.py RANK STORE MODEL` prints MiB above the start."""
+"""Host memory of a process that loads its part of a model: `memory.py RANK STORE MODEL [QUANTIZE]` prints MiB: above the
+start, of that kept, and of the model whole and plain."""
 
 import os
 import sys
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ftlib import build
+from ftlib.models import load, shards
 from ftlib.parallel import run as processes
-from ftlib.sections import Memory, Model, Parallel
+from ftlib.sections import Lora, Memory, Model, Parallel
 
 
 def anonymous() -> float:
@@ -20,12 +22,15 @@ def anonymous() -> float:
     return int(line.split()[1]) / 1024
 
 
-def main(rank, store, model):
+def main(rank, store, model, quantize=None):
     os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=int(rank), world_size=2)
     cfg = SimpleNamespace(
-        model=Model(path=model), memory=Memory(), parallel=Parallel(), batch=None, dtype="fp32", seed=0
+        model=Model(path=model, quantize=quantize), memory=Memory(), parallel=Parallel(), batch=None, dtype="fp32",
+        seed=0,
     )  # fmt: skip
+    if quantize:
+        cfg.lora = Lora(rank=1)
     run, done, most = processes.start(cfg.parallel, 0), threading.Event(), [0.0]
     start = anonymous()
 
@@ -38,8 +43,9 @@ def main(rank, store, model):
     built = build.model(cfg, run)
     done.set()
     watcher.join()
-    held = sum(p.to_local().numel() * p.element_size() for p in built.parameters()) / 2**20
-    whole = sum(p.numel() * p.element_size() for p in built.parameters()) / 2**20
+    kept = [*map(shards.local, built.parameters()), *built.buffers()]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in kept) / 2**20
+    whole = sum(4 * weight.shape.numel() for weight in load.base_state(built).values()) / 2**20
     print(f"{most[0] - start:.1f} {held:.1f} {whole:.1f}")
     dist.destroy_process_group()
 
