@@ -8,6 +8,7 @@ from torch import nn
 from ftlib import optim
 from ftlib.checkpoint import Saver, State
 from ftlib.observe import profile
+from ftlib.optim.host import HostState
 from ftlib.sections import Checkpoint, Optim
 from ftlib.sections.optim import HOST
 
@@ -20,12 +21,12 @@ KINDS = [
 
 
 class Net(nn.Module):
-    """A layer in the middle that is left out of some steps."""
+    """The layer in the middle, whose bias is the last to be stepped, is left out of some steps."""
 
     def __init__(self, dtype):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.middle, self.last = nn.Linear(448, 10), nn.Linear(10, 10), nn.Linear(10, 4)
+        self.first, self.last, self.middle = nn.Linear(448, 10), nn.Linear(10, 4), nn.Linear(10, 10)
         self.to(dtype)
 
     def forward(self, x, whole):
@@ -61,6 +62,7 @@ def test_the_bits_are_those_of_state_on_the_device(settings, dtype, tmp_path):
     for state in (here, there):
         train(state, 0, 5)
     same(there, here)
+    assert not there.optimizer.host._leaving and not there.optimizer.host._ahead  # nothing stays between steps
     Saver(Checkpoint(every=1), tmp_path, one_process(), {}).save(5, there)
     for state in (here, there):
         train(state, 5, 8)
@@ -96,6 +98,18 @@ def test_the_next_is_fetched_while_one_is_stepped_and_nothing_stays():
     assert len(order) == 6 and [ahead for _, ahead, _ in seen] == [[p] for p in order[1:]] + [[]]
     assert [leaving for _, _, leaving in seen] == [0, 1, 1, 1, 1, 1]
     assert not host._ahead and not host._leaving and places(state) == kept
+
+
+def test_a_checkpoint_waits_for_what_is_under_way(tmp_path, monkeypatch):
+    state, waited = fresh({}, torch.float32, True), []
+    train(state, 0, 1)
+    p = state.model.first.weight
+    monkeypatch.setattr(HostState, "wait", lambda self: waited.append(state.optimizer.state[p]["exp_avg"].fill_(7)))
+    Saver(Checkpoint(every=1), tmp_path, one_process(), {}).save(1, state)
+    monkeypatch.undo()
+    again = fresh({}, torch.float32, True)
+    Saver(Checkpoint(every=1), tmp_path, one_process(), {}, say=lambda text: None).resume(again)
+    assert waited and (again.optimizer.state[again.model.first.weight]["exp_avg"] == 7).all()
 
 
 def test_a_profile_does_not_count_it_as_memory_of_the_gpu():
