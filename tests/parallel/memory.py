@@ -1,5 +1,5 @@
-"""Host memory of a process that loads its part of a model: `memory.py RANK STORE MODEL [QUANTIZE]` prints MiB: above the
-start, of that kept, and of the model whole and plain."""
+"""Host memory of a process that loads its part of a model: `memory.py RANK STORE MODEL [QUANTIZE]` prints MiB: above
+the start, of what is kept, and of the model whole and plain."""
 
 import os
 import sys
