@@ -99,7 +99,7 @@ class HeldOut:
             first = (number * self.run.data_ranks + self.run.data_rank) * self.cfg.batch.micro_rows
             total += bound(self.cfg, model, batch, self.mask, self.run, 0, first)
         model.train()
-        targets = sum(int(rows.target_counts.sum()) for rows in self.sets)
+        targets = sum(rows.target_weights.sum().item() for rows in self.sets)
         return {"eval_loss": self.run.total(total).item() / targets} if targets else {}
 
     def samples(self) -> list[Said]:
@@ -152,7 +152,7 @@ def main(cfg: Config) -> list[dict]:
             loss = torch.zeros((), dtype=torch.float64, device=run.device)
             first = run.data_rank * len(batch.micro_batches) * cfg.batch.micro_rows
             for i, micro in enumerate(batch.micro_batches):
-                part = bound(cfg, model, micro, mask, run, step, first + i * cfg.batch.micro_rows) / batch.target_tokens
+                part = bound(cfg, model, micro, mask, run, step, first + i * cfg.batch.micro_rows) / batch.target_weight
                 part.backward()
                 loss += part.detach()
             grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)

@@ -140,9 +140,9 @@ def main(cfg: Config) -> list[dict]:
                 at = first + i * cfg.batch.micro_rows
                 target = teacher(micro, batch.packs[at : at + cfg.batch.micro_rows])
                 hidden, labels = model(micro).flatten(0, 1), micro.labels.flatten()
-                terms = {"targets": micro.target_tokens, **model.logit_terms}
+                terms = {"weights": micro.weights, "targets": micro.target_tokens, **model.logit_terms}
                 part = distillation_loss(hidden, model.lm_head.weight, target, labels, cfg.distill, **terms)
-                part = part / batch.target_tokens
+                part = part / batch.target_weight
                 part.backward()
                 loss += part.detach()
             grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)

@@ -102,11 +102,10 @@ def main(cfg: Config) -> list[dict]:
             loss = torch.zeros((), dtype=torch.float64, device=run.device)  # wide: sums alike in any order
             for micro in batch.micro_batches:
                 micro = micro.to(run.device, non_blocking=True)
-                # Each micro-batch on each device adds its part of one mean over the step's target tokens.
-                part = next_token_loss(
-                    model(micro), model.lm_head.weight, micro.labels, micro.target_tokens, cfg.loss, **model.logit_terms
-                )
-                part = part / batch.target_tokens
+                # Each micro-batch on each device adds its part of one weighted mean over the step's target tokens.
+                hidden, head, terms = model(micro), model.lm_head.weight, model.logit_terms | {"weights": micro.weights}
+                part = next_token_loss(hidden, head, micro.labels, micro.target_tokens, cfg.loss, **terms)
+                part = part / batch.target_weight
                 part.backward()
                 loss += part.detach()
             grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)

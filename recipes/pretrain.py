@@ -150,10 +150,10 @@ def main(cfg: Config) -> list[dict]:
                     micro = skip_positions(micro, model.arch.max_positions, row_seeds(cfg, run, step, number))
                 micro = micro.to(run.device, non_blocking=True)
                 hidden = model(micro)
-                # Each micro-batch on each device adds its part of one mean over the step's target tokens.
-                head, terms = model.lm_head.weight, model.logit_terms
+                # Each micro-batch on each device adds its part of one weighted mean over the step's target tokens.
+                head, terms = model.lm_head.weight, model.logit_terms | {"weights": micro.weights}
                 part = next_token_loss(hidden, head, micro.labels, micro.target_tokens, cfg.loss, **terms)
-                part = (part + multi_token_loss(model, hidden, micro, cfg.loss)) / batch.target_tokens
+                part = (part + multi_token_loss(model, hidden, micro, cfg.loss)) / batch.target_weight
                 part.backward()
                 loss += part.detach()
             more = columns(cfg, model, batch, step)

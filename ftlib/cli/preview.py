@@ -2,12 +2,14 @@
 
     tune preview RECIPE --config FILE [key=value …] [--rows N]
 
-On a terminal trained tokens are green, elsewhere they stand between [[ and ]]. No weights are read.
+On a terminal trained tokens are green, elsewhere they stand between [[ and ]]. Those that the rows give a weight other
+than 1 are yellow, their weight in front: 0.5|text, or [[0.5|text]]. No weights of the model are read.
 """
 
 import dataclasses
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from ftlib.tokenizers import Tokenizer
 
 READ = 500  # rows of each source
-GREEN, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
+COLOURS, PLAIN = ("\033[32m", "\033[33m", "\033[0m"), ("[[", "[[", "]]")  # before a weight of 1, another, and behind
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,22 +50,27 @@ def main(argv: Sequence[str]) -> int:
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for i in range(min(count, len(train))):
         for document in train.shown(i):
-            print("\n".join(show(document, tokenizer, GREEN if colours else PLAIN)))
+            print("\n".join(show(document, tokenizer, COLOURS if colours else PLAIN)))
     print("\n".join(rows.report.lines()))
     print(f"These are the first {READ} rows of each source, and nothing is held out; a run reads all of them.")
     return 0
 
 
-def show(document: "Document", tokenizer: "Tokenizer", marks: tuple[str, str]) -> Iterator[str]:
+def show(document: "Document", tokenizer: "Tokenizer", marks: tuple[str, str, str]) -> Iterator[str]:
     """A document as text, what is trained between `marks`, after a line that counts."""
     ids = [int(i) for i in document.input_ids]
     # Labels are shifted: the token at t + 1 is trained where position t has a label.
-    trained = [False, *(label != -100 for label in document.labels[:-1])]
-    yield f"--- {document.source}: {len(ids)} tokens, {sum(trained)} trained"
+    own = document.labels != -100 if document.weights is None else document.weights
+    weights = [0.0, *(float(weight) for weight in own[:-1])]
+    counts = Counter(weight for weight in weights if weight)
+    others = [f"{counts[weight]} of them with weight {weight:.6g}" for weight in sorted(counts) if weight != 1]
+    yield ", ".join([f"--- {document.source}: {len(ids)} tokens, {sum(counts.values())} trained", *others])
+    plain, other, end = marks
     text = ""
-    for is_trained, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
+    for weight, run in groupby(zip(ids, weights, strict=True), key=lambda pair: pair[1]):
         part = tokenizer.decode([i for i, _ in run])
-        text += f"{marks[0]}{part}{marks[1]}" if is_trained else part
+        begin = plain if weight == 1 else f"{other}{weight:.6g}|"
+        text += f"{begin}{part}{end}" if weight else part
     yield text
 
 

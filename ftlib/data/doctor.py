@@ -12,7 +12,7 @@ from ftlib.data import sources
 from ftlib.data.collect import Job, Outcome, find_shape
 from ftlib.data.documents import Documents
 from ftlib.data.masks import Tokenizer
-from ftlib.data.preview import merged, preview
+from ftlib.data.preview import Shown, merged, preview
 from ftlib.data.report import UNTRAINED, spread
 from ftlib.data.store import MemoryWriter
 from ftlib.errors import UserError
@@ -21,7 +21,8 @@ from ftlib.sections import Data, Source
 LISTED = 20  # broken rows that are printed
 KEY = "data.sources[0]"  # what a config would call the data
 SHOWN = 5  # rows on the page, rendered with their trained tokens marked
-COLUMNS = ("where", "tokens", "trained", "state", "repeat_of", "held_out")
+COLUMNS = ("where", "tokens", "trained", "weight", "state", "repeat_of", "held_out")
+MOST_WEIGHTS = 8  # that are listed with their counts
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Row:
     state: str = "ok"
     repeat_of: str = ""
     held_out: bool = False
+    weight: float = 0.0  # of its trained tokens together: their number, if none has another than 1
 
 
 @dataclass
@@ -44,7 +46,8 @@ class Findings:
     shape: str
     rows: list[Row]
     roles: Counter[str] = field(default_factory=Counter)
-    samples: list[tuple[str, list[tuple[str, bool]]]] = field(default_factory=list)
+    samples: list[tuple[str, Shown]] = field(default_factory=list)
+    weights: Counter[float] = field(default_factory=Counter)  # other than 1 -> trained tokens
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and value of each number."""
@@ -58,6 +61,7 @@ class Findings:
             facts.append(("trained tokens of a row", spread([row.trained for row in good])))
             longest = sorted(good, key=lambda row: -row.trained)[: max(1, len(good) // 100)]
             share = sum(row.trained for row in longest) / max(trained, 1)
+            facts += self._weights(trained)
             facts.append(("imbalance", f"the 1 % of rows with most trained tokens hold {share:.0%} of them"))
         if self.roles:
             facts.append(("messages", ", ".join(f"{count:,} {role}" for role, count in self.roles.most_common())))
@@ -65,6 +69,16 @@ class Findings:
         facts.append(("exact repeats", f"{sum(bool(row.repeat_of) for row in rows):,} rows"))
         both = sum(row.held_out for row in rows)
         return [*facts, ("held out as well", f"{both:,} rows")] if both else facts
+
+    def _weights(self, trained: int) -> list[tuple[str, str]]:
+        """Of the tokens whose rows give them a weight: how many have which; nothing where all count 1."""
+        if not self.weights:
+            return []
+        most = [f"{weight:.6g}: {count:,}" for weight, count in sorted(self.weights.most_common(MOST_WEIGHTS))]
+        more = [f"and {len(self.weights) - len(most):,} others"] if len(self.weights) > len(most) else []
+        mean = sum(row.weight for row in self.rows) / trained
+        said = f"{self.weights.total():,} trained tokens ({', '.join([*most, *more])}); mean of all {mean:.3g}"
+        return [("weights other than 1", said)]
 
     def states(self) -> Counter[str]:
         """How many rows are in which state; broken ones counted together."""
@@ -85,6 +99,7 @@ def examine(
     rows, first_seen = [], {}
     known = set(_read(held_out, tokenizer, seq_len, format)[2].hashes.tolist()) if held_out else set()
     roles: Counter[str] = Counter()
+    weights: Counter[float] = Counter()
     number = 0
     for where, outcome in outcomes:
         if outcome.error is not None:
@@ -93,7 +108,11 @@ def examine(
             rows.append(Row(where, length, 0, UNTRAINED))
         for ids, trained, example, *_ in outcome.documents:
             state = "ok" if len(ids) <= seq_len else f"longer than {seq_len:,} tokens"
-            row = Row(where, len(ids), int(trained[1:].sum()), state, held_out=int(documents.hashes[number]) in known)
+            row = Row(where, len(ids), int(documents.target_counts[number]), state)
+            row.weight = round(documents.target_weights[number].item(), 6)
+            row.held_out = int(documents.hashes[number]) in known
+            if trained.dtype != bool:
+                weights.update(trained[1:][(trained[1:] != 0) & (trained[1:] != 1)].tolist())
             row.repeat_of = first_seen.setdefault(int(documents.hashes[number]), where)
             row.repeat_of = "" if row.repeat_of == where else row.repeat_of
             roles.update(message["role"] for message in example.messages or ())
@@ -101,7 +120,7 @@ def examine(
             number += 1
     chosen = np.linspace(0, len(documents) - 1, min(SHOWN, len(documents)), dtype=int)
     samples = [(documents.where(i), merged(preview(documents, tokenizer, i))) for i in chosen]
-    return Findings(path, shape, rows, roles, samples)
+    return Findings(path, shape, rows, roles, samples, weights)
 
 
 def _read(
@@ -154,7 +173,7 @@ def write(found: Findings, folder: Path) -> Path:
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}"
-    "pre{white-space:pre-wrap;background:#f6f6f6;padding:1rem}mark{background:#bfe8c5}"
+    "pre{white-space:pre-wrap;background:#f6f6f6;padding:1rem}mark{background:#bfe8c5}.weighted{background:#fbe3a2}"
     ".bar{background:#4a7fb5;height:1rem;min-width:1px}"
 )
 
@@ -170,12 +189,17 @@ def _page(found: Findings) -> str:
             f"<tr><td>{html.escape(row.where)}<td>{html.escape(_complaint(row))}" for row in bad
         )
         parts.append(f"<h2>Rows to look at</h2><table><tr><th>row<th>what{cells}</table>")
-    parts.append("<h2>Samples</h2><p>Trained tokens are <mark>marked</mark>.</p>")
+    other = ", those with a weight other than 1 <mark class=weighted>so</mark>" if found.weights else ""
+    parts.append(f"<h2>Samples</h2><p>Trained tokens are <mark>marked</mark>{other}.</p>")
     for where, pieces in found.samples:
-        text = "".join(f"<mark>{html.escape(t)}</mark>" if trained else html.escape(t) for t, trained in pieces)
+        text = "".join(_marked(html.escape(t), trained) if trained else html.escape(t) for t, trained in pieces)
         parts.append(f"<h3>{html.escape(where)}</h3><pre>{text}</pre>")
     head = f"<meta charset=utf-8><title>{html.escape(found.path)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _marked(text: str, weight: bool | float) -> str:
+    return f"<mark>{text}</mark>" if weight == 1 else f'<mark class=weighted title="weight {weight:.6g}">{text}</mark>'
 
 
 def _complaint(row: Row) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ftlib.data.examples import Example
 from ftlib.data.packing import share
-from ftlib.layers.batch import IGNORED, Batch, from_documents
+from ftlib.layers.batch import IGNORED, Batch, Piece, from_documents
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,35 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised row. `input_ids`, `labels`: int32 [n]; labels are shifted once, the last is -100."""
+    """One tokenised row. `input_ids`, `labels`: int32 [n]; labels are shifted once, the last is -100.
+
+    `weights` float32 [n]: how much each label counts; None where all count 1.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
     index: int
     source: str
     example: Example | None = None
+    weights: np.ndarray | None = None
 
     @property
     def messages(self) -> list[dict] | None:
         """The conversation it was made from, where it was kept (held-out rows)."""
         return self.example.messages if self.example else None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much tokens count, of those documents of a part where some count neither 0 nor 1.
+
+    `members` int64 [m]: these documents, ascending; `values` float32: of all their tokens, end to end; `sums` float64
+    [m]: over their targets.
+    """
+
+    members: np.ndarray
+    values: np.ndarray
+    sums: np.ndarray
 
 
 @dataclass
@@ -53,9 +70,25 @@ class Part:
     lines: np.ndarray
     file_ids: np.ndarray
     files: Sequence[str]
-    digest: str  # SHA-256 of tokens, masks and lengths
+    digest: str  # SHA-256 of tokens, masks, weights and lengths
     examples: Sequence[Example] | None = None
     pieces: np.ndarray | None = None  # float64 [n, 3], where documents hold several answers (ftlib.data.preference)
+    weights: Weights | None = None
+
+    def weight_starts(self) -> np.ndarray:
+        """int64 [n]: where in `weights.values` a document begins, -1 where it is not."""
+        starts = np.full(len(self.lengths), -1, np.int64)
+        if self.weights is not None:
+            lengths = self.lengths[self.weights.members]
+            starts[self.weights.members] = np.cumsum(lengths, dtype=np.int64) - lengths
+        return starts
+
+    def target_weights(self) -> np.ndarray:
+        """float64 [n]: the sum of the weights of each document's targets."""
+        sums = self.targets.astype(np.float64)
+        if self.weights is not None:
+            sums[self.weights.members] = self.weights.sums
+        return sums
 
 
 class Documents(Sequence[Document]):
@@ -96,12 +129,15 @@ class Documents(Sequence[Document]):
         sources: Sequence[SourceInfo] = (SourceInfo("data", "data"),),
         source_ids: np.ndarray | None = None,
     ) -> "Documents":
-        """From (input_ids int [n], trained bool [n]) pairs; `source_ids` says of which source each is."""
+        """From (input_ids int [n], mask [n]) pairs; a mask is bool, or floats: how much each token counts.
+
+        `source_ids` says of which source each is.
+        """
         from ftlib.data.store import MemoryWriter
 
         writer = MemoryWriter([sources[0].path])
         for number, (ids, trained) in enumerate(rows, 1):
-            writer.add(np.asarray(ids, np.int32), np.asarray(trained, bool), 0, number, None)
+            writer.add(np.asarray(ids, np.int32), np.asarray(trained), 0, number, None)
         return cls([writer.finish()], sources=sources, source_ids=source_ids)
 
     def __len__(self) -> int:
@@ -113,7 +149,8 @@ class Documents(Sequence[Document]):
         index %= len(self)
         ids, labels = self.tokens(index)
         example = self.examples[index] if self.examples else None
-        return Document(ids, labels, index, self.sources[self.source_ids[index]].name, example)
+        source = self.sources[self.source_ids[index]].name
+        return Document(ids, labels, index, source, example, self.weights(index))
 
     def tokens(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels) of one document, int32 [n] each."""
@@ -127,6 +164,39 @@ class Documents(Sequence[Document]):
         part, start = self.parts[self.part_ids[index]], self.starts[index]
         chosen = slice(start, start + self.lengths[index])
         return np.asarray(part.input_ids[chosen]), np.asarray(part.trained[chosen])
+
+    def weighed(self, index: int) -> np.ndarray | None:
+        """How much each token of one document counts, not shifted, float32 [n]; None: 0 and 1, as its mask says."""
+        starts = self._weight_starts
+        if starts is None or starts[index] < 0:
+            return None
+        values = self.parts[self.part_ids[index]].weights.values
+        return np.asarray(values[starts[index] : starts[index] + self.lengths[index]])
+
+    def weights(self, index: int) -> np.ndarray | None:
+        """The same of its labels, shifted like them."""
+        own = self.weighed(index)
+        return None if own is None else np.append(own[1:], np.float32(0))
+
+    @cached_property
+    def _weight_starts(self) -> np.ndarray | None:
+        """Of each document its `Part.weight_starts`, int64 [n]; None where no document has weights."""
+        if all(part.weights is None for part in self.parts):
+            return None
+        starts = self._gather([part.weight_starts() for part in self.parts], np.int64)
+        return starts if (starts >= 0).any() else None
+
+    @cached_property
+    def target_weights(self) -> np.ndarray:
+        """The sum of the weights of each document's labels: float64 [n], or `target_counts` where all are 0 or 1."""
+        if self._weight_starts is None:
+            return self.target_counts
+        return self._gather([part.target_weights() for part in self.parts], np.float64)
+
+    @property
+    def weighted(self) -> int:
+        """Documents with weights other than 0 and 1."""
+        return 0 if self._weight_starts is None else int((self._weight_starts >= 0).sum())
 
     @cached_property
     def target_counts(self) -> np.ndarray:
@@ -179,7 +249,11 @@ class Documents(Sequence[Document]):
 
     def batch(self, rows: Sequence[Sequence[int]], seq_len: int, pad_id: int, max_documents: int) -> Batch:
         """Rows [len(rows), seq_len] of these documents (`ftlib.layers.batch.from_documents`)."""
-        return from_documents([[self.tokens(i) for i in row] for row in rows], seq_len, pad_id, max_documents)
+        return from_documents([[self._packed(i) for i in row] for row in rows], seq_len, pad_id, max_documents)
+
+    def _packed(self, index: int) -> Piece:
+        weights = self.weights(index)
+        return self.tokens(index) if weights is None else (*self.tokens(index), weights)
 
     def of_epoch(self, seed: int, epoch: int) -> np.ndarray:
         """Indices (int64) an epoch is made of, before shuffling: each source's rows as often as its weight says."""

@@ -8,7 +8,7 @@ from typing import Any
 from ftlib.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-Ranges = list[tuple[int, int]]  # characters [start, end) of a message's content
+Ranges = list[tuple[int, int, float]]  # characters [start, end) of a message's content, and their weight
 
 
 @dataclass(slots=True)
@@ -16,17 +16,18 @@ class Example:
     """One row, whatever its file looked like. `where` is `file:line`; `extra` are the columns that were not read.
 
     A conversation: `messages` and `tools`. They carry what a chat template reads: role, content, tool_calls, name, …
-    `trained` has one entry a message: all of it, nothing, or the ranges of its content that are trained.
-    Without a template: `text`, all trained; `segments` of text, each trained or not; `ids` with `trained_ids`.
+    `trained` has one entry a message: all of it, nothing, all of it with a weight, or trained ranges of its content.
+    Without a template: `text`, all trained; `segments` of text with whether, or how much, each is trained; `ids` with
+    `trained_ids`.
     Rows that supervised training has no use for, such as preferences, have a `record`; `messages` is their prompt.
     """
 
     where: str
     messages: list[dict[str, Any]] | None = None
-    trained: list[bool | Ranges] = field(default_factory=list)
+    trained: list[bool | float | Ranges] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
-    segments: list[tuple[str, bool]] | None = None
+    segments: list[tuple[str, bool | float]] | None = None
     ids: list[int] | None = None
     trained_ids: list[bool] | None = None
     record: dict[str, Any] | None = None
@@ -34,12 +35,29 @@ class Example:
     train_on: tuple[str, ...] = ("assistant",)
     closed: bool = False  # segments: put BOS in front and a trained EOS behind
 
-    def add(self, role: str, content: str | None, trained: bool | Ranges | None = None, **rest: Any) -> None:
+    def add(
+        self, role: str, content: str | None, trained: bool | float | Ranges | None = None, **rest: Any
+    ) -> None:
         """Append a message. By default its role decides whether it is trained; silence never is."""
+        said = bool((content or "").strip()) or bool(rest.keys() - {"name"})
         if trained is None:
-            trained = role in self.train_on and (bool((content or "").strip()) or bool(rest.keys() - {"name"}))
+            trained = role in self.train_on and said
+        elif isinstance(trained, float):
+            trained = said and trained
         self.messages.append({"role": role, "content": content, **rest})
         self.trained.append(trained)
+
+
+def no_weights(example: Example, use: str) -> Example:
+    """The record, whose messages are trained or not; UserError where one has a weight, for a use that has none."""
+    for number, trained in enumerate(example.trained, 1):
+        if isinstance(trained, float) or (isinstance(trained, list) and any(weight != 1 for *_, weight in trained)):
+            raise UserError(
+                f"message {number} has a weight other than 0 and 1, which {use} have no use for",
+                where=example.where,
+                fix="leave it out; weights are for the answers of supervised fine-tuning",
+            )
+    return example
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ AHEAD = 2  # steps made in advance by the loader's thread
 
 
 class Rows(Protocol):
-    """What is loaded: Documents, or Preferences. `lengths`, tokens each takes in a row, and `target_counts` are [n]."""
+    """What is loaded: Documents, or Preferences. `lengths`, tokens each takes in a row, and the others are [n]."""
 
     lengths: np.ndarray
     target_counts: np.ndarray
+    target_weights: np.ndarray
 
     def of_epoch(self, seed: int, epoch: int) -> np.ndarray: ...
 
@@ -31,12 +32,15 @@ class Rows(Protocol):
 class Step:
     """One optimizer step's data for this rank. The numbers are over all ranks, known without communication.
 
-    `target_tokens`: labels that are not -100; `tokens`: without padding; `epoch`: epochs seen after this step (1.5 is
-    half of the second); `packs`: the documents (indices) in each row of the step, empty for a row of padding.
+    `target_tokens`: labels that are not -100; `target_weight`: the sum of their weights, which is their number where
+    rows have no others than 0 and 1, and what a mean is taken over; `tokens`: without padding; `epoch`: epochs seen
+    after this step (1.5 is half of the second); `packs`: the documents (indices) in each row of the step, empty for a
+    row of padding.
     """
 
     micro_batches: list[Batch]
     target_tokens: int
+    target_weight: float
     tokens: int
     epoch: float
     packs: list[list[int]]
@@ -112,6 +116,7 @@ class _Maker:
         step = Step(
             [self._batch(rows[at : at + self.micro_rows]) for at in micro],
             int(documents.target_counts[members].sum()),
+            documents.target_weights[members].sum().item(),
             int(documents.lengths[members].sum()),
             seen,
             rows,

@@ -1,15 +1,18 @@
-"""Example -> token ids and the mask of trained tokens, exact by construction: the template says who wrote what."""
+"""Example -> token ids and the mask of trained tokens, exact by construction: the template says who wrote what.
+
+A mask is bool, or float32 where a row has weights other than 0 and 1: how much each token counts.
+"""
 
 import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from ftlib.data.examples import Example
+from ftlib.data.examples import Example, Ranges
 from ftlib.errors import UserError
 from ftlib.tokenizers.cut import Cut, SpanCut
 from ftlib.tokenizers.tokenizer import check_characters
@@ -41,8 +44,17 @@ class _Text:
     finish: Callable[[Cut], Masked]
 
 
+class _Span(NamedTuple):
+    """Characters that are trained, how much they count, and whether an EOS is missing behind them."""
+
+    start: int
+    end: int
+    open_end: bool
+    weight: bool | float
+
+
 def tokenize(example: Example, tokenizer: Tokenizer, train_on_end: End = "all") -> Masked:
-    """(input_ids int32 [n], trained bool [n]) of one row. UserError, naming the row, if the template refuses it."""
+    """(input_ids int32 [n], mask [n]) of one row. UserError, naming the row, if the template refuses it."""
     found = next(iter(tokenize_all([example], tokenizer, train_on_end)))
     if isinstance(found, UserError):
         raise found
@@ -107,18 +119,18 @@ def _prepared(example: Example, tokenizer: Tokenizer, train_on_end: End) -> "_Te
     return made
 
 
-def _segments(segments: list[tuple[str, bool]], tokenizer: Tokenizer, closed: bool) -> _Text:
+def _segments(segments: list[tuple[str, bool | float]], tokenizer: Tokenizer, closed: bool) -> _Text:
     """Text side by side. `closed`: between BOS and a trained EOS; a text that brings its own gets no second one."""
 
     def finish(cut: Cut) -> Masked:
-        trained, at = np.zeros(len(cut.ids), bool), 0
-        for text, wanted in segments:
-            first, last = cut.between(at, at + len(text))
-            trained[first:last] |= wanted
+        weights, at = [weight for _, weight in segments], 0
+        trained = _mask(len(cut.ids), weights)
+        for text, weight in segments:
+            _mark(trained, *cut.between(at, at + len(text)), weight)
             at += len(text)
         ids = np.asarray(cut.ids, np.int32)
-        if all(wanted for _, wanted in segments):
-            trained[:] = True  # a token without characters is one too
+        if all(weights):
+            trained[trained == 0] = max(weights)  # a token without characters is one too
         if closed and tokenizer.bos_id is not None and ids[:1].tolist() != [tokenizer.bos_id]:
             ids, trained = np.insert(ids, 0, tokenizer.bos_id), np.insert(trained, 0, trained[:1].all())
         if closed and tokenizer.eos_id is not None and ids[-1:].tolist() != [tokenizer.eos_id]:
@@ -138,16 +150,30 @@ def _conversation(example: Example, tokenizer: Tokenizer, train_on_end: End) -> 
     spans = list(_trained_spans(example, rendered, tokenizer, train_on_end))
 
     def finish(cut: Cut) -> Masked:
-        ids, trained, last = np.asarray(cut.ids, np.int32), np.zeros(len(cut.ids), bool), 0
-        for start, end, _ in spans:
-            first, last = cut.between(start, end)
-            trained[first:last] = True
-        if spans and spans[-1][2]:  # the template leaves the end to whoever speaks next, or writes no token there
+        ids, last = np.asarray(cut.ids, np.int32), 0
+        trained = _mask(len(cut.ids), [span.weight for span in spans])
+        for span in spans:
+            first, last = cut.between(span.start, span.end)
+            _mark(trained, first, last, span.weight)
+        if spans and spans[-1].open_end:  # the template leaves the end to whoever speaks next, or writes no token there
             # White space that followed would stand between the answer and its end.
-            ids, trained = np.append(ids[:last], np.int32(_end(tokenizer))), np.append(trained[:last], True)
+            ids = np.append(ids[:last], np.int32(_end(tokenizer)))
+            trained = np.append(trained[:last], trained.dtype.type(spans[-1].weight))
         return ids, trained
 
     return _Text(rendered.text, finish)
+
+
+def _mask(count: int, weights: Sequence[bool | float]) -> np.ndarray:
+    return np.zeros(count, bool if all(weight in (0, 1) for weight in weights) else np.float32)
+
+
+def _mark(mask: np.ndarray, first: int, last: int, weight: bool | float) -> None:
+    """Tokens `first` to `last` count `weight`; one that two pieces of text share counts as the larger of theirs."""
+    if mask.dtype == bool:
+        mask[first:last] |= bool(weight)
+    else:
+        np.maximum(mask[first:last], np.float32(weight), out=mask[first:last])
 
 
 def _end(tokenizer: Tokenizer) -> int:
@@ -180,8 +206,8 @@ def _is_token(marker: str, tokenizer: Tokenizer) -> bool:
 
 def _trained_spans(
     example: Example, rendered: Any, tokenizer: Tokenizer, train_on_end: End
-) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, whether an EOS is missing behind it) of what is trained, in the order of the text."""
+) -> Iterator[_Span]:
+    """What is trained, in the order of the text."""
     spans = [span for span in rendered.spans if example.trained[span.message_index]]
     missing = {i for i, t in enumerate(example.trained) if t} - {span.message_index for span in spans}
     if missing:
@@ -201,11 +227,11 @@ def _trained_spans(
         marker = _MARKER.match(rendered.text[content_end:end].lstrip())
         if marker and not rendered.text[end:].strip() and not _is_token(marker.group(), tokenizer):
             open_end = True  # it is text: a model would go on behind it
-        if wanted is True:
-            yield span.start, end, open_end
+        if not isinstance(wanted, list):
+            yield _Span(span.start, end, open_end, wanted)
             continue
-        for start, stop, closes in _parts(span, rendered.text, message["content"], wanted):
-            yield start, end if closes else stop, open_end and closes
+        for start, stop, closes, weight in _parts(span, rendered.text, message["content"], wanted):
+            yield _Span(start, end if closes else stop, open_end and closes, weight)
 
 
 def _content_end(text: str, span: Any, message: dict[str, Any]) -> int:
@@ -238,10 +264,10 @@ def _next_marker(text: str, span: Any, tokenizer: Tokenizer) -> tuple[int, bool]
 
 
 def _parts(
-    span: Any, text: str, content: str, trained: list[tuple[int, int]]
-) -> Iterator[tuple[int, int, bool]]:
-    """Trained ranges of a message's content where it stands in the rendered text, and whether they reach its end. What
-    the template writes before the content goes with the first character, its terminator with the last."""
+    span: Any, text: str, content: str, trained: Ranges
+) -> Iterator[tuple[int, int, bool, float]]:
+    """Trained ranges of a message's content where it stands in the rendered text, whether they reach its end, and their
+    weight. What the template writes before the content goes with the first character, its terminator with the last."""
     kept = content.strip()  # many templates trim
     at = text.find(kept, span.start, span.end)
     if at < 0:
@@ -250,6 +276,6 @@ def _parts(
             fix="weigh the whole message, or use a template that keeps its text",
         )
     shift = at - content.index(kept)
-    for start, end in trained:
+    for start, end, weight in trained:
         begins, closes = start == 0, end == len(content)
-        yield span.start if begins else start + shift, span.end if closes else end + shift, closes
+        yield span.start if begins else start + shift, span.end if closes else end + shift, closes, weight

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import numpy as np
+
 from ftlib.data.examples import ROLES, Example, Ranges, Shape, listed, shown
 from ftlib.errors import UserError
 
@@ -13,10 +15,11 @@ ALIASES = {
 }  # fmt: skip
 CALLS = ("function_call", "tool_call")  # roles whose whole content is one call, or a list of calls
 WEIGHTS = ("loss_weight", "train", "weight")
+LARGEST = float(np.finfo(np.float32).max)  # as which weights are kept
 REASONING = ("reasoning", "thinking", "think")
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 
-Parts = list[tuple[tuple[int, int], bool | None]]  # character range in the content, weight if it has one of its own
+Parts = list[tuple[tuple[int, int], float | None]]  # character range in the content, weight if it has one of its own
 
 
 def read_messages(row: dict[str, Any], shape: Shape, where: str) -> Example:
@@ -77,21 +80,23 @@ def _message(example: Example, turn: Any, shape: Shape) -> None:
         raise UserError(f"it has no {content_key!r}; it has {listed(turn)}")
     if "train_detail" in turn:
         parts = _detail(turn["train_detail"], content or "")
-    trained = _trained(parts, _weight(turn), role in example.train_on)
+    trained = _trained(parts, weight_of(turn), role in example.train_on)
     example.add(role, content, trained, **rest)
     if content_key not in turn:  # a template tells a missing content from a null one
         del example.messages[-1]["content"]
 
 
-def _trained(parts: Parts, weight: bool | None, by_role: bool) -> bool | Ranges | None:
-    """What of a message is trained: None leaves it to its role."""
+def _trained(parts: Parts, weight: float | None, by_role: bool) -> bool | float | Ranges | None:
+    """What of a message is trained: None leaves it to its role. A part's own weight replaces its message's."""
     weights = [weight if part is None else part for _, part in parts] or [weight]
-    wanted = [by_role if part is None else part for part in weights]
+    wanted = [float(by_role) if part is None else part for part in weights]
     if not any(wanted):
-        return False if False in weights else None
-    if all(wanted):
+        return False if 0 in weights else None
+    if all(part == 1 for part in wanted):
         return None if by_role else True
-    return [span for (span, _), part in zip(parts, wanted, strict=True) if part]
+    if min(wanted) == max(wanted):
+        return wanted[0]
+    return [(*span, part) for (span, _), part in zip(parts, wanted, strict=True) if part]
 
 
 def _key(turn: dict[str, Any], shape: Shape, name: str, alias: str) -> str:
@@ -129,7 +134,7 @@ def _content(content: Any) -> tuple[str | None, Parts, dict[str, Any]]:
         elif kind in REASONING and isinstance(value, str):
             reasoning += value
         elif kind == "text" and isinstance(value, str):
-            parts.append(((len(text), len(text) + len(value)), _weight(part)))
+            parts.append(((len(text), len(text) + len(value)), weight_of(part)))
             text += value
         else:
             raise UserError(f"content part {json.dumps(part)[:60]} is not text (`text` or `value`)")
@@ -180,23 +185,27 @@ def _detail(detail: Any, content: str) -> Parts:
         start, last = (entry.get(k) if isinstance(entry, dict) else None for k in ("begin_offset", "end_offset"))
         if not isinstance(start, int) or not isinstance(last, int) or not at <= start <= last < len(content):
             raise UserError(f"train_detail {shown(entry)} is no range of this content of {len(content)} characters")
-        parts += [((at, start), False)] if start > at else []
-        parts.append(((start, last + 1), bool(entry.get("train", True))))
+        weight = weight_of(entry)
+        parts += [((at, start), 0.0)] if start > at else []
+        parts.append(((start, last + 1), 1.0 if weight is None else weight))
         at = last + 1
-    return [*parts, ((at, len(content)), False)] if at < len(content) else parts
+    return [*parts, ((at, len(content)), 0.0)] if at < len(content) else parts
 
 
-def _weight(holder: dict[str, Any]) -> bool | None:
-    """Whether a message or part asks to be trained; None if it does not say."""
-    given = {key: holder[key] for key in WEIGHTS if holder.get(key) is not None}
+def weight_of(holder: dict[str, Any], keys: tuple[str, ...] = WEIGHTS) -> float | None:
+    """How much a message, part, range or segment counts, 0 for not at all; None if it does not say.
+
+    A number says how much, true and false say whether: true agrees with every number above 0.
+    """
+    given = {key: holder[key] for key in keys if holder.get(key) is not None}
     for key, value in given.items():
-        if value not in (0, 1):  # True and False are 1 and 0
-            what = f"{key} is {value!r}; a weight is 0 (not trained) or 1 (trained)"
-            raise UserError(what, fix="to count rows more or less, give their source a data.sources[].weight")
-    values = {bool(value) for value in given.values()}
-    if len(values) > 1:
+        if not isinstance(value, (int, float)) or not 0 <= value <= LARGEST:
+            what = f"{key} is {shown(value)}; a weight is a number from 0 on: 0 (not trained), 1 (trained), 0.5 (half)"
+            raise UserError(what, fix="mend it, or leave it out for what the role says")
+    numbers = {float(value) for value in given.values() if not isinstance(value, bool)}
+    if len(numbers) > 1 or len({bool(value) for value in given.values()}) > 1:
         raise UserError(f"{' and '.join(given)} disagree", fix="keep one of them")
-    return values.pop() if values else None
+    return numbers.pop() if numbers else next((float(value) for value in given.values()), None)
 
 
 def read_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:

@@ -53,7 +53,7 @@ class AnswerBatch(Batch):
 
     def _each(self, move: Callable[[Tensor], Tensor], layout: Layout) -> "AnswerBatch":
         tensors = (move(t) for t in (self.input_ids, self.labels, self.position_ids))
-        return AnswerBatch(*tensors, layout, self.target_tokens, self.tokens, self.answers.each(move))
+        return AnswerBatch(*tensors, layout, self.target_tokens, self.tokens, answers=self.answers.each(move))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AnswerBatch":
         """The same batch on `device`."""
@@ -120,6 +120,11 @@ class Preferences:
     @property
     def target_counts(self) -> np.ndarray:
         """Trained tokens of each unit, int64 [n]."""
+        return self.documents.target_counts
+
+    @property
+    def target_weights(self) -> np.ndarray:
+        """The same: answers that are compared have no weights."""
         return self.documents.target_counts
 
     @property
@@ -257,4 +262,4 @@ def _collate(rows: list[list[Packed]], seq_len: int, pad_id: int, most: int) -> 
     }
     answers = Answers(**{name: torch.from_numpy(array) for name, array in arrays.items()})
     parts = (batch.input_ids, batch.labels, batch.position_ids, batch.layout)
-    return AnswerBatch(*parts, int(lengths.sum()), batch.tokens, answers)
+    return AnswerBatch(*parts, int(lengths.sum()), batch.tokens, answers=answers)

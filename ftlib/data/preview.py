@@ -11,13 +11,18 @@ class Decoder(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-def preview(documents: Documents, tokenizer: Decoder, index: int) -> list[tuple[str, bool]]:
+Shown = list[tuple[str, bool | float]]
+
+
+def preview(documents: Documents, tokenizer: Decoder, index: int) -> Shown:
     """(text, trained) of document `index`, token by token; tokens that share a character are one piece.
 
-    A token counts as trained if it is a target: the first of a document never is.
+    A token counts as trained if it is a target: the first of a document never is. In a document with weights other
+    than 0 and 1, `trained` is the weight (of tokens that share a character the largest).
     """
     ids, trained = documents.masked(index)
-    pieces: list[tuple[str, bool]] = []
+    weights = documents.weighed(index)
+    pieces: Shown = []
     done, start, text = 0, 0, ""
     for end in range(1, len(ids) + 1):
         # Decoded with a few tokens before them, for tokenizers whose space depends on what stands in front.
@@ -25,14 +30,17 @@ def preview(documents: Documents, tokenizer: Decoder, index: int) -> list[tuple[
         text = tokenizer.decode(ids[start:end].tolist())[len(before) :]
         if text.endswith("\ufffd") and end < len(ids) and end - done < 8:
             continue  # half a character
-        pieces.append((text, bool(trained[done:end].any() and end > 1)))
+        if weights is None:
+            pieces.append((text, bool(trained[done:end].any() and end > 1)))
+        else:
+            pieces.append((text, float(weights[done:end].max()) if end > 1 else 0.0))
         start, done = max(0, done - 4), end
     return pieces
 
 
-def merged(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Neighbours that are both trained, or both not, as one piece."""
-    joined: list[tuple[str, bool]] = []
+def merged(pieces: Shown) -> Shown:
+    """Neighbours that are trained alike, or both not, as one piece."""
+    joined: Shown = []
     for text, trained in pieces:
         if joined and joined[-1][1] == trained:
             joined[-1] = (joined[-1][0] + text, trained)

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from ftlib.data.collect import examples
+from ftlib.data.examples import no_weights
 from ftlib.data.messages import MESSAGES
 from ftlib.data.packing import share, shuffled
+from ftlib.data.records import NO_WEIGHTS
 from ftlib.data.report import spread
 from ftlib.data.sources import files_of, read_all
 from ftlib.errors import UserError
@@ -173,7 +175,7 @@ def _as_prompts(source: Source) -> Source:
 
 
 def _prompt(row: Any, cfg: Section, tokenizer: Tokenizer, tools: list | None) -> Prompt:
-    messages, columns = list(row.messages or ()), dict(row.extra)
+    messages, columns = list(no_weights(row, NO_WEIGHTS).messages or ()), dict(row.extra)
     while messages and messages[-1]["role"] == "assistant":  # the answer to imitate is here one to compare with
         columns.setdefault("answer", messages.pop()["content"])
     if not messages:

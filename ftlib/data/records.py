@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from ftlib.data.examples import Example, Shape, shown
-from ftlib.data.messages import MESSAGES, add_turns, read_tools
+from ftlib.data.examples import Example, Shape, no_weights, shown
+from ftlib.data.messages import MESSAGES, WEIGHTS, add_turns, read_tools, weight_of
 from ftlib.data.pairs import SYSTEM, opening
 from ftlib.errors import UserError
 
@@ -12,6 +12,7 @@ CHOSEN = (
     ("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("chosen_response", "rejected_response"),
 )  # fmt: skip
 RATED = (("prompt", "completion"), ("instruction", "completion"), ("question", "completion"))
+NO_WEIGHTS = "preferences and prompts"
 _HH = re.compile(r"\n\n(Human|Assistant): ?")
 _ANSWERS = ("chosen", "rejected", "completion", "label", "completions", "labels", "answers")
 _PROMPTS = (*MESSAGES, "prompt", "question", "instruction", "input")
@@ -22,14 +23,21 @@ def read_text(row: dict[str, Any], shape: Shape, where: str) -> Example:
 
 
 def read_segments(row: dict[str, Any], shape: Shape, where: str) -> Example:
-    """segments: [{text, label}]; what is labelled true is trained, and nothing is added."""
+    """segments: [{text, label}]; what is labelled true is trained, as much as its `weight` says; nothing is added."""
     segments = shape.value(row, "segments", where)
     good = isinstance(segments, list) and segments and all(
         isinstance(s, dict) and isinstance(s.get("text"), str) and isinstance(s.get("label"), bool) for s in segments
     )
     if not good:
         raise UserError("column 'segments' must be a list of {text: …, label: true or false}", where=where)
-    return Example(where, segments=[(s["text"], s["label"]) for s in segments])
+    found: list[tuple[str, bool | float]] = []
+    for number, segment in enumerate(segments, 1):
+        try:
+            weight = weight_of(segment, ("label", *WEIGHTS))
+        except UserError as error:
+            raise UserError(f"segment {number}: {error.what}", where=where, fix=error.fix) from None
+        found.append((segment["text"], segment["label"] if weight == segment["label"] else weight))
+    return Example(where, segments=found)
 
 
 def read_pretokenized(row: dict[str, Any], shape: Shape, where: str) -> Example:
@@ -77,7 +85,8 @@ def read_preference(row: dict[str, Any], shape: Shape, where: str) -> Example:
                 roles = {"Human": "user", "Assistant": "assistant"}
                 said = zip(turns[1::2], turns[2::2], strict=True)
                 value = [{"role": roles[who], "content": text.strip()} for who, text in said]
-        sides.append(add_turns(shape.example(where), value, shape, shape.column(name)).messages)
+        said = add_turns(shape.example(where), value, shape, shape.column(name))
+        sides.append(no_weights(said, NO_WEIGHTS).messages)
     chosen, rejected = sides
     common = 0
     while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
@@ -113,8 +122,12 @@ def read_unpaired(row: dict[str, Any], shape: Shape, where: str) -> Example:
     elif isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     elif isinstance(completion, list) and not example.messages and len(completion) > 1:  # the prompt is in there
-        completion = [add_turns(example, completion, shape, shape.column("completion")).messages.pop()]
+        add_turns(example, completion, shape, shape.column("completion"))
+        completion = [no_weights(example, NO_WEIGHTS).messages.pop()]
         del example.trained[-1:]
+    elif isinstance(completion, list):
+        turns = add_turns(shape.example(where), completion, shape, shape.column("completion"))
+        completion = no_weights(turns, NO_WEIGHTS).messages
     if not isinstance(completion, list):
         raise UserError("it has no answer that the label could be about", where=where)
     label = shape.value(row, "label", where)
@@ -162,6 +175,7 @@ def _prompt(row: dict[str, Any], shape: Shape, where: str) -> Example:
             example.add("user", "\n".join(filter(None, (value, more))))
         else:
             add_turns(example, value, shape, column)
+    no_weights(example, NO_WEIGHTS)
     used = {*columns[:1], *map(shape.column, _ANSWERS), "tools", "function", "input", "history", *SYSTEM}
     example.extra = {key: value for key, value in row.items() if key not in used}
     return example

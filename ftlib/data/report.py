@@ -78,8 +78,12 @@ class LoadReport:
 def describe(name: str, documents: Documents) -> str:
     """One line on a set of documents: how many, tokens, how much of them is trained, lengths."""
     tokens, trained = int(documents.lengths.sum(dtype=np.int64)), int(documents.target_counts.sum())
+    weighted = ""
+    if documents.weighted:
+        mean = documents.target_weights.sum() / max(trained, 1)
+        weighted = f", {documents.weighted:,} with weights other than 0 and 1 (mean of all trained tokens {mean:.3g})"
     return (
-        f"{name}: {len(documents):,} documents, {tokens:,} tokens, {trained / max(tokens, 1):.1%} trained, "
+        f"{name}: {len(documents):,} documents{weighted}, {tokens:,} tokens, {trained / max(tokens, 1):.1%} trained, "
         f"lengths {spread(documents.lengths)}"
     )
 

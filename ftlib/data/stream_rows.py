@@ -21,11 +21,9 @@ from ftlib.data.formats import read_examples
 from ftlib.data.masks import Masked, Tokenizer, tokenize
 from ftlib.data.packing import shuffled
 from ftlib.errors import UserError
-from ftlib.layers.batch import IGNORED
+from ftlib.layers.batch import IGNORED, Piece
 from ftlib.sections import Data
 from ftlib.sections.stream import Mix
-
-Piece = tuple[np.ndarray, np.ndarray]  # input_ids, labels
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,15 @@ class Packed:
     @property
     def targets(self) -> int:
         """Labels that are not -100."""
-        return sum(int((labels != IGNORED).sum()) for _, labels in self.pieces)
+        return sum(int((labels != IGNORED).sum()) for _, labels, *_ in self.pieces)
+
+    @property
+    def weight(self) -> float:
+        """The sum of their weights; an int where no piece has weights."""
+        return sum(
+            float(own[0].sum(dtype=np.float64)) if own else int((labels != IGNORED).sum())
+            for _, labels, *own in self.pieces
+        )
 
 
 @dataclass
@@ -287,10 +293,16 @@ class Lane:
 
 
 def _piece(ids: np.ndarray, trained: np.ndarray, start: int, stop: int) -> Piece:
-    """Tokens [start, stop) of a document and their labels; the last one's is what the next piece begins with."""
+    """Tokens [start, stop) of a document and their labels (with weights, where its mask is of floats); the last one's
+    is what the next piece begins with."""
     stop = min(stop, len(ids))
     labels = np.full(stop - start, IGNORED, np.int32)
     follows = min(stop + 1, len(ids))
     wanted = trained[start + 1 : follows]
-    np.copyto(labels[: len(wanted)], ids[start + 1 : follows], where=wanted)
-    return np.asarray(ids[start:stop], np.int32), labels
+    np.copyto(labels[: len(wanted)], ids[start + 1 : follows], where=wanted != 0)
+    piece = np.asarray(ids[start:stop], np.int32), labels
+    if trained.dtype == bool:
+        return piece
+    weights = np.zeros(len(labels), np.float32)
+    weights[: len(wanted)] = wanted
+    return *piece, weights

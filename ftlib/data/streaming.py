@@ -30,10 +30,14 @@ Gather = Callable[[Any], list[Any]]  # JSON-able value of this process -> the va
 
 @dataclass(frozen=True)
 class StreamStep:
-    """One optimizer step's data for this rank. The numbers are over all ranks; `by_source`: tokens of each source."""
+    """One optimizer step's data for this rank. The numbers are over all ranks; `by_source`: tokens of each source.
+
+    `target_weight`: as of a `Step` (ftlib.data.loader).
+    """
 
     micro_batches: list[Batch]
     target_tokens: int
+    target_weight: float
     tokens: int
     by_source: dict[str, int]
 
@@ -177,9 +181,10 @@ class StreamLoader:
         batches, rows, counts = self._made.popleft().result()
         self._states, self._counts = [row.state for row in rows], known(self._counts, counts)
         taken = zip(*(row.taken for row in rows), strict=True)
-        targets, *taken = self._summed([sum(row.targets for row in rows), *map(sum, taken)])
+        own = sum(row.targets for row in rows), sum(row.weight for row in rows)
+        targets, weight, *taken = self._summed([*own, *map(sum, taken)])
         names = [source.name for source in self.plan.sources]
-        return StreamStep(batches, targets, sum(taken), dict(zip(names, taken, strict=True)))
+        return StreamStep(batches, targets, weight, sum(taken), dict(zip(names, taken, strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the next step: the state of every lane, and rows of the files that were read. Collective."""
@@ -231,7 +236,7 @@ class StreamLoader:
         batch = batch if self._share is None else self._share(batch)
         return batch.pin_memory() if self._pin else batch
 
-    def _summed(self, mine: list[int]) -> list[int]:
+    def _summed(self, mine: list[float]) -> list[float]:
         if self._gather is None:
             return mine
         by_rank = dict(self._gather([self._rank, mine]))

@@ -25,7 +25,7 @@ def apply(example: Example, mode: str) -> None:
                 message.setdefault("reasoning_content", found.group(2).strip())
             ranges, cut = example.trained[number], found.end()
             if isinstance(ranges, list):
-                example.trained[number] = [(max(s - cut, 0), e - cut) for s, e in ranges if e > cut]
+                example.trained[number] = [(max(s - cut, 0), e - cut, w) for s, e, w in ranges if e > cut]
         if mode == "drop":
             for field in FIELDS:
                 message.pop(field, None)

@@ -33,7 +33,7 @@ class Evaluation:
         with torch.random.fork_rng():  # training must not depend on whether it was evaluated
             losses = {name: held_out.loss(model, self._batches(rows), self.run) for name, rows in self.sets.items()}
             if losses:
-                targets = {name: int(rows.target_counts.sum()) for name, rows in self.sets.items()}
+                targets = {name: rows.target_weights.sum().item() for name, rows in self.sets.items()}
                 row["eval_loss"] = sum(losses[n] * targets[n] for n in losses) / sum(targets.values())
                 if len(losses) > 1:
                     row |= {f"eval_loss_{name}": value for name, value in losses.items()}

@@ -12,16 +12,19 @@ from ftlib.parallel.run import Run
 
 @torch.no_grad()
 def loss(model: nn.Module, batches: Iterable[Batch], run: Run) -> float:
-    """Mean -log p per target token over all `batches` of all processes; the model is left in the mode it was in."""
+    """Mean -log p of the targets of all `batches` of all processes, weighted as in training: sum w * -log p / sum w.
+
+    The model is left in the mode it was in.
+    """
     training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         batch = run.share(batch).to(run.device)
-        nll = next_token_loss(
-            model(batch), model.lm_head.weight, batch.labels, batch.target_tokens, **model.logit_terms
-        )
-        total += torch.tensor((float(nll), batch.target_tokens), dtype=total.dtype)
+        hidden, head, terms = model(batch), model.lm_head.weight, model.logit_terms
+        nll = next_token_loss(hidden, head, batch.labels, batch.target_tokens, weights=batch.weights, **terms)
+        count = batch.target_tokens if batch.weights is None else float(batch.weights.sum(dtype=total.dtype))
+        total += torch.tensor((float(nll), count), dtype=total.dtype)
     model.train(training)
     total = run.total(total.to(run.device))
     return float(total[0] / total[1])

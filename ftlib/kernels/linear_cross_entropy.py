@@ -19,24 +19,25 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    weights: Tensor | None = None,
     targets: int | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     vocab_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Sum over targets of -log softmax(z)[label], a float32 scalar (float64 for float64 input).
+    """Sum over targets of w * -log softmax(z)[label], a float32 scalar (float64 for float64 input).
 
-    hidden [N, D]; weight [V, D]; labels [N] int64, -100 = no target; z = scale * hidden weight^T, then
-    softcap * tanh(z / softcap) if given. Rows without a target are left out before the product; `targets`, their
-    number, saves a wait for the device when it is known. Gradients are made in the forward pass, tile by tile, so
-    each logit is computed once.
+    hidden [N, D]; weight [V, D]; labels [N] int64, -100 = no target; w is `weights` float32 [N], or 1; z = scale *
+    hidden weight^T, then softcap * tanh(z / softcap) if given. Rows without a target are left out before the product;
+    `targets`, their number, saves a wait for the device when it is known. Gradients are made in the forward pass, tile
+    by tile, so each logit is computed once.
 
     `vocab_group`: processes that each hold a slice of V, all with the same hidden and labels; a `weight` sharded over
     the tensor-parallel axis brings its own. Each returns the whole sum. The gradient of `hidden` is then this process's
     part of a sum over the group, which belongs to whoever gathered `hidden` (ftlib.parallel.tensor).
     """
     vocab_group, weight = local_weight(weight, vocab_group)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, targets, scale, softcap, vocab_group)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, weights, targets, scale, softcap, vocab_group)
 
 
 def linear_cross_entropy_reference(
@@ -194,6 +195,7 @@ class _LinearCrossEntropy(TiledSum):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
+        weights: Tensor | None,
         targets: int | None,
         scale: float,
         softcap: float | None,
@@ -202,6 +204,10 @@ class _LinearCrossEntropy(TiledSum):
         tile = tile_function(hidden.device, group)
 
         def differentiate(logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-            return tile(logits, labels[rows], scale, softcap).sum(), logits  # which now hold their gradient
+            nll = tile(logits, labels[rows], scale, softcap)  # the logits now hold their gradient
+            if weights is not None:
+                nll *= weights[rows]
+                logits *= weights[rows][:, None]
+            return nll.sum(), logits
 
         return TiledSum.add_up(ctx, hidden, weight, labels, targets, tile_rows(hidden, weight), differentiate)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ftlib.kernels.flex_attention import BlockMask, Seen, block_mask
 
 IGNORED = -100  # a label that takes no part in the loss
+Piece = tuple[np.ndarray, ...]  # input_ids and labels of a document, and the weights of its labels if not all are 1
 
 
 @dataclass(eq=False)
@@ -101,7 +102,7 @@ class Layout:
 class Batch:
     """One forward pass. All int64 [B, T]: `input_ids`; `labels`, already shifted: labels[t] is the target of position
     t, -100 where there is none; `position_ids`, from 0 in each document. The padding tail of a row is a document of its
-    own with labels -100.
+    own with labels -100. `weights` float32 [B, T]: how much each target counts, 0 where there is none; None: 1 each.
 
     `target_tokens` (labels that are not -100) and `tokens` (all but padding) are Python ints that the loader knows in
     advance. Left out, they are counted here, which waits for the device when the tensors live on a GPU.
@@ -113,6 +114,7 @@ class Batch:
     layout: Layout
     target_tokens: int | None = None
     tokens: int | None = None
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.target_tokens is None:
@@ -130,14 +132,16 @@ class Batch:
 
     def _each(self, move: Callable[[Tensor], Tensor], layout: Layout) -> "Batch":
         tensors = (move(t) for t in (self.input_ids, self.labels, self.position_ids))
-        return Batch(*tensors, layout, self.target_tokens, self.tokens)
+        weights = None if self.weights is None else move(self.weights)
+        return Batch(*tensors, layout, self.target_tokens, self.tokens, weights)
 
 
 def from_documents(
-    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], seq_len: int, pad_id: int, max_documents: int
+    rows: Sequence[Sequence[Piece]], seq_len: int, pad_id: int, max_documents: int
 ) -> Batch:
-    """A batch [len(rows), seq_len] on the CPU. A row is the documents packed into it, each (input_ids, labels) of one
-    length; a row without documents is padding from end to end.
+    """A batch [len(rows), seq_len] on the CPU. A row is the documents packed into it, each (input_ids, labels) or
+    (input_ids, labels, weights) of one length; a row without documents is padding from end to end. The batch has
+    weights if one of its documents has.
 
     `max_documents`: most documents a row of this run may hold; it fixes the length of `cu_seqlens` at
     len(rows) * (max_documents + 1) + 1, the extra one being a row's padding tail. ValueError if a row does not fit.
@@ -146,19 +150,23 @@ def from_documents(
     input_ids = np.full(shape, pad_id, np.int64)
     labels = np.full(shape, IGNORED, np.int64)
     position_ids = np.empty(shape, np.int64)
+    weighted = any(len(document) == 3 for documents in rows for document in documents)
+    weights = np.zeros(shape, np.float32) if weighted else None
     ends, tokens = [0], 0
     for row, documents in enumerate(rows):
         at = 0
-        for ids, targets in documents:
+        for ids, targets, *own in documents:
             end = at + len(ids)
             if end > seq_len:
                 break
             input_ids[row, at:end] = ids
             labels[row, at:end] = targets
+            if weighted:
+                weights[row, at:end] = own[0] if own else targets != IGNORED
             position_ids[row, at:end] = np.arange(len(ids))
             ends.append(row * seq_len + end)
             at = end
-        if len(documents) > max_documents or sum(len(ids) for ids, _ in documents) > seq_len:
+        if len(documents) > max_documents or sum(len(ids) for ids, *_ in documents) > seq_len:
             raise ValueError(f"row {row} does not fit {max_documents} documents of together {seq_len} tokens")
         if at < seq_len:
             position_ids[row, at:] = np.arange(seq_len - at)
@@ -173,4 +181,5 @@ def from_documents(
         Layout.packed(torch.from_numpy(cu_seqlens), seq_len, shape),
         int((labels != IGNORED).sum()),
         tokens,
+        torch.from_numpy(weights) if weighted else None,
     )

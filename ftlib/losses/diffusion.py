@@ -13,7 +13,8 @@ from ftlib.layers.bidirectional import Bidirectional
 @dataclass
 class Noised:
     """A batch whose hidden tokens are the mask token and whose labels are those tokens in place, not shifted;
-    `weights` float32 [B, T] are 1 / p of each, p the chance with which its document's tokens were hidden."""
+    `weights` float32 [B, T] are 1 / p of each, p the chance with which its document's tokens were hidden, times the
+    weight that the batch gives it."""
 
     batch: Batch
     weights: Tensor
@@ -43,8 +44,10 @@ def hide(batch: Batch, mask_id: int, least: float, seeds: list[int]) -> Noised:
         labels=labels,
         layout=Bidirectional(batch.layout),
         target_tokens=int(hidden.sum()),
+        weights=None,
     )
-    return Noised(changed, torch.where(hidden, 1 / chance, 0.0))
+    own = 1 if batch.weights is None else torch.roll(batch.weights, 1, 1)  # of the tokens themselves, as their labels
+    return Noised(changed, torch.where(hidden, own / chance, 0.0))
 
 
 def diffusion_loss(

@@ -94,27 +94,35 @@ def distillation_loss(
     labels: Tensor,
     cfg: Distill,
     *,
+    weights: Tensor | None = None,
     targets: int | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Sum over targets of (1 - hard) * T^2 * divergence + hard * -log q(label), float32 (float64 for float64 input).
+    """Sum over targets of w ((1 - hard) * T^2 * divergence + hard * -log q(label)).
 
-    hidden [N, D] and head [V, D] of the student; labels int64 [N], -100 = no target. Gradients are made in the forward
+    float32, or float64 for float64 input. hidden [N, D] and head [V, D] of the student; labels int64 [N], -100 = no
+    target; w is `weights` float32, as many, or 1. Gradients are made in the forward
     pass, for the student only. T^2 keeps gradients alike at any temperature (Hinton et al. 2015, arXiv 1503.02531).
     """
     if isinstance(head, DTensor):
         raise ValueError("a head that is split over processes cannot be distilled")
 
+    own = None if weights is None else weights.flatten()
+
+    def summed(values: Tensor, rows: Tensor | slice) -> Tensor:
+        return values.sum() if own is None else (own[rows] * values).sum()
+
     def compare(logits: Tensor, rows: Tensor | slice) -> Tensor:
         at, wide = labels[rows][:, None], logits.dtype
         student = _logprobs(logits, scale, softcap, cfg.temperature, wide)
         theirs = teacher.logprobs(rows, cfg.temperature, wide)
-        soft = divergence(theirs, teacher.view(student, rows), cfg.divergence, cfg.beta).sum() * cfg.temperature**2
+        far = divergence(theirs, teacher.view(student, rows), cfg.divergence, cfg.beta)
+        soft = summed(far, rows) * cfg.temperature**2
         if not cfg.hard:
             return soft
         plain = student if cfg.temperature == 1 else _logprobs(logits, scale, softcap, 1.0, wide)
-        return (1 - cfg.hard) * soft - cfg.hard * plain.gather(1, at).sum()
+        return (1 - cfg.hard) * soft - cfg.hard * summed(plain.gather(1, at)[:, 0], rows)
 
     return _Tiled.apply(hidden, head, labels, targets, compare)
 

@@ -48,18 +48,21 @@ def weighted_cross_entropy(
     weigh: Weigh = equal_weights,
     *,
     z_loss: float = 0.0,
+    weights: Tensor | None = None,
     targets: int | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Sum over targets of w * -log softmax(z)[label] + z_loss * logsumexp(z)^2, float32 (float64 for float64 input).
+    """Sum over targets of u (w * -log softmax(z)[label] + z_loss * logsumexp(z)^2).
 
-    hidden [N, D]; weight [V, D]; labels int64 [N], -100 = no target; z and `targets` as in `linear_cross_entropy`. The
-    z-loss keeps the softmax's normaliser near 1 (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+    float32, or float64 for float64 input. hidden [N, D]; weight [V, D]; labels int64 [N], -100 = no target; z and
+    `targets` as in `linear_cross_entropy`; w is what `weigh` makes of the logits; u is `weights` float32 [N], which the
+    data bring, or 1. The z-loss keeps the softmax's normaliser near 1 (PaLM, Chowdhery et al. 2022, arXiv 2204.02311,
+    section 5).
     """
     if isinstance(weight, DTensor):
         raise ValueError("a head that is split over processes has no weighted loss")
-    return _Weighted.apply(hidden, weight, labels, targets, weigh, z_loss, scale, softcap)
+    return _Weighted.apply(hidden, weight, labels, weights, targets, weigh, z_loss, scale, softcap)
 
 
 class _Weighted(TiledSum):
@@ -71,6 +74,7 @@ class _Weighted(TiledSum):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
+        own: Tensor | None,
         targets: int | None,
         weigh: Weigh,
         z_loss: float,
@@ -88,9 +92,11 @@ class _Weighted(TiledSum):
                 z, slope = softcap * bent, scale * (1 - bent * bent)
             lse = z.logsumexp(-1)
             nll = lse - z.gather(1, at)[:, 0]
-            weights = weigh(z, nll)
-            part = (weights * nll).sum() + z_loss * lse.square().sum()
-            grad = (z - lse[:, None]).exp_().mul_((weights + 2 * z_loss * lse)[:, None])
+            weights, squares, slopes = weigh(z, nll), lse.square(), 2 * z_loss * lse
+            if own is not None:
+                weights, squares, slopes = (own[rows] * each for each in (weights, squares, slopes))
+            part = (weights * nll).sum() + z_loss * squares.sum()
+            grad = (z - lse[:, None]).exp_().mul_((weights + slopes)[:, None])
             return part, grad.scatter_add_(1, at, -weights[:, None]).mul_(slope).to(hidden.dtype)
 
         return TiledSum.add_up(ctx, hidden, weight, labels, targets, tile_rows(hidden, weight), differentiate)

@@ -103,7 +103,7 @@ def save(model: LanguageModel, folder: Path, write: bool = True) -> None:
 
 
 def ahead(tokens: Tensor, layout: Layout, k: int, missing: int) -> Tensor:
-    """tokens[i + k] at i, int64 [B, T]; `missing` where that is past the end of i's document."""
+    """tokens[i + k] at i, [B, T]; `missing` where that is past the end of i's document."""
     documents = layout.document_ids
     moved = torch.roll(tokens, -k, 1)
     inside = torch.roll(documents, -k, 1) == documents

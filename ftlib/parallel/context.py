@@ -3,7 +3,8 @@
 `ulysses` (Jacobs et al. 2023, arXiv 2309.14509) trades sequence for heads before attention and back after it: each
 process sees whole rows for some of the heads, with any attention kernel. `allgather` keeps queries where they are and
 gathers keys and values, which grouped queries make small; each process holds an early and a late piece of the row, so
-that causal attention is the same work for all.
+that causal attention is the same work for all. `ring` (ftlib.parallel.ring) has the same pieces, and keys and values
+that travel instead, so that no process ever holds, or keeps for backward, those of a whole row.
 """
 
 import math
@@ -18,6 +19,7 @@ from ftlib.kernels.varlen_attention import varlen_attention
 from ftlib.layers.attention import attend
 from ftlib.layers.batch import IGNORED, Batch, Layout
 from ftlib.parallel.collectives import exchange, gather
+from ftlib.parallel.ring import ring_attention, who_sees_whom
 
 
 def share(batch: Batch, group: ProcessGroup, style: str) -> Batch:
@@ -35,6 +37,7 @@ def share(batch: Batch, group: ProcessGroup, style: str) -> Batch:
         layout,
         int((labels != IGNORED).sum()),
         batch.tokens,
+        None if batch.weights is None else batch.weights[:, at].contiguous(),
     )
 
 
@@ -44,9 +47,10 @@ class ContextLayout:
 
     whole: Layout
     group: ProcessGroup
-    style: str  # `ulysses` or `allgather`
+    style: str  # `ulysses`, `allgather` or `ring`
     masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
     bounds: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    pairs: list[Tensor] = field(default_factory=list, repr=False)  # of pieces in a ring: who sees whom
     cu_seqlens: Tensor | None = None  # local tokens are no packed documents
 
     @property
@@ -64,6 +68,9 @@ class ContextLayout:
         if self.style == "ulysses":
             self.whole.prepare(backend, windows)
             return
+        if self.style == "ring":
+            self.pairs = who_sees_whom(self.whole, self.group.rank(), self.group.size(), backend == "varlen")
+            return
         if backend == "varlen":
             self.bounds = [_bounds(self.whole, *bounds) for bounds in self._pieces()]
             return
@@ -77,7 +84,7 @@ class ContextLayout:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ContextLayout":
         """The same layout on `device`."""
-        return replace(self, whole=self.whole.to(device, non_blocking), masks={}, bounds=[])
+        return replace(self, whole=self.whole.to(device, non_blocking), masks={}, bounds=[], pairs=[])
 
     def pin_memory(self) -> "ContextLayout":
         """The same layout in page-locked memory."""
@@ -85,7 +92,7 @@ class ContextLayout:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`ftlib.layers.attention.attend` for queries, keys and values of local tokens [B, T / size, heads, D]."""
-        return self._ulysses(q, k, v, **options) if self.style == "ulysses" else self._allgather(q, k, v, **options)
+        return getattr(self, f"_{self.style}")(q, k, v, **options)
 
     def _ulysses(self, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None, **options: Any) -> Tensor:
         size = self.group.size()
@@ -95,6 +102,11 @@ class ContextLayout:
         if sinks is not None:
             sinks = sinks.chunk(size)[self.group.rank()]
         return _to_tokens(attend(q, k, v, self.whole, sinks=sinks, **options), self.group)
+
+    def _ring(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, **options: Any) -> Tensor:
+        """Other options are as `ftlib.parallel.check` has seen to."""
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return ring_attention(q, k, v, self.pairs, scale, self.group.rank(), self.group.size(), self.group.group_name)
 
     def _allgather(
         self, q: Tensor, k: Tensor, v: Tensor, *, backend: str, window: int | None, **options: Any

@@ -53,6 +53,7 @@ def zst():
 
 
 QA, SEGMENT = {"question": "a", "answer": "b"}, {"segments": [{"text": "abc", "label": True}]}
+RANGE = {"begin_offset": 0, "end_offset": 0}
 IDS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
 CALL = {"role": "assistant", "content": [{"type": "tool_call", "value": "{"}]}
@@ -122,7 +123,12 @@ FILES = {  # name of the file (up to a blank), its bytes: what the message must 
     ("rows.jsonl content", chat(ASK, {**SAY, "content": 7})): [ROW, "message 2", "string or a list"],
     ("rows.jsonl silent", chat(ASK, {"role": "assistant"})): [ROW, "message 2", "no 'content'"],
     ("rows.jsonl image", chat(ASK, {**SAY, "content": [{"type": "image", "url": "x"}]})): [ROW, "message 2", "image"],
-    ("rows.jsonl weight", chat(ASK, {**SAY, "loss_weight": 0.5})): [ROW, "message 2", "0 (not trained) or 1"],
+    ("rows.jsonl weight", chat(ASK, {**SAY, "loss_weight": -0.5})): [ROW, "message 2", "loss_weight is -0.5", "from 0"],
+    ("rows.jsonl weight-nan", chat(ASK, {**SAY, "weight": float("nan")})): [ROW, "message 2", "weight is NaN"],
+    ("rows.jsonl weight-inf", chat(ASK, {**SAY, "weight": float("inf")})): [ROW, "message 2", "weight is Infinity"],
+    ("rows.jsonl weight-text", chat(ASK, {**SAY, "weight": "0.5"})): [ROW, "message 2", 'weight is "0.5"'],
+    ("rows.jsonl weight-part", chat(ASK, {**SAY, "content": [{"text": "a", "weight": -1}]})): [ROW, "message 2", "-1"],
+    ("rows.jsonl weight-range", chat(ASK, {**SAY, "train_detail": [{**RANGE, "weight": -1}]})): [ROW, "weight is -1"],
     ("rows.jsonl weights", chat(ASK, {**SAY, "weight": 1, "train": False})): [ROW, "message 2", "disagree"],
     ("rows.jsonl words", chat("hi")): [ROW, "message 1", "object with role"],
     ("rows.jsonl no-turn", chat()): [ROW, "at least one"],
@@ -137,6 +143,10 @@ FILES = {  # name of the file (up to a blank), its bytes: what the message must 
     ("rows.jsonl answer", second(QA, {"question": "a", "answer": 3})): [ROW, "'answer' must be text"],
     ("rows.jsonl answerless", second(QA, {"question": "a"})): [ROW, "'answer' not found"],
     ("rows.jsonl choices", second(QA, {**QA, "choices": "c"})): [ROW, "must be a list"],
+    ("rows.jsonl segment", second(SEGMENT, {"segments": [{"text": "a", "label": True, "weight": -2}]})):
+        [ROW, "segment 1: weight is -2"],
+    ("rows.jsonl unlabelled", second(SEGMENT, {"segments": [{"text": "a", "label": False, "weight": 0.5}]})):
+        [ROW, "segment 1", "disagree"],
     ("rows.jsonl label", second(SEGMENT, {"segments": [{"text": "a"}]})): [ROW, "label: true or false"],
     ("rows.jsonl ids", second(IDS, {"input_ids": "12"})): [ROW, "whole numbers"],
     ("rows.jsonl lengths", second(IDS, {**IDS, "labels": [1]})): [ROW, "1 entries", "has 3"],

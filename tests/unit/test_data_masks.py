@@ -113,12 +113,12 @@ def test_real_glm_template():
 def test_thinking(mode, content, reasoning):
     said = {"role": "assistant", "content": "<think>so</think>\n\nYes"}
     made = example([TALK[1], said, {"role": "user", "content": "<think>mine</think>"}])
-    made.trained[1] = [(20, 22)]
+    made.trained[1] = [(20, 22, 0.5)]
     thinking.apply(made, mode)
     assert (made.messages[1]["content"], made.messages[1].get("reasoning_content")) == (content, reasoning)
     assert made.messages[2]["content"] == "<think>mine</think>"
-    (start, end), = made.trained[1]
-    assert content[start:end] == "es"
+    (start, end, weight), = made.trained[1]
+    assert content[start:end] == "es" and weight == 0.5
     other = example([TALK[1], {"role": "assistant", "content": "Yes", "reasoning_content": "so"}])
     thinking.apply(other, mode)
     assert ("reasoning_content" in other.messages[1]) == (mode != "drop")

@@ -48,6 +48,17 @@ def test_trained_tokens_are_hidden_with_the_chance_of_their_document():
     assert not torch.equal(again.weights, hide(batch, MASK, 0.001, [4]).weights)
 
 
+def test_weights_of_tokens_go_with_them():
+    """Labels are shifted, hidden tokens are not: each keeps the weight of its own."""
+    told = lambda ids: (ids / 64).astype(np.float32)  # noqa: E731
+    rows = [[(ids, labels, told(labels) * (labels != IGNORED)) for ids, labels in (document(30), document(20, 50))]]
+    plain = hide(from_documents([[piece[:2] for piece in rows[0]]], 52, 0, 2), MASK, 0.1, [5])
+    noised = hide(from_documents(rows, 52, 0, 2), MASK, 0.1, [5])
+    ids = np.where(noised.batch.labels == IGNORED, 0, noised.batch.labels)
+    torch.testing.assert_close(noised.weights, plain.weights * torch.from_numpy(told(ids)))
+    assert noised.weights.count_nonzero() == noised.batch.target_tokens > 5 and noised.batch.weights is None
+
+
 def test_noise_of_a_row_does_not_depend_on_its_neighbours():
     rows = [[document(30)], [document(20), document(9)], [document(25)]]
     together = hide(from_documents(rows, 32, 0, 2), MASK, 0.1, [5, 6, 7])

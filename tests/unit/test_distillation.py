@@ -23,11 +23,13 @@ def tensors(seed=0):
     return draw(N, D).requires_grad_(), draw(V, D).requires_grad_(), draw(N, D + 3), draw(V, D + 3), labels
 
 
-def by_formula(student, teacher, labels, cfg):
-    """torch's own kl_div over whole distributions of the rows that have a target."""
+def by_formula(student, teacher, labels, cfg, own=None):
+    """torch's own kl_div over whole distributions of the rows that have a target, each times `own` [N]."""
     kept = labels != -100
     q, p = (F.log_softmax(x[kept] / cfg.temperature, -1) for x in (student, teacher))
-    kl = lambda a, b: F.kl_div(b, a, reduction="sum", log_target=True)  # noqa: E731 - KL(a, b)
+    own = torch.ones(len(labels), dtype=student.dtype) if own is None else own.double()
+    # KL(a, b)
+    kl = lambda a, b: (own[kept] * F.kl_div(b, a, reduction="none", log_target=True).sum(-1)).sum()  # noqa: E731
     if cfg.divergence == "forward_kl":
         soft = kl(p, q)
     elif cfg.divergence == "reverse_kl":
@@ -35,21 +37,22 @@ def by_formula(student, teacher, labels, cfg):
     else:
         m = (cfg.beta * p.exp() + (1 - cfg.beta) * q.exp()).log()
         soft = cfg.beta * kl(p, m) + (1 - cfg.beta) * kl(q, m)
-    hard = F.cross_entropy(student[kept], labels[kept], reduction="sum") if cfg.hard else 0.0
+    hard = (own[kept] * F.cross_entropy(student[kept], labels[kept], reduction="none")).sum() if cfg.hard else 0.0
     return (1 - cfg.hard) * cfg.temperature**2 * soft + cfg.hard * hard
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("more", [{}, {"temperature": 2.5, "hard": 0.3, "beta": 0.1}], ids=["plain", "tempered"])
-def test_value_and_gradients_are_the_formulas(kind, more, monkeypatch):
+@pytest.mark.parametrize("own", [None, torch.linspace(0, 3, N)], ids=["", "weighted"])
+def test_value_and_gradients_are_the_formulas(kind, more, own, monkeypatch):
     monkeypatch.setattr(kernel, "TILE_BYTES", V * 8 * 8 * 4)  # tiles of four rows
     cfg = Distill(teacher="t", divergence=kind, **more)
     (hidden, head, theirs, their_head, labels), (h2, w2, *_) = tensors(), tensors()
     terms, their_terms = {"scale": 0.7, "softcap": 3.0}, {"scale": 0.9, "softcap": None}
     targets = int((labels != -100).sum())
     teacher = Teacher(theirs, their_head, **their_terms)
-    loss = distillation_loss(hidden, head, teacher, labels, cfg, targets=targets, **terms)
-    wanted = by_formula(3.0 * torch.tanh(0.7 * h2 @ w2.T / 3.0), 0.9 * theirs @ their_head.T, labels, cfg)
+    loss = distillation_loss(hidden, head, teacher, labels, cfg, weights=own, targets=targets, **terms)
+    wanted = by_formula(3.0 * torch.tanh(0.7 * h2 @ w2.T / 3.0), 0.9 * theirs @ their_head.T, labels, cfg, own)
     (2 * loss).backward(), (2 * wanted).backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-10)
     torch.testing.assert_close(hidden.grad, h2.grad, rtol=1e-9, atol=1e-11)

@@ -26,8 +26,8 @@ def inputs(seed=0):
     return hidden, head, labels
 
 
-def by_formula(hidden, head, labels, rule, scale=1.0, softcap=None):
-    """All logits at once, weights detached, differentiated by autograd."""
+def by_formula(hidden, head, labels, rule, own=None, scale=1.0, softcap=None):
+    """All logits at once, weights detached, differentiated by autograd; `own` [1, N]: those that the data bring."""
     logits = scale * hidden[0] @ head.T
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     kept = labels[0] != -100
@@ -38,7 +38,8 @@ def by_formula(hidden, head, labels, rule, scale=1.0, softcap=None):
     if rule.name == "eaft":
         p = torch.sort(logits, descending=True).values[:, : rule.eaft_k].softmax(-1).detach()
         weight = (-(p * p.log()).sum(-1) / 3.0) ** rule.eaft_alpha
-    return (weight * nll).sum() + rule.z_loss * torch.logsumexp(logits, -1).square().sum()
+    each = weight * nll + rule.z_loss * torch.logsumexp(logits, -1).square()
+    return each.sum() if own is None else (own[0][kept].double() * each).sum()
 
 
 RULES = [
@@ -59,6 +60,49 @@ def test_value_and_gradients_are_the_formulas(rule, terms, monkeypatch):
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
     for a, b in zip(mine[:2], wanted[:2], strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [Loss(), *RULES], ids=str)
+@pytest.mark.parametrize("count", [None, "known"])
+def test_weights_of_tokens_scale_what_any_rule_makes_of_them(rule, count, monkeypatch):
+    monkeypatch.setattr(kernel, "TILE_BYTES", V * 8 * 4)
+    mine, wanted = inputs(), inputs()
+    own = 3 * torch.rand(1, N, generator=torch.Generator().manual_seed(4))
+    own[mine[2] == -100] = 7.0  # of no target: it must not count
+    targets = None if count is None else int((mine[2] != -100).sum())
+    ours = next_token_loss(*mine, targets, rule, own, scale=0.5, softcap=3.0)
+    theirs = by_formula(*wanted, rule, own, scale=0.5, softcap=3.0)
+    (2 * ours).backward(), (2 * theirs).backward()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    for a, b in zip(mine[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [Loss(), Loss(name="dft", z_loss=0.01)], ids=str)
+def test_a_half_everywhere_is_one_everywhere_and_zero_is_no_target(rule):
+    """Of a mean: to the bit, in float32 and bfloat16, which halving does not round."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for half in (None, 0.5, 0.3):
+            hidden, head, labels = (t.detach().to(dtype) if t.is_floating_point() else t for t in inputs())
+            hidden.requires_grad_(), head.requires_grad_()
+            own = None if half is None else torch.full(labels.shape, half)
+            count = int((labels != -100).sum()) if half is None else float(own[labels != -100].double().sum())
+            mean = next_token_loss(hidden, head, labels, None, rule, own) / count
+            found.append((mean, *torch.autograd.grad(mean, (hidden, head))))
+        plain, halves, thirds = found
+        assert all(torch.equal(a, b) for a, b in zip(plain, halves, strict=True))
+        for a, b in zip(plain, thirds, strict=True):
+            close = 1e-6 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(a, b, rtol=close, atol=close * a.abs().max().item())
+    hidden, head, labels = inputs()
+    own = (torch.arange(N) % 3 > 0).float()[None]
+    masked = torch.where(own > 0, labels, -100)
+    for targets, weights in ((labels, own), (masked, None)):
+        loss = next_token_loss(hidden, head, targets, None, rule, weights)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, head))))
+    for a, b in zip(*found[-2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_without_a_rule_it_is_cross_entropy():

@@ -36,13 +36,15 @@ def with_modules(folder, depth=2, weight=0.3, seed=3):
     return model
 
 
-def packed(lengths=LENGTHS, seq_len=20, shared_seed=1):
+def packed(lengths=LENGTHS, seq_len=20, shared_seed=1, weighted=False):
     dice = np.random.default_rng(shared_seed)
     documents = []
     for n in lengths:
         ids = dice.integers(3, 250, n).astype(np.int32)
         documents.append((ids, np.append(ids[1:], -100).astype(np.int32)))
     documents[0][1][:3] = -100  # a prompt
+    if weighted:
+        documents = [(*d, (dice.random(len(d[0])) * (d[1] != -100)).astype(np.float32)) for d in documents]
     return from_documents([documents], seq_len, 0, len(lengths)), documents
 
 
@@ -77,7 +79,7 @@ def by_loops(model, hidden, documents):
     """lambda / D sum_k sum_i -log P^k_i[t_{i+k+1}], each document by itself, T left to the caller."""
     eps, head, embedding = model.arch.norm_eps, model.lm_head.weight, model.model.embed_tokens.weight
     rope, total, start = model.arch.layers[-1].mixer.rope, 0.0, 0
-    for ids, labels in documents:
+    for ids, labels, *own in documents:
         h = [hidden[0, start + i] for i in range(len(ids))]
         for k, depth in enumerate(model.mtp, 1):
             # i = 1 … T - k of the paper: the others lack a token to read and a target.
@@ -96,14 +98,15 @@ def by_loops(model, hidden, documents):
                 h.append(rms(x, depth.norm.weight, eps))
             for i, vector in enumerate(h):
                 if labels[i + k] != -100:  # which is t_{i+k+1}
-                    total = total - (head @ vector).log_softmax(0)[labels[i + k]]
+                    weight = own[0][i + k].item() if own else 1.0
+                    total = total - weight * (head @ vector).log_softmax(0)[labels[i + k]]
         start += len(ids)
     return model.mtp.weight / len(model.mtp) * total
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_loss_and_gradients_are_the_equations(folder, depth):
-    model, (batch, documents) = with_modules(folder, depth), packed()
+@pytest.mark.parametrize("depth,weighted", [(1, False), (2, False), (2, True)])
+def test_loss_and_gradients_are_the_equations(folder, depth, weighted):
+    model, (batch, documents) = with_modules(folder, depth), packed(weighted=weighted)
     hidden = model(batch).detach().requires_grad_()
     wanted = by_loops(model, hidden, documents)
     expected = torch.autograd.grad(wanted, [hidden, *model.mtp.parameters()])
