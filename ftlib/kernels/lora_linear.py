@@ -19,26 +19,25 @@ Kind = tuple[int, torch.dtype]
 
 @torch.library.custom_op("ftlib::lora_project", mutates_args=())
 def _project(
-    x: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
-    rank = sum(a.shape[0] for a in lora_a)
+    x: Tensor, low: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
+) -> Tensor:
+    rank = low.shape[1]
     out, dim = stacked.shape[0] - rank, stacked.shape[1] - rank
-    weight, low = stacked[:out], (x @ stacked[out:, :dim].T).mul_(scale)
+    weight = stacked[:out]
     if dim <= out:
         wide = x.new_empty(x.shape[0], dim + rank)
         wide[:, :dim].copy_(x)
         wide[:, dim:].copy_(low)
-        return wide @ weight.T, low
+        return wide @ weight.T
     y = x @ weight[:, :dim].T
-    return y.addmm_(low, weight[:, dim:].T), low
+    return y.addmm_(low, weight[:, dim:].T)
 
 
 @_project.register_fake
 def _(
-    x: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
-    rank = sum(a.shape[0] for a in lora_a)
-    return x.new_empty(x.shape[0], stacked.shape[0] - rank), x.new_empty(x.shape[0], rank)
+    x: Tensor, low: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
+) -> Tensor:
+    return x.new_empty(x.shape[0], stacked.shape[0] - low.shape[1])
 
 
 @torch.library.custom_op("ftlib::lora_project_backward", mutates_args=())
@@ -72,9 +71,9 @@ def _(grad: Tensor, x: Tensor, low: Tensor, stacked: Tensor, scale: float) -> tu
     )
 
 
-def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN001
-    x, stacked, lora_a, lora_b, ctx.scale = inputs
-    ctx.save_for_backward(x, output[1], stacked)
+def _setup(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+    x, low, stacked, lora_a, lora_b, ctx.scale = inputs
+    ctx.save_for_backward(x, low, stacked)
     ctx.lora_a, ctx.lora_b = kinds(lora_a), kinds(lora_b)
 
 
@@ -83,10 +82,10 @@ def kinds(factors: Sequence[Tensor]) -> list[Kind]:
     return [(factor.shape[0], factor.dtype) for factor in factors]
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
     x, low, stacked = ctx.saved_tensors
     grad_x, grad_a, grad_b = torch.ops.ftlib.lora_project_backward(grad.contiguous(), x, low, stacked, ctx.scale)
-    return grad_x, None, *split_factors(grad_a, grad_b, ctx.lora_a, ctx.lora_b), None
+    return grad_x, None, None, *split_factors(grad_a, grad_b, ctx.lora_a, ctx.lora_b), None
 
 
 def split_factors(
@@ -112,7 +111,15 @@ def lora_project(
     stacked [O + R, D + R] as above, in x's dtype, its copies of the factors current. lora_a [r_i, D] and lora_b
     [out_i, r_i]: the parameters, which receive the gradients. Kept for backward: x, s x A^T and the weights.
     """
-    return torch.ops.ftlib.lora_project(x, stacked, list(lora_a), list(lora_b), scale)[0]
+    factors = list(lora_a), list(lora_b)
+    low = low_product(x, stacked[stacked.shape[0] - sum(a.shape[0] for a in lora_a) :, : x.shape[1]], scale)
+    return torch.ops.ftlib.lora_project(x, low, stacked, *factors, scale)
+
+
+def low_product(x: Tensor, lora_a: Tensor, scale: float) -> Tensor:
+    """s x A^T [N, R], whose gradient is the projection's. An operation of its own: it is all that backward needs of the
+    forward pass beside x, so who computes that pass again does not repeat the large product."""
+    return (x.detach() @ lora_a.detach().T) * scale
 
 
 def lora_project_reference(

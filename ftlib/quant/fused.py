@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ftlib.kernels.lora_linear import kinds, split_factors
+from ftlib.kernels.lora_linear import kinds, low_product, split_factors
 from ftlib.quant.frozen import FORMATS
 
 
@@ -33,18 +33,19 @@ def stack(
 
 @torch.library.custom_op("ftlib::frozen_lora_project", mutates_args=())
 def _project(
-    x: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, low: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scale: float,
+) -> Tensor:  # fmt: skip
     stacked = stack(parts, form, lora_a, lora_b, x.dtype)
-    return torch.ops.ftlib.lora_project(x, stacked, list(lora_a), list(lora_b), scale)
+    return torch.ops.ftlib.lora_project(x, low, stacked, list(lora_a), list(lora_b), scale)
 
 
 @_project.register_fake
 def _(
-    x: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
-    out, rank = sum(b.shape[0] for b in lora_b), sum(a.shape[0] for a in lora_a)
-    return x.new_empty(x.shape[0], out), x.new_empty(x.shape[0], rank)
+    x: Tensor, low: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scale: float,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], sum(b.shape[0] for b in lora_b))
 
 
 @torch.library.custom_op("ftlib::frozen_lora_project_backward", mutates_args=())
@@ -66,21 +67,21 @@ def _(
     return torch.ops.ftlib.lora_project_backward(grad, x, low, stacked, scale)
 
 
-def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN001
-    x, parts, ctx.form, lora_a, lora_b, ctx.scale = inputs
+def _setup(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+    x, low, parts, ctx.form, lora_a, lora_b, ctx.scale = inputs
     ctx.layers = len(lora_a)
     ctx.kinds = kinds(lora_a), kinds(lora_b)
-    ctx.save_for_backward(x, output[1], *lora_a, *lora_b, *parts)
+    ctx.save_for_backward(x, low, *lora_a, *lora_b, *parts)
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
     x, low, *rest = ctx.saved_tensors
     lora_a, lora_b, parts = rest[: ctx.layers], rest[ctx.layers : 2 * ctx.layers], rest[2 * ctx.layers :]
     grad_x, grad_a, grad_b = torch.ops.ftlib.frozen_lora_project_backward(
         grad.contiguous(), x, low, parts, ctx.form, lora_a, lora_b, ctx.scale
     )
     grads = split_factors(grad_a, grad_b, *ctx.kinds)
-    return grad_x, [None] * len(parts), None, *grads, None
+    return grad_x, None, [None] * len(parts), None, *grads, None
 
 
 _project.register_autograd(_backward, setup_context=_setup)
@@ -94,4 +95,5 @@ def frozen_lora_project(
     `parts`: of each layer's weight in format `form`, one layer's after the other's. lora_a [r_i, D] and lora_b
     [out_i, r_i]: the parameters, which receive the gradients. Kept for backward: x, s x A^T and what is given.
     """
-    return torch.ops.ftlib.frozen_lora_project(x, list(parts), form, list(lora_a), list(lora_b), scale)[0]
+    low = low_product(x, torch.cat(list(lora_a)).to(x.dtype), scale)
+    return torch.ops.ftlib.frozen_lora_project(x, low, list(parts), form, list(lora_a), list(lora_b), scale)

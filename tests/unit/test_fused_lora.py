@@ -50,7 +50,8 @@ def test_value_and_gradients_equal_separate_products(dim, outs):
 @pytest.mark.parametrize(("dim", "outs"), [(6, (5, 3)), (12, (5, 3))])
 def test_operator_is_sound_under_autograd_and_fake_tensors(dim, outs):
     x, stacked, a, b = operands(dim, outs, rank=2)
-    torch.library.opcheck(torch.ops.ftlib.lora_project.default, (x, stacked, a, b, 1.5))
+    low = torch.randn(len(x), 2 * len(a), dtype=x.dtype)
+    torch.library.opcheck(torch.ops.ftlib.lora_project.default, (x, low, stacked, a, b, 1.5))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -75,7 +76,8 @@ def test_of_quantized_weights_too(form):
         found.append((y, *torch.autograd.grad(y.square().sum(), (x, *a, *b))))
     assert all(relative(ours, plain) < 1e-5 for ours, plain in zip(*found, strict=True))
     if "fp8" not in form:  # which the check's own comparison cannot do
-        torch.library.opcheck(torch.ops.ftlib.frozen_lora_project.default, (x, parts, form, a, b, 1.5))
+        low = torch.randn(len(x), 6)
+        torch.library.opcheck(torch.ops.ftlib.frozen_lora_project.default, (x, low, parts, form, a, b, 1.5))
 
 
 def test_switched_off_is_what_an_adapter_that_does_nothing_gives(tmp_path):

@@ -1,43 +1,87 @@
-"""What a compiled block keeps for backward where its matrices train."""
+"""What a compiled block keeps for backward, and what it computes a second time there."""
 
 import json
+from collections import Counter
 from functools import partial
 
+import pytest
 import torch
 from tiny_model import ROOT
+from torch.profiler import ProfilerActivity, profile
 
+from ftlib import quant
+from ftlib.adapters import lora
+from ftlib.adapters.fuse import fuse
 from ftlib.layers.batch import Batch, Layout
 from ftlib.models import initial, load
+from ftlib.models.load import base_state
 from ftlib.parallel import recompute
 from ftlib.sections import Memory
 
 ROWS, LENGTH, HEADS, WIDTH = 2, 64, 4, 16
 
 
-def test_except_attention_keeps_one_output_more_than_full(tmp_path, monkeypatch):
-    cut = partial(torch.compile, backend="aot_eager_decomp_partition")  # decides what is kept, and writes no code
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A folder with a one-layer model's config; blocks are cut in forward and backward, and no code is written."""
+    cut = partial(torch.compile, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(torch, "compile", cut)
+    torch._dynamo.reset()
     config = json.loads((ROOT / "tests/parity/configs/qwen3-0.6b.json").read_text())
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": WIDTH}
     sizes |= {"num_attention_heads": HEADS, "num_key_value_heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    return tmp_path
+
+
+def hidden_states(model, mode):
+    """Of a batch, with blocks compiled under `mode`."""
     ends = torch.arange(0, (ROWS + 1) * LENGTH, LENGTH, dtype=torch.int32)
-    ids, positions = torch.randint(0, 64, (ROWS, LENGTH)), torch.arange(LENGTH).expand(ROWS, LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 64, (ROWS, LENGTH), generator=generator)
+    positions = torch.arange(LENGTH).expand(ROWS, LENGTH)
+    model.model.use_attention("sdpa")
+    recompute.use(model, Memory(recompute=mode, compile=True), torch.device("cpu"))
+    return model(Batch(ids, ids, positions, Layout.packed(ends, LENGTH, (ROWS, LENGTH)), target_tokens=ids.numel()))
+
+
+def test_except_attention_keeps_one_output_more_than_full(config):
     kept, gradients = {}, {}
     for mode in ("full", "except_attention"):
         torch._dynamo.reset()
-        model = load.build(tmp_path, torch.float32).to_empty(device="cpu")
+        model = load.build(config, torch.float32).to_empty(device="cpu")
         model.tie()
         initial.init_weights(model, 0, None, True)
-        model.model.use_attention("sdpa")
-        recompute.use(model, Memory(recompute=mode, compile=True), torch.device("cpu"))
-        batch = Batch(ids, ids, positions, Layout.packed(ends, LENGTH, (ROWS, LENGTH)), target_tokens=ids.numel())
         numbers = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (numbers.append(x.numel()), x)[1], lambda x: x):  # noqa: B023
-            hidden = model(batch)
+            hidden = hidden_states(model, mode)
         hidden.square().sum().backward()
         kept[mode] = sum(numbers)
         gradients[mode] = [p.grad for p in model.parameters() if p.grad is not None]
     attended = ROWS * LENGTH * HEADS * (WIDTH + 1)  # and the sums of its softmax
     assert kept["except_attention"] - kept["full"] == attended
     torch.testing.assert_close(gradients["except_attention"], gradients["full"])
+
+
+@pytest.mark.parametrize(("mode", "form"), [("full", None), ("except_attention", "nf4")])
+def test_the_last_product_of_a_block_is_not_repeated(mode, form, config):
+    """Backward reads what goes into the product, not what comes out: of four fused products it repeats three."""
+    model = load.build(config, torch.float32).to_empty(device="cpu")
+    model.tie()
+    initial.init_weights(model, 0, None, True)
+    if form:
+        weights = base_state(model)
+        quant.hold(model, form)
+        for name, base in base_state(model).items():
+            if not isinstance(base, torch.Tensor):
+                base.fill(weights[name].detach())
+    model.requires_grad_(False)
+    lora.attach(model, "all-linear", rank=4)
+    lora.reset(model, 0)
+    assert fuse(model) == 4
+    hidden_states(model, mode).square().sum().backward()  # compiles
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        hidden_states(model, mode).square().sum().backward()
+    called = Counter(event.name for event in seen.events())
+    product = "frozen_lora_project" if form else "lora_project"
+    assert called[f"ftlib::{product}"] == 4 + 3 and called[f"ftlib::{product}_backward"] == 4

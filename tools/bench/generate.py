@@ -150,24 +150,31 @@ def ours(work: dict) -> tuple:
 
 
 def transformers(work: dict) -> tuple:
-    """Its continuous batching, its defaults, log-probabilities on."""
+    """Its continuous batching, log-probabilities on, its manager kept from call to call and sized for this work: the
+    default one fills the memory with pages and makes a mask as long as all of them."""
     import transformers as library
     from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(common.config_of(work["shape"])))
-    torch.set_default_device("cuda")
+    torch.set_default_device(common.DEVICE)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder), dtype=torch.bfloat16, attn_implementation=work["attention"]
     ).eval()
     torch.set_default_device(None)
+    page = 256
+    sizes = ContinuousBatchingConfig(
+        return_logprobs=True, block_size=page, num_blocks=work["batch"] * -(-(work["prompt"] + work["new"]) // page),
+        max_batch_tokens=max(2048, work["batch"]), max_requests_per_batch=work["batch"],
+    )  # fmt: skip
+    drawing = GenerationConfig(max_new_tokens=work["new"], do_sample=True, eos_token_id=-1, pad_token_id=0)
 
     def generate(prompts: list[list[int]], count: int) -> int:
         inputs = [prompt for prompt in prompts for _ in range(work["group"])]
-        config = GenerationConfig(max_new_tokens=count, do_sample=True, eos_token_id=-1, pad_token_id=0)
         done = model.generate_batch(
-            inputs, generation_config=config, continuous_batching_config=ContinuousBatchingConfig(return_logprobs=True)
-        )
+            inputs, generation_config=drawing, continuous_batching_config=sizes, persistent_manager=True,
+            max_new_tokens=count,
+        )  # fmt: skip
         return sum(len(output.generated_tokens) for output in done.values())
 
     return generate, {"transformers": library.__version__}
