@@ -11,19 +11,20 @@ from torch import Tensor
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, length: int, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, length: int, scale: float, window: int,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_keys, length, length, 0.0, True, False, scale=scale, **_window(window)
+        q, k, v, cu_seqlens, cu_keys, length, length, 0.0, causal, False, scale=scale, **_window(window)
     )[:4]
 
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_keys: Tensor,
-    seed: Tensor, unused: Tensor, length: int, scale: float, window: int,
+    seed: Tensor, unused: Tensor, length: int, scale: float, window: int, causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, cu_seqlens, cu_keys, length, length, 0.0, True, seed, unused,
+        grad, q, k, v, out, lse, cu_seqlens, cu_keys, length, length, 0.0, causal, seed, unused,
         scale=scale, **_window(window),
     )  # fmt: skip
 

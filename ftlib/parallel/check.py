@@ -17,7 +17,7 @@ def check(model: nn.Module, cfg: Any, cp: int, tp: int) -> None:
         except UserError as error:
             problems.append(str(error))
     others = [part(cfg, cp, tp) for part in (_rows, _answers, _mtp)] + [part(model, cfg) for part in (_tiles, _keys)]
-    others.append(_heads(model, cfg, cp, tp))
+    others += [_heads(model, cfg, cp, tp), _ring(model, cfg, cp)]
     problems += [str(error) for error in others if error]
     if problems:
         raise Problems(problems)
@@ -37,11 +37,25 @@ def _heads(model: nn.Module, cfg: Any, cp: int, tp: int) -> UserError | None:
     return None
 
 
+def _ring(model: nn.Module, cfg: Any, cp: int) -> UserError | None:
+    if cp == 1 or cfg.parallel.cp_style != "ring":
+        return None
+    for key in ("window", "sinks", "softcap"):
+        if any(getattr(layer.mixer, key, None) for layer in model.arch.layers):
+            return UserError(
+                f"cp_style ring is for plain causal attention, and this model has a {key.removesuffix('s')}",
+                where="parallel.cp_style, model.path",
+                fix="set parallel.cp_style=allgather",
+            )
+    return None
+
+
 def _rows(cfg: Any, cp: int, tp: int) -> UserError | None:
-    pieces = cp * tp * (2 if cp > 1 and cfg.parallel.cp_style == "allgather" else 1)
+    pieces = cp * tp * (2 if cp > 1 and cfg.parallel.cp_style != "ulysses" else 1)
     if cfg.data.seq_len % pieces == 0:
         return None
-    why = "cp_style allgather gives each process an early and a late piece" if pieces != cp * tp else "split evenly"
+    style = cfg.parallel.cp_style
+    why = f"cp_style {style} gives each process an early and a late piece" if pieces != cp * tp else "split evenly"
     return UserError(
         f"data.seq_len {cfg.data.seq_len} is no multiple of {pieces} (parallel.cp {cp} x parallel.tp {tp}; {why})",
         where="data.seq_len",

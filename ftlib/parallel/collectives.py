@@ -4,9 +4,13 @@ The operators below `torch.ops._c10d_functional` are what torch's own functional
 in every release that we support; nothing outside this file knows them.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 _ops = torch.ops._c10d_functional
 
@@ -102,3 +106,21 @@ def summed(x: Tensor, group: ProcessGroup) -> Tensor:
 def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
     """Slice i of dimension 0 goes to process i; what arrives is ordered by sender."""
     return _Exchange.apply(x, group)
+
+
+def pass_on(x: Tensor, group: str) -> Callable[[], Tensor]:
+    """Begin to send `x` to the next process of the group with this name, and to receive the last one's, which a call of
+    the result waits for. Every process calls this, in the same order; unknown to autograd."""
+    found = _resolve_process_group(group)
+    rank, size, arriving = found.rank(), found.size(), torch.empty_like(x)
+    after, before = (dist.get_global_rank(found, (rank + step) % size) for step in (1, -1))
+    both = [dist.P2POp(dist.isend, x, after, found), dist.P2POp(dist.irecv, arriving, before, found)]
+    works = dist.batch_isend_irecv(both)
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        both.clear()  # until here what is sent must stay
+        return arriving
+
+    return wait

@@ -34,7 +34,7 @@ class Parallel:
     dp_replicate: int = 1  # copies of the sharded model (HSDP); with dp_shard=1 this is plain data parallelism
     dp_shard: int = -1  # processes that share one copy of the model (FSDP2); -1: all that are left
     cp: int = 1  # processes that share one sequence
-    cp_style: Literal["ulysses", "allgather"] = "ulysses"  # sequence traded for heads, or keys and values gathered
+    cp_style: Literal["ulysses", "allgather", "ring"] = "ulysses"  # heads for sequence; keys gathered; keys passed on
     tp: int = 1  # processes that share each matrix
     timeout_s: float = 600.0  # a process that waits longer for the others ends the run
 

@@ -25,11 +25,14 @@ CASES = [
     Case(cp=2, kind="lora", dtype="bf16", compile=True),
     Case(cp=2, dtype="bf16", pack=False),
     Case(cp=2, kind="lora", dtype="bf16", style="allgather", compile=True),
+    Case(cp=2, kind="lora", dtype="bf16", style="ring", compile=True),
+    Case(cp=2, dtype="bf16", style="ring", model="qwen2", pack=False, recompute="full"),
     Case(shard=2, dtype="fp32"),
     Case(tp=2, dtype="fp32", compile=True),
     Case(tp=2, model="mixtral", dtype="bf16", compile=True),
     Case(tp=2, model="qwen3_moe", dtype="fp32", kind="lora"),
     Case(cp=2, dtype="fp32", style="allgather"),
+    Case(cp=2, dtype="fp32", style="ring"),
 ]
 
 

@@ -44,7 +44,7 @@ class Case:
         return ", ".join([*words, self.dtype])
 
 
-GATHER = "allgather"
+GATHER, RING = "allgather", "ring"
 # What every change runs: each mechanism once, every pair of options that has its own code path somewhere.
 SHORT = [
     Case(shard=2),
@@ -73,14 +73,17 @@ SHORT = [
     Case(cp=2),
     Case(cp=2, style=GATHER, model="qwen2"),
     Case(cp=2, style=GATHER, kind="lora", recompute="full", micro_rows=2),
+    Case(cp=2, style=RING),
+    Case(cp=2, style=RING, kind="lora", model="qwen2", recompute="full", micro_rows=2),
     Case(cp=2, kind="lora", model="qwen2", pack=False),
     Case(replicate=2, shard=2, micro_rows=2),
     Case(shard=2, tp=2),
     Case(shard=2, tp=2, kind="lora", model="qwen2", recompute="full", tiled_mlp=7),
-    Case(shard=2, tp=2, model="qwen3_moe"),
     Case(shard=2, tp=2, kind="lora", model="mixtral", pack=False),
     Case(cp=2, tp=2, style=GATHER),
     Case(cp=2, tp=2, model="gpt_oss"),
+    Case(cp=2, tp=2, style=RING, model="qwen3_moe"),
+    Case(cp=4, style=RING, model="qwen2"),
     Case(shard=2, cp=2, kind="saved"),
 ]
 
@@ -91,6 +94,7 @@ def wide() -> list[Case]:
         {"shard": 2}, {"replicate": 2}, {"tp": 2}, {"cp": 2}, {"cp": 2, "style": GATHER},
         {"shard": 4}, {"replicate": 2, "shard": 2}, {"shard": 2, "tp": 2}, {"replicate": 2, "tp": 2},
         {"shard": 2, "cp": 2}, {"cp": 2, "tp": 2, "style": GATHER}, {"cp": 4, "style": GATHER},
+        {"cp": 2, "style": RING}, {"cp": 4, "style": RING},
         {"replicate": 2, "shard": 2, "tp": 2}, {"shard": 2, "cp": 2, "tp": 2}, {"replicate": 2, "cp": 2, "tp": 2,
         "style": GATHER}, {"replicate": 2, "shard": 2, "cp": 2}, {"shard": 8},
     ]  # fmt: skip
@@ -107,5 +111,6 @@ def wide() -> list[Case]:
         {"kind": "saved", "model": "mixtral", "pack": False},
     ]
     found = [Case(**mesh, **run) for mesh in meshes for run in runs]
-    compiled = [Case(**mesh, kind=kind, compile=True) for mesh in meshes[:5] for kind in ("full", "lora")]
-    return found + compiled
+    found = [case for case in found if case.style != RING or case.model != "gpt_oss"]  # it has windows and sinks
+    shapes = [*meshes[:5], {"cp": 2, "style": RING}]
+    return found + [Case(**mesh, kind=kind, compile=True) for mesh in shapes for kind in ("full", "lora")]

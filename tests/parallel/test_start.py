@@ -45,6 +45,7 @@ def settings(seq_len=64, exact_match=0, **parallel):
         ({"moe_intermediate_size": 42}, {"tp": 4}, ("moe_intermediate_size 42", "parallel.tp 4")),
         ({}, {"tp": 2, "seq_len": 63}, ("data.seq_len 63", "data.seq_len=64")),
         ({}, {"cp": 4, "cp_style": "allgather", "seq_len": 60}, ("multiple of 8", "early and a late")),
+        ({}, {"cp": 4, "cp_style": "ring", "seq_len": 60}, ("multiple of 8", "ring gives each process an early")),
         ({}, {"cp": 8}, ("num_attention_heads 4", "parallel.cp 8", "allgather")),
         ({}, {"tp": 2, "exact_match": 5}, ("eval.exact_match",)),
     ],
@@ -55,6 +56,13 @@ def test_what_does_not_fit_is_named_by_its_keys(changes, sections, words):
     with pytest.raises(UserError) as caught:
         check.check(model, cfg, cfg.parallel.cp, cfg.parallel.tp)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("name", ["mistral-7b-v0.1", "gpt-oss-20b", "gemma-2-2b"])
+def test_a_ring_is_for_plain_attention(name):
+    cfg = settings(cp=2, cp_style="ring")
+    with pytest.raises(UserError, match=r"has a window[\s\S]*parallel.cp_style=allgather"):
+        check.check(on_meta(shrunk(name)), cfg, 2, 1)
 
 
 def test_a_product_that_is_not_the_number_of_processes():

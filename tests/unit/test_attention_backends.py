@@ -36,17 +36,18 @@ def run(backend, window, layout):
     return y, *torch.autograd.grad((y * torch.sin(y.detach() * 9)).sum(), (q, k, v, sinks))
 
 
-def flash_forward(q, k, v, cu_seqlens, cu_keys, length, scale, window):
-    """What the kernel returns: output and logarithm of the sum of exponentials [heads, N]."""
-    weights = _scores(q, k, cu_seqlens, cu_keys, scale, window)
+def flash_forward(q, k, v, cu_seqlens, cu_keys, length, scale, window, causal=True):
+    """What the kernel returns: output and logarithm of the sum of exponentials [heads, N], inf where no key is seen."""
+    weights = scores(q, k, cu_seqlens, cu_keys, scale, window, causal)
     lse = weights.logsumexp(-1)
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
     out = torch.einsum("hqk,khd->qhd", (weights - lse[..., None]).exp(), v.repeat_interleave(2, 1))
     return out, lse, torch.zeros(2, dtype=torch.uint64), torch.zeros(0, dtype=torch.uint64)
 
 
-def flash_backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, seed, unused, length, scale, window):
+def flash_backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, seed, unused, length, scale, window, causal=True):
     """FlashAttention-2 (Dao 2023, arXiv 2307.08691), algorithm 2, without its tiles."""
-    p = (_scores(q, k, cu_seqlens, cu_keys, scale, window) - lse[..., None]).exp()
+    p = (scores(q, k, cu_seqlens, cu_keys, scale, window, causal) - lse[..., None]).exp()
     wide_k, wide_v = (t.repeat_interleave(2, 1) for t in (k, v))
     dp = torch.einsum("qhd,khd->hqk", grad, wide_v)
     ds = p * (dp - (grad * out).sum(-1).T[..., None]) * scale
@@ -55,10 +56,10 @@ def flash_backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, seed, unused, l
     return torch.einsum("hqk,khd->qhd", ds, wide_k), dk, dv
 
 
-def _scores(q, k, cu_seqlens, cu_keys, scale, window):
+def scores(q, k, cu_seqlens, cu_keys, scale, window, causal):
     (mine, from_end), (theirs, key_from_end) = (_places(len(t), cu) for t, cu in ((q, cu_seqlens), (k, cu_keys)))
     distance = key_from_end - from_end[:, None]
-    seen = (mine[:, None] == theirs) & (distance >= 0) & (distance < (window or len(k)))
+    seen = (mine[:, None] == theirs) & ((distance >= 0) | (not causal)) & (distance < (window or len(k)))
     return (torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * scale).masked_fill(~seen, -math.inf)
 
 
