@@ -80,7 +80,7 @@ class FusedQuantized(Fused):
     def product(self, x: Tensor, scale: float) -> Tensor:
         bases = [linear.base for linear in self.linears]
         parts = [part for base in bases for part in base.parts]
-        return frozen_lora_project(x, parts, bases[0].form, *self.lora, scale)
+        return frozen_lora_project(x, parts, bases[0].form, *self.lora, scale, once=self.linears[0].recomputed)
 
 
 class FusedFloat8(Fused):

@@ -8,7 +8,10 @@ import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ftlib.quant import QuantizedLinear
 from ftlib.sections import Memory
+
+WHOLE = ("full", "except_attention")  # every product of a block is computed again in backward
 
 
 def use(model: nn.Module, memory: Memory, device: torch.device) -> None:
@@ -20,12 +23,14 @@ def use(model: nn.Module, memory: Memory, device: torch.device) -> None:
     for block in layers:
         if hasattr(getattr(block, "mlp", None), "tile"):
             block.mlp.tile = memory.tiled_mlp
+        for module in block.modules():
+            if isinstance(module, QuantizedLinear):
+                module.recomputed = memory.recompute in WHOLE
     if memory.compile is True or (memory.compile == "auto" and device.type == "cuda"):
         _compile(layers, memory.recompute)
         return
-    whole = ("full", "except_attention")
     for i, block in enumerate(layers):
-        block.recompute = memory.recompute in whole or (memory.recompute == "selective" and i % 2 == 0)
+        block.recompute = memory.recompute in WHOLE or (memory.recompute == "selective" and i % 2 == 0)
 
 
 def _compile(layers: list[nn.Module], recompute: str) -> None:

@@ -39,9 +39,7 @@ FORMATS = {
     "nf4": Format(nf4.empty, nf4.quantize, nf4.dequantize, nf4.cut, nf4.BLOCK),
     "int8": _rowwise(torch.int8),
     "fp8": _rowwise(torch.float8_e4m3fn),
-    "fp8_turned": Format(
-        rowwise.empty_turned, rowwise.quantize_turned, rowwise.dequantize_turned, rowwise.cut_turned
-    ),
+    "fp8_turned": Format(rowwise.empty_turned, rowwise.quantize_turned, rowwise.dequantize_turned, rowwise.cut_turned),
 }
 
 
@@ -151,7 +149,9 @@ class OnFrozenWeight:
 
 
 class QuantizedLinear(OnFrozenWeight, Linear):
-    """y = x W^T + b with W in few bits."""
+    """y = x W^T + b with W in few bits. `recomputed`: it is part of a block that backward computes again."""
+
+    recomputed = False
 
     def __init__(self, linear: Linear, form: str) -> None:
         nn.Module.__init__(self)

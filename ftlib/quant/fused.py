@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ftlib.kernels.lora_linear import kinds, low_product, split_factors
+from ftlib.kernels.lora_linear import kinds, lora_project, low_product, split_factors
 from ftlib.quant.frozen import FORMATS
 
 
@@ -88,12 +88,35 @@ _project.register_autograd(_backward, setup_context=_setup)
 
 
 def frozen_lora_project(
-    x: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
-) -> Tensor:
+    x: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float,
+    once: bool = False,
+) -> Tensor:  # fmt: skip
     """y [N, O] of sibling layers over x [N, D], their outputs side by side.
 
     `parts`: of each layer's weight in format `form`, one layer's after the other's. lora_a [r_i, D] and lora_b
     [out_i, r_i]: the parameters, which receive the gradients. Kept for backward: x, s x A^T and what is given.
+
+    `once`, for blocks that are computed again in backward: the matrix made for that is the one that backward multiplies
+    by, and not made a third time. Elsewhere it would be kept from forward to backward, the whole model unpacked.
     """
-    low = low_product(x, torch.cat(list(lora_a)).to(x.dtype), scale)
-    return torch.ops.ftlib.frozen_lora_project(x, low, list(parts), form, list(lora_a), list(lora_b), scale)
+    parts, lora_a, lora_b = list(parts), list(lora_a), list(lora_b)
+    if once:
+        factors = [[factor.detach() for factor in factors] for factors in (lora_a, lora_b)]
+        return lora_project(x, torch.ops.ftlib.frozen_stack(parts, form, *factors, x.dtype), lora_a, lora_b, scale)
+    low = low_product(x, torch.cat(lora_a).to(x.dtype), scale)
+    return torch.ops.ftlib.frozen_lora_project(x, low, parts, form, lora_a, lora_b, scale)
+
+
+@torch.library.custom_op("ftlib::frozen_stack", mutates_args=())
+def _stack(
+    parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    return stack(parts, form, lora_a, lora_b, dtype)
+
+
+@_stack.register_fake
+def _(
+    parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    out, rank = sum(b.shape[0] for b in lora_b), sum(a.shape[0] for a in lora_a)
+    return lora_a[0].new_empty(out + rank, lora_a[0].shape[1] + rank, dtype=dtype)
