@@ -27,11 +27,7 @@ def plan(headline, tmp_path_factory):
 
 
 def test_the_plan_that_is_kept_is_what_the_estimate_says(headline, plan):
-    kept = json.loads(headline.PLAN.read_text())
-    again = "python tools/bench/headline.py --plan"
-    assert plan["checks"] == kept["checks"] and plan["runs"].keys() == kept["runs"].keys(), again
-    for name, row in plan["runs"].items():
-        assert {"refused"} & {*row, *kept["runs"][name]} or row == kept["runs"][name], f"{name}: {again}"
+    assert plan == json.loads(headline.PLAN.read_text()), "headline.py --plan, and its table in LOG.md"
 
 
 def test_the_estimate_is_near_what_one_and_two_gpus_measured(plan):

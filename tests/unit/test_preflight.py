@@ -44,7 +44,7 @@ def built(shape, full):
 
 
 def planned(shape, micro_rows, memory, gpus, more, rows=None, **optim):
-    mesh = {key: size for key, size in more.items() if key in ("dp_shard", "tp")}
+    mesh = {key: size for key, size in more.items() if key in ("dp_shard", "cp", "tp")}
     cfg = SimpleNamespace(
         dtype="bf16",
         data=Data(sources=(Source(path="x"),), seq_len=4096),
@@ -104,3 +104,16 @@ def test_state_in_host_memory_is_not_counted_on_the_device(monkeypatch):
     assert preflight._memory(there) is None and preflight._memory(here) is None
     monkeypatch.setattr(preflight, "available", lambda: ("this machine", there.memory, 1))  # where it is no other place
     assert preflight._memory(there) is not None
+
+
+def test_processes_share_all_but_what_they_gather():
+    case = ("llama-3.1-8b", 2, KEPT["full"])
+    one, eight = planned(*case, 1, {"full": True}), planned(*case, 8, {"full": True})
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(eight, part) == getattr(one, part) // 8
+    assert eight.activations == one.activations and one.gathered == 0
+    block, head = 218_112_000, 525_336_576  # numbers; a block's matrices also have gradients, and in float32 for the sum
+    assert eight.gathered == pytest.approx(block * (2 * 2 + 2 + 4) + head * (2 + 4), rel=1e-3)
+    both = planned(*case, 8, {"full": True, "cp": 2})
+    for part in ("activations", "kept", "working"):
+        assert getattr(both, part) == getattr(eight, part) // 2

@@ -18,6 +18,7 @@ from ftlib.adapters import setup as adapters
 from ftlib.layers.linear import Linear
 from ftlib.models import LanguageModel, load
 from ftlib.models.load import DTYPES
+from ftlib.parallel import check
 
 RESULTS = Path(__file__).parent / "results"
 COPY = 2.96e12  # bytes a second that an H100 reads and writes (a large copy)
@@ -35,7 +36,7 @@ class Sizes:
     blocks: int  # all matrices of all blocks, of the model itself
     last: int  # of these, the last product of each block, which is not repeated when a block is recomputed
     head: int
-    block_bytes: int  # of parameters that FSDP gathers for a block: none of a quantized matrix
+    block_bytes: int  # that FSDP gathers for a block: parameters in bf16, codes of quantized matrices as they are
     edge_bytes: int  # of the embedding and of the head, each
     trained: int
     scores: float  # FLOP of attention's forward for a token
@@ -79,7 +80,9 @@ def build(work: dict) -> tuple[LanguageModel, SimpleNamespace]:
     shape = common.config_of(work["shape"]) | (TINY if work.get("tiny") else {})
     cfg = settings(work, shape)
     quant.check(cfg)
-    return on_meta(json.dumps(shape), work["kind"], work.get("quantize")), cfg
+    model = on_meta(json.dumps(shape), work["kind"], work.get("quantize"))
+    check.check(model, cfg, cfg.parallel.cp, cfg.parallel.tp)
+    return model, cfg
 
 
 @cache
@@ -114,14 +117,15 @@ def estimate(work: dict, link: float) -> Estimate:
 def measure(model: LanguageModel, cfg: SimpleNamespace) -> Sizes:
     linears = {name: m for name, m in model.model.layers.named_modules() if isinstance(m, Linear)}
     count = {name: (m.base if hasattr(m, "base") else m.weight).shape.numel() for name, m in linears.items()}
-    mixers = [layer.mixer for layer in model.arch.layers]
+    mixers, block = [layer.mixer for layer in model.arch.layers], model.model.layers[0]
     trained = [p for p in model.parameters() if p.requires_grad]
     stepped = sum(2 * p.numel() * (p.element_size() + cfg.optim.state_bytes(p.element_size())) for p in trained)
     return Sizes(
         blocks=sum(count.values()),
         last=sum(n for name, n in count.items() if name.endswith("down_proj")),
         head=model.lm_head.weight.numel(),
-        block_bytes=sum(2 * p.numel() for p in model.model.layers[0].parameters()),
+        block_bytes=sum(2 * p.numel() for p in block.parameters())
+        + sum(b.numel() * b.element_size() for b in block.buffers() if b.ndim > 1),
         edge_bytes=2 * model.lm_head.weight.numel(),
         trained=sum(p.numel() for p in trained),
         scores=sum(2.0 * cfg.data.seq_len * m.heads * m.head_dim for m in mixers),

@@ -48,10 +48,14 @@ SAVED = ("70b/fsdp", "8b-full/fsdp")
 
 def main() -> None:
     args = arguments()
+    there = torch.cuda.device_count() if torch.cuda.is_available() else None
+    gpus = args.gpus or (8 if args.plan else there or 2)
+    if gpus % 2 or set(args.only.split(",")) - GROUPS.keys() or (not args.plan and there and gpus > there):
+        print(f"--gpus {gpus}: an even number of those that are here; --only: of {', '.join(GROUPS)}")
+        sys.exit(2)
     if args.plan:
-        plan(args.gpus or 8, Path(args.out or PLAN))
+        plan(gpus, Path(args.out or PLAN))
         return
-    gpus = args.gpus or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
     rows: dict[str, dict] = {}
     deadline, link = time.monotonic() + args.budget, estimate.link()
     for name, work in cases(gpus, args.only.split(","), args.tiny).items():
@@ -97,7 +101,7 @@ def measured(name: str, work: dict, limit: float, save: str, link: float) -> dic
     try:
         expected = estimate.estimate(work, link)
     except UserError as error:
-        return {"skipped": f"{error.what} ({error.where})"}
+        return {"skipped": " ".join(str(error).split())}
     where, have, _ = preflight.available()
     wanted = expected.total * (1 if where == "the GPU" else world(work))
     planned = {"plan_gib": gib(expected.total)}
@@ -153,7 +157,7 @@ def planned(work: dict, link: float) -> dict:
     try:
         made = estimate.estimate(work, link)
     except UserError as error:
-        return {"work": work, "refused": f"{error.what} ({error.where})"}
+        return {"work": work, "refused": " ".join(str(error).split())}
     return {
         "work": work,
         "memory_gib": {name: gib(size) for name, size in made.memory.items() if size},

@@ -23,8 +23,8 @@ from ftlib.models.shards import fill
 from ftlib.parallel import run as processes
 from ftlib.sections import Checkpoint, Lora, Memory, Model, Optim, Parallel
 
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512}  # fmt: skip
+TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512}  # fmt: skip
 
 
 def main() -> None:
