@@ -112,7 +112,7 @@ def test_processes_share_all_but_what_they_gather():
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(eight, part) == getattr(one, part) // 8
     assert eight.activations == one.activations and one.gathered == 0
-    block, head = 218_112_000, 525_336_576  # numbers; a block's matrices also have gradients, and in float32 for the sum
+    block, head = 218_112_000, 525_336_576  # numbers; what trains has gradients, and wide ones to sum
     assert eight.gathered == pytest.approx(block * (2 * 2 + 2 + 4) + head * (2 + 4), rel=1e-3)
     both = planned(*case, 8, {"full": True, "cp": 2})
     for part in ("activations", "kept", "working"):
