@@ -1,13 +1,15 @@
 """Two GPUs against one through NCCL: every mesh within bf16 noise of one process, and a lost process made good."""
 
 import os
+import re
 import signal
+import time
 
 import pytest
 import torch
 from parallel import spawn, training
 from parallel.grid import Case
-from parallel.processes import rows, wait_for_rows, worker
+from parallel.processes import rows, running, wait_for_rows, worker
 from tiny_model import command, losses, tune
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
@@ -44,8 +46,12 @@ def test_a_mesh_of_two_gpus_computes_what_one_does(tmp_path):
             assert all(found[kind] <= limit for kind, limit in LIMIT[case.dtype].items()), (case, found)
 
 
+TIME_OUT = 40
+
+
 def start(out, *more):
-    words = ("steps=30", "checkpoint.every=5", "dtype=bf16", "deterministic=true", "batch.micro_rows=4", *more)
+    words = ("steps=30", "checkpoint.every=5", "dtype=bf16", "deterministic=true", "batch.micro_rows=4")
+    words += (f"parallel.timeout_s={TIME_OUT}", *more)
     config = ("--config", "configs/demo_lora.yaml", f"output_dir={out}")
     return ("run", "--nproc-per-node", "2", "recipes/lora_sft.py", *config, *words)
 
@@ -59,8 +65,29 @@ def test_a_run_that_lost_a_process_goes_on_with_the_same_command(mesh, tmp_path)
     process = command(*start(out, *more))
     wait_for_rows(process, out, 12)
     os.kill(worker(process.pid, 1), signal.SIGKILL)
+    since = time.monotonic()
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGKILL and "rank 1" in errors, errors
+    assert time.monotonic() - since < TIME_OUT, "longer than parallel.timeout_s"
+    assert process.returncode == 128 + signal.SIGKILL and "Traceback" not in errors, errors
+    assert re.search(r"rank 1 died of SIGKILL in step \d+, its last exchange with the others: \w+", errors), errors
     code, said, errors = tune(*start(out, *more))
     assert code == 0 and "resuming from step_0000" in said, errors
     assert losses(rows(out)) == losses(rows(tmp_path / "whole"))
+
+
+def test_a_process_that_hangs_is_named_within_the_time_out(tmp_path):
+    out = tmp_path / "hung"
+    stopped = command(*start(out))
+    wait_for_rows(stopped, out, 12)
+    first, second = worker(stopped.pid, 0), worker(stopped.pid, 1)
+    os.kill(second, signal.SIGSTOP)
+    since = time.monotonic()
+    while running(first):
+        time.sleep(0.05)
+        assert time.monotonic() - since < TIME_OUT + 5, "longer than parallel.timeout_s"
+    os.kill(second, signal.SIGKILL)  # the launcher would wait 30 s for it
+    _, errors = stopped.communicate(timeout=150)
+    assert re.search(r"nothing has moved for \d+ s .*: process 1 shows no sign of life .*step \d+", errors), errors
+    assert "process 0 waits in" in errors and stopped.returncode == 76, errors
+    code, said, errors = tune(*start(out))
+    assert code == 0 and "resuming from step_0000" in said, errors

@@ -17,6 +17,14 @@ def worker(parent: int, rank: int) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
+def running(pid: int) -> bool:
+    """Whether a process has not ended."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
 def rows(out: Path) -> list[dict]:
     """Rows of metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from parallel.processes import rows, wait_for_rows, worker
+from parallel.processes import rows, running, wait_for_rows, worker
 from tiny_model import ROOT, command, tune, write_config, write_model, write_rows
 
 from ftlib.parallel import pulse
@@ -103,10 +103,3 @@ def test_a_bug_of_one_process_shows_its_traceback_once(start, tmp_path):
     code, _, errors = tune(*words[:3], recipe, *words[4:])
     assert code == 1 and errors.count("AssertionError: a bug of one") == 1, errors
     assert "rank 1 ended with code 1" in errors and f"(its log: {tmp_path}/logs/rank_1.log)" in errors
-
-
-def running(pid):
-    try:
-        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
