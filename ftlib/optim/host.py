@@ -51,7 +51,7 @@ class HostState:
             torch.cuda.current_stream().wait_event(visit.done)
         state |= visit.slots
         optimizer.update({**group, "params": [p]})
-        self._send(p, state, home)
+        self._send(p, state, home, visit.owner)
 
     def end(self) -> None:
         """After the last parameter of a step: nothing is on the device any more."""
@@ -88,11 +88,10 @@ class HostState:
                 local(slots[name]).copy_(local(x), non_blocking=True)
             return _Visit(slots, self._in.record_event() if self._cuda else None, owner)
 
-    def _send(self, p: Tensor, state: dict, home: Slots) -> None:
+    def _send(self, p: Tensor, state: dict, home: Slots, owner: Stream | None) -> None:
         slots = _slots(state)
-        owner = torch.cuda.current_stream() if self._cuda else None
         if self._cuda:
-            self._out.wait_stream(owner)
+            self._out.wait_stream(torch.cuda.current_stream())
         with self._on(self._out):
             for name, x in slots.items():
                 if name not in home:

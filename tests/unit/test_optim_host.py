@@ -100,6 +100,17 @@ def test_the_next_is_fetched_while_one_is_stepped_and_nothing_stays():
     assert not host._ahead and not host._leaving and places(state) == kept
 
 
+def test_state_that_is_given_up_begins_anew():
+    """As layers that sleep do (ftlib.optim.lisa)."""
+    here, there = (fresh({}, torch.float32, offload) for offload in (False, True))
+    for state in (here, there):
+        train(state, 0, 4)
+        for p in (state.model.first.weight, state.model.middle.bias):
+            del state.optimizer.state[p]
+        train(state, 4, 7)
+    same(there, here)
+
+
 def test_a_checkpoint_waits_for_what_is_under_way(tmp_path, monkeypatch):
     state, waited = fresh({}, torch.float32, True), []
     train(state, 0, 1)

@@ -170,3 +170,16 @@ def test_the_host_reads_when_all_copies_are_done(cuda):
     out.queue.append(lambda: None)
     optimizer.host.wait()
     assert not out.queue
+
+
+def test_memory_goes_back_to_the_stream_that_it_came_from(cuda):
+    """Hooks in backward may run on another stream than the one on which state was fetched ahead."""
+    model, optimizer = train(True, False, 2)
+    p, before = model.first.weight, device.compute
+    group = next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
+    p.grad = torch.ones_like(p)
+    with cuda, torch.no_grad():
+        optimizer.host._ahead[p] = optimizer.host._fetch(optimizer, p)
+        device.compute = Compute()
+        optimizer.host.step(optimizer, group, p)
+    assert optimizer.host._leaving[-1].owner is before is not device.compute
