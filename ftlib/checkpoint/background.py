@@ -20,7 +20,7 @@ class Background:
         self.group: ProcessGroup = patient_group()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._host: dict[str, Tensor] = {}  # page-locked memory, kept from save to save: making it takes seconds
+        self._host: dict[str, Tensor] = {}  # kept from save to save: making page-locked memory takes seconds
 
     @property
     def failed(self) -> bool:
@@ -53,7 +53,7 @@ class Background:
         parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
         on_gpu = {name: (t.shape, t.dtype) for name, t in parts.items() if t.device.type == "cuda"}
         if on_gpu:
-            self.start(lambda: [self._pinned(name, *kind) for name, kind in on_gpu.items()])
+            self.start(lambda: [self._kept(name, *kind, pinned=True) for name, kind in on_gpu.items()])
 
     @torch.no_grad()
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,12 +68,11 @@ class Background:
         return copies
 
     def _buffer(self, name: str, local: Tensor) -> Tensor:
-        if local.device.type == "cpu":
-            return local.clone()
-        return self._pinned(name, local.shape, local.dtype).copy_(local, non_blocking=True)
+        on_gpu = local.device.type == "cuda"
+        return self._kept(name, local.shape, local.dtype, pinned=on_gpu).copy_(local, non_blocking=on_gpu)
 
-    def _pinned(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _kept(self, name: str, shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
         host = self._host.get(name)
         if host is None or host.shape != shape or host.dtype != dtype:
-            host = self._host[name] = torch.empty(shape, dtype=dtype, pin_memory=True)
+            host = self._host[name] = torch.empty(shape, dtype=dtype, pin_memory=pinned)
         return host

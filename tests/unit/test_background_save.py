@@ -108,3 +108,17 @@ def test_going_back_waits_for_the_save(tmp_path, held):
     threading.Timer(0.2, held.set).start()
     assert saver.roll_back(state) == 1
     assert torch.equal(state.model[0].weight, before)
+
+
+def test_a_second_save_takes_the_same_memory_and_has_its_own_moment(tmp_path):
+    state, saver = fresh(), make(tmp_path)
+    train_step(state)
+    saver.save(1, state)
+    saver.wait()
+    kept = {name: x.data_ptr() for name, x in saver._background._host.items()}
+    train_step(state)
+    saver.save(2, state)
+    saver.wait()
+    assert kept == {name: x.data_ptr() for name, x in saver._background._host.items()} and "model.0.weight" in kept
+    again = fresh(seed=3)
+    assert make(tmp_path).resume(again) == 2 and torch.equal(again.model[0].weight, state.model[0].weight)
