@@ -41,14 +41,21 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, scale: float = 1.0, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """The same sum through all logits at once: the oracle."""
     logits = hidden @ weight.T
     wide = (logits if logits.dtype == torch.float64 else logits.float()) * scale
     if softcap is not None:
         wide = softcap * torch.tanh(wide / softcap)
-    return F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum")
+    each = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="none")
+    return each.sum() if weights is None else (weights * each).sum()
 
 
 def local_weight(weight: Tensor, group: ProcessGroup | None) -> tuple[ProcessGroup | None, Tensor]:

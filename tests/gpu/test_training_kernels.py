@@ -67,17 +67,19 @@ def test_embedding_in_host_memory(dim):
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_head_in_bf16(softcap):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_head_in_bf16(softcap, weighted):
     g = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(700, 256, generator=g, device="cuda").bfloat16().requires_grad_()
     weight = (0.2 * torch.randn(5003, 256, generator=g, device="cuda")).bfloat16().requires_grad_()
     labels = torch.randint(0, 5003, (700,), generator=g, device="cuda")
     labels[::3] = -100
     targets = int((labels != -100).sum())
-    loss = linear_cross_entropy(hidden, weight, labels, targets=targets, softcap=softcap)
+    terms = {"weights": 3 * torch.rand(700, generator=g, device="cuda") if weighted else None, "softcap": softcap}
+    loss = linear_cross_entropy(hidden, weight, labels, targets=targets, **terms)
     got = torch.autograd.grad(loss, (hidden, weight))
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    expected = linear_cross_entropy_reference(*exact, labels, softcap=softcap)
+    expected = linear_cross_entropy_reference(*exact, labels, **terms)
     want = torch.autograd.grad(expected, exact)
     assert abs(loss.item() - expected.item()) < 2e-3 * expected.item()
     assert max(error(o, e) for o, e in zip(got, want, strict=True)) < 2e-2

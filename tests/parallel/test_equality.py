@@ -6,7 +6,8 @@ CP2 ulysses 7e-1, allgather 2; a late piece of a row taken for an early one: CP2
 processes: FSDP2 and CP2 5e-1; copies of the model not summed: DDP2 (norm 3e-1); sums in the order of arrival: DDP2
 elastic 1e-7; DoRA's lengths from one process's inputs: TP2 dora 1; a bias added by each process of a row-split matrix:
 TP2 llama 9e-1; every process keeps the first's piece of a quantized matrix: TP2 nf4, int8 2; its piece with the first's
-scales: TP2 nf4 1 (and tests/unit/test_quant.py); FSDP2 spreads the first's part of the codes: FSDP2 nf4 2.
+scales: TP2 nf4 1 (and tests/unit/test_quant.py); FSDP2 spreads the first's part of the codes: FSDP2 nf4 2; weights of
+tokens left behind, or taken from other columns, where rows are shared: CP2 weighted 7e-1 and 1.
 """
 
 import pytest

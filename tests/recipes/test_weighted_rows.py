@@ -33,7 +33,8 @@ def write(file, rows, told=lambda number: WEIGHTS[number % len(WEIGHTS)]):
 def weighed(tiny, tmp_path_factory):
     """Weighted rows to train on, and others that are held out."""
     folder = tmp_path_factory.mktemp("weighed")
-    return write(folder / "rows.jsonl", tiny.rows), write(folder / "held.jsonl", tiny.held_out)
+    held_out = write(folder / "held.jsonl", tiny.held_out, lambda number: (0.25, 2)[number % 2])
+    return write(folder / "rows.jsonl", tiny.rows), held_out
 
 
 def alike(tiny, folder):
@@ -47,7 +48,7 @@ def alike(tiny, folder):
 
 def run(tiny, folder, rows, *words, recipe="full_sft", **sections):
     folder.mkdir(exist_ok=True)
-    data = {"sources": [{"path": rows[0]}], "seq_len": 80, "eval": [{"path": rows[1]}]}
+    data = {"sources": [{"path": rows[0]}], "seq_len": 80, "eval": [{"path": path} for path in rows[1:]]}
     file = tiny.config(folder, **{"optim": {"lr": 1e-2}, **WHOLE, **sections}, output_dir=str(folder / "out"))
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "data": data}))
@@ -55,7 +56,7 @@ def run(tiny, folder, rows, *words, recipe="full_sft", **sections):
 
 
 def by_transformers(folder, file):
-    """sum w * ce / sum w over each row by itself, and the norm of its gradient, in float64."""
+    """sum w * ce / sum w over each row by itself, the norm of its gradient, and sum w, in float64."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).double(), AutoTokenizer.from_pretrained(folder)
@@ -71,16 +72,19 @@ def by_transformers(folder, file):
         total, count = total + (weights * each).sum(), count + weights.sum()
     mean = total / count
     grads = torch.autograd.grad(mean, [p for p in model.parameters() if p.requires_grad])
-    return mean.item(), torch.stack([g.square().sum() for g in grads]).sum().sqrt().item()
+    return mean.item(), torch.stack([g.square().sum() for g in grads]).sum().sqrt().item(), count.item()
 
 
 def test_steps_are_those_of_transformers(tiny, weighed, tmp_path):
     """A packed step of eight micro-batches, its gradient and the held-out loss; one that counts alike is another."""
-    rows = run(tiny, tmp_path / "a", weighed)
-    (wanted, norm), (held_out, _) = (by_transformers(tiny.model, file) for file in weighed)
+    train_rows, held_rows = weighed
+    rows = run(tiny, tmp_path / "a", (train_rows, held_rows, train_rows))
+    (wanted, norm, count), (held_out, _, fewer) = (by_transformers(tiny.model, file) for file in weighed)
     (step,) = [row for row in rows if "loss" in row]
     assert step["loss"] == pytest.approx(wanted, rel=1e-6) and step["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert rows[0]["eval_loss"] == pytest.approx(held_out, rel=1e-6)
+    assert rows[0]["eval_loss_held"] == pytest.approx(held_out, rel=1e-6)
+    both = (held_out * fewer + wanted * count) / (fewer + count)
+    assert rows[0]["eval_loss"] == pytest.approx(both, rel=1e-6)
     counted = write(tmp_path / "alike.jsonl", tiny.rows, lambda number: float(WEIGHTS[number % len(WEIGHTS)] != 0))
     assert steps(run(tiny, tmp_path / "b", (counted, weighed[1])))[0] != pytest.approx(wanted, rel=1e-4)
 

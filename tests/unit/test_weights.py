@@ -113,6 +113,10 @@ def test_memory_files_and_workers_hold_the_same(tmp_path, cache, monkeypatch):
     file.write_bytes(file.read_bytes()[:-4])  # damaged: made again
     again = load(Data(sources=(source,), cache=str(cache)), FakeTokenizer(), seed=0)
     assert not again.report.sources[0].cached and arrays(again.train) == arrays(plain)
+    text = (tmp_path / "rows.jsonl").read_text().replace('"weight": 1.5', '"weight": 1.25')
+    (tmp_path / "other.jsonl").write_text(text)
+    other = load(Data(sources=(Source(path=str(tmp_path / "other.jsonl")),)), FakeTokenizer(), seed=0).train
+    assert other.fingerprint != plain.fingerprint and other.parts[0].trained.tolist() == plain.parts[0].trained.tolist()
     chosen = plain.select(np.arange(len(plain)) >= 5)
     assert arrays(chosen) == arrays(plain)[5:] and chosen.weighted == 8
     kept = load(Data(sources=(source,), eval=4.0, cache=str(cache)), FakeTokenizer(), seed=0).eval["held_out"]
