@@ -24,6 +24,7 @@ class Case:
     compile: bool = False
     dtype: str = "fp64"
     elastic: bool = False  # deterministic: elastic
+    weighted: bool = False  # tokens count anything from 0 to 3
 
     @property
     def world(self) -> int:
@@ -40,7 +41,7 @@ class Case:
         words = [f"{self.kind} on {self.quantize}" if self.quantize else self.kind, self.model]
         words += ["packed" if self.pack else "not packed", f"micro rows {self.micro_rows}"]
         words += ["recompute"] * (self.recompute != "none") + ["tiled"] * bool(self.tiled_mlp)
-        words += ["compiled"] * self.compile + ["elastic"] * self.elastic
+        words += ["compiled"] * self.compile + ["elastic"] * self.elastic + ["weighted"] * self.weighted
         return ", ".join([*words, self.dtype])
 
 
@@ -64,6 +65,10 @@ SHORT = [
     Case(tp=2, model="gpt_oss", recompute="full", micro_rows=2),
     Case(tp=2, kind="lora", model="qwen3_moe"),
     Case(tp=2, kind="lora", model="gpt_oss"),
+    Case(shard=2, weighted=True, micro_rows=2),
+    Case(replicate=2, weighted=True, elastic=True, dtype="fp32"),
+    Case(tp=2, weighted=True),
+    Case(cp=2, style=GATHER, weighted=True),
     Case(tp=2, kind="lora", model="wide", quantize="nf4"),
     Case(tp=2, kind="dora", model="wide", quantize="int8", recompute="full"),
     Case(tp=2, kind="lora", model="gpt_oss", quantize="fp8", micro_rows=2),

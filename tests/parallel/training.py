@@ -79,11 +79,14 @@ def alone() -> SimpleNamespace:
     )  # fmt: skip
 
 
-def documents() -> Documents:
-    """40 documents, a third of the tokens without loss; several of them share a row."""
+def documents(weighted: bool = False) -> Documents:
+    """40 documents, a third of the tokens without loss; several of them share a row. `weighted`: half of them are."""
     random = np.random.default_rng(3)
     lengths = random.integers(3, SEQ_LEN // 2, 40)
-    return Documents.from_rows([(random.integers(3, 160, n), random.random(n) < 0.7) for n in lengths])
+    rows = [(random.integers(3, 160, n), random.random(n) < 0.7) for n in lengths]
+    if weighted:
+        rows = [(ids, mask * 3 * random.random(len(ids)) if n % 2 else mask) for n, (ids, mask) in enumerate(rows)]
+    return Documents.from_rows(rows)
 
 
 def train(case: Case, models: Path, run: object, first: int = 0, last: int = STEPS) -> dict[str, torch.Tensor]:
@@ -101,8 +104,8 @@ def fresh(case: Case, models: Path, run: object) -> State:
     # A large eps: else a gradient that is zero but for rounding moves its weight as far as any other.
     optimizer = optim.build(model, Optim(lr=1e-2, weight_decay=0.1, eps=1e-2))
     loader = Loader(
-        documents(), seq_len=SEQ_LEN, rows=ROWS, micro_rows=case.micro_rows, seed=SEED, pack=case.pack, pad_id=0,
-        rank=run.data_rank, ranks=run.data_ranks, share=run.share if run.world > 1 else None,
+        documents(case.weighted), seq_len=SEQ_LEN, rows=ROWS, micro_rows=case.micro_rows, seed=SEED, pack=case.pack,
+        pad_id=0, rank=run.data_rank, ranks=run.data_ranks, share=run.share if run.world > 1 else None,
     )  # fmt: skip
     return State(model, optimizer, loader)
 
@@ -136,8 +139,9 @@ def steps(state: State, run: object, which: range) -> dict[str, torch.Tensor]:
         for micro in batch.micro_batches:
             micro = micro.to(run.device)
             hidden = model(micro)
-            part = next_token_loss(hidden, model.lm_head.weight, micro.labels, micro.target_tokens)
-            part = part / batch.target_tokens
+            head = model.lm_head.weight
+            part = next_token_loss(hidden, head, micro.labels, micro.target_tokens, weights=micro.weights)
+            part = part / batch.target_weight
             part.backward()
             total += part.detach()
         found[f"loss {step}"] = run.total(total)
