@@ -35,9 +35,9 @@ def model(place):
     return made
 
 
-def train(name, place):
+def train(name, place, offload=False):
     made = model(place)
-    optimizer = optim.build(made, Optim(name=name, lr=0.05, weight_decay=0.1))
+    optimizer = optim.build(made, Optim(name=name, lr=0.05, weight_decay=0.1, offload=offload))
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         for p in made.parameters():
@@ -109,6 +109,9 @@ def main(rank, world, folder, meshes):
             spread = train(name, lambda x: distribute_tensor(x, mesh, placements(kind, mesh, x.ndim)))  # noqa: B023
             report[f"{kind} {name}"] = max(float((spread[key] - alone[key]).abs().max()) for key in alone)
             print(kind, name, report[f"{kind} {name}"], flush=True)
+        away = train("adamw", lambda x: distribute_tensor(x, mesh, placements(kind, mesh, x.ndim)), offload=True)  # noqa: B023
+        alone = train("adamw", lambda x: x)
+        report[f"{kind} from host memory"] = max(float((away[key] - alone[key]).abs().max()) for key in alone)
         for states in LOW:
             if kind == "fsdp_tp" and LOW[states]:
                 continue  # a part of some columns has noise of its own

@@ -38,7 +38,7 @@ def test_sharded_is_unsharded(world, tmp_path):
     assert codes == [0] * world, "\n".join((tmp_path / f"log_{rank}").read_text()[-3000:] for rank in range(world))
     for rank in range(world):
         found = json.loads((tmp_path / f"report_{rank}.json").read_text())
-        assert len(found) == (14 if world == 2 else 23)
+        assert len(found) == (15 if world == 2 else 25)
         assert all(difference < 1e-12 for difference in found.values()), found
     if world == 2:
         went_on = train_low("int4", lambda x: x, steps=0)
