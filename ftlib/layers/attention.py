@@ -202,9 +202,9 @@ class Attention(nn.Module):
         return y
 
     def query_scale(self, scale: Tensor) -> Tensor:
-        """What queries are multiplied with, float32 [B, T, 1 or heads]; `scale` [B, T] is their positions'."""
+        """What queries are multiplied with, float32 at least [B, T, 1 or heads]; `scale` [B, T]: their positions'."""
         if self.spec.ssmax is None:
             return scale[..., None]
         if self.spec.window is not None:
             scale = scale.clamp(max=math.log(self.spec.window))  # no more keys are seen than those of the window
-        return scale[..., None] * self.ssmax.float()
+        return scale[..., None] * self.ssmax.to(torch.promote_types(self.ssmax.dtype, torch.float32))

@@ -13,8 +13,8 @@ class Case:
     tp: int = 1
     style: str = "ulysses"
     kind: str = "full"  # full, lora, dora, loftq or saved (LoRA with whole modules beside it)
-    # tied, norms on heads; qwen2: untied, biases; olmo2: norms over all heads; llama: all biases; mixtral, qwen3_moe:
-    # experts, some without a token; gpt_oss: with biases too, transposed, and sinks; wide: for NF4
+    # tied, norms on heads; qwen2: untied, biases; olmo2: norms over all heads, scalable softmax; llama: all biases;
+    # mixtral, qwen3_moe: experts, some without a token; gpt_oss: with biases too, transposed, and sinks; wide: for NF4
     model: str = "qwen3"
     quantize: str = ""
     pack: bool = True

@@ -5,9 +5,13 @@ gradients of replicated weights not summed under tp: TP2 full 6e-1, dora 2; posi
 CP2 ulysses 7e-1, allgather 2; a late piece of a row taken for an early one: CP2 allgather 2; FSDP dividing by the
 processes: FSDP2 and CP2 5e-1; copies of the model not summed: DDP2 (norm 3e-1); sums in the order of arrival: DDP2
 elastic 1e-7; DoRA's lengths from one process's inputs: TP2 dora 1; a bias added by each process of a row-split matrix:
-TP2 llama 9e-1; every process keeps the first's piece of a quantized matrix: TP2 nf4, int8 2; its piece with the first's
-scales: TP2 nf4 1 (and tests/unit/test_quant.py); FSDP2 spreads the first's part of the codes: FSDP2 nf4 2; weights of
-tokens left behind, or taken from other columns, where rows are shared: CP2 weighted 7e-1 and 1.
+TP2 llama 9e-1; of experts' gate and up one process's slice taken for the other's: TP2 mixtral 2, qwen3_moe 1; a
+router's gradients not summed: TP2 mixtral 5e-1, gpt_oss 8e-1; an adapter's rows cut through gate and up: TP2 lora
+qwen3_moe 2; experts' biases added by each: TP2 gpt_oss 1; keys of a ring taken for another process's: CP4 ring 1; their
+gradients left on the way: CP2 ring 1; documents not kept apart between pieces: CP2 ring 2; every process keeps the
+first's piece of a quantized matrix: TP2 nf4, int8 2; its piece with the first's scales: TP2 nf4 1 (and
+tests/unit/test_quant.py); FSDP2 spreads the first's part of the codes: FSDP2 nf4 2; weights of tokens left behind, or
+taken from other columns, where rows are shared: CP2 weighted 7e-1 and 1.
 """
 
 import pytest

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from parallel.grid import Case
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -15,6 +16,7 @@ from ftlib.adapters import lora
 from ftlib.checkpoint import Saver, State
 from ftlib.data import Documents, Loader
 from ftlib.losses.language_modelling import next_token_loss
+from ftlib.models import ssmax
 from ftlib.models.save import hf_tensors
 from ftlib.parallel import run as processes
 from ftlib.sections import Batch, Checkpoint, Lora, Memory, Model, Optim, Parallel
@@ -41,6 +43,11 @@ def write_models(folder: Path) -> None:
             sizes |= {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384}
         settings = shrunk(source, **sizes, **more)
         reference(settings).save_pretrained(folder / name)
+        if name == "olmo2":
+            settings = ssmax.configured(settings, 0.3)
+            file, draws = folder / name / "model.safetensors", torch.Generator().manual_seed(1)
+            factors = {f"model.layers.{i}.self_attn.ssmax": torch.rand(4, generator=draws) for i in range(2)}
+            save_file(load_file(file) | factors, file)
         (folder / name / "config.json").write_text(json.dumps(settings))
 
 
