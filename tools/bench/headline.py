@@ -56,6 +56,8 @@ def main() -> None:
     if args.plan:
         plan(gpus, Path(args.out or PLAN))
         return
+    if args.save:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict] = {}
     deadline, link = time.monotonic() + args.budget, estimate.link()
     for name, work in cases(gpus, args.only.split(","), args.tiny).items():
