@@ -82,6 +82,22 @@ def test_ends_that_are_not_trained_and_weights_of_zero_and_one():
     assert stretches(said(weight=0)) == stretches(said(train=False)) == ([], bool)
 
 
+class Pairs(FakeTokenizer):
+    """Two characters a token, wherever a part ends."""
+
+    def encode_with_offsets(self, text, special=True):
+        spans = [(at, min(at + 2, len(text))) for at in range(0, len(text), 2)]
+        return list(range(len(spans))), spans
+
+
+@pytest.mark.parametrize("weights", [(0.5, 2), (2, 0.5), (0.5, 0), (0, 0.5), (1, 0)])
+def test_a_token_that_two_parts_share_counts_as_the_larger(weights):
+    pairs = zip(("abc", "def"), weights, strict=True)
+    row = {"segments": [{"text": text, "label": weight > 0, "weight": weight} for text, weight in pairs]}
+    _, found = tokenize(read_example(row, choose_shape(row, "auto", {}, {}, "key"), "file:1"), Pairs())
+    assert found.tolist() == [weights[0], max(weights), weights[1]]
+
+
 def rows_file(folder, rows, name="rows.jsonl"):
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Source(path=str(folder / name))
