@@ -8,9 +8,9 @@ LIMIT = 1e-6  # in float64: six steps of Adam make more of rounding; another row
 # What is trained, and the meshes it is trained on one after the other: two steps each on 2, 4 and 1 processes.
 CHAINS = [
     ({"kind": "full"}, [{"shard": 2}, {"shard": 2, "tp": 2}, {}]),
-    ({"kind": "full", "model": "qwen2"}, [{"tp": 2}, {"shard": 4}, {}]),
+    ({"kind": "full", "model": "mixtral"}, [{"tp": 2}, {"shard": 4}, {}]),
     ({"kind": "lora", "model": "wide", "quantize": "nf4"}, [{"tp": 2}, {"shard": 2, "tp": 2}, {}]),
-    ({"kind": "lora"}, [{"replicate": 2}, {"cp": 2, "tp": 2, "style": GATHER}, {}]),
+    ({"kind": "lora", "model": "qwen3_moe"}, [{"replicate": 2}, {"cp": 2, "tp": 2, "style": GATHER}, {}]),
     ({"kind": "saved", "model": "qwen2"}, [{"cp": 2}, {"replicate": 2, "shard": 2}, {}]),
 ]
 
