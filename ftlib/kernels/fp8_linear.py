@@ -2,8 +2,8 @@
 
 Operands are divided by a scale that makes their largest magnitude the format's, rounded and multiplied; the result is
 scaled back. `rows`: a scale for each row of either operand, along which a product sums, always e4m3; else one for each
-tensor, gradients in e5m2. PyTorch operations and nothing else, so that a compiler fuses the casts with what is before
-them; without a GPU the products are those of the rounded operands in float32.
+tensor, a power of two, gradients in e5m2. PyTorch operations and nothing else, so that a compiler fuses the casts with
+what is before them; without a GPU the products are those of the rounded operands in float32.
 """
 
 import torch
@@ -11,14 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+TINY = 1e-12  # zeros have a scale too
 MULTIPLE = 16  # what the matrix units want of every size but the rows of the left operand
 
 
 def cast(x: Tensor, rows: bool, kind: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
     """x [N, K] -> codes [N, K] of dtype `kind`, scales float32 [N, 1] (`rows`) or [1, 1]: x is about codes * scales."""
+    if rows:
+        scales = x.abs().amax(1, keepdim=True).float().clamp_min(TINY) / torch.finfo(kind).max
+    else:
+        scales = power_of_two(x.abs().amax().view(1, 1).float(), kind)
+    return encode(x, scales, kind), scales
+
+
+def power_of_two(largest: Tensor, kind: torch.dtype) -> Tensor:
+    """The smallest power of two, float32, by which magnitudes up to `largest` (float32) can be divided to fit `kind`.
+
+    What is coded so and made whole again is coded alike a second time, in any dtype as wide as bfloat16.
+    """
+    bits = (largest.clamp_min(TINY) / torch.finfo(kind).max).view(torch.int32)
+    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+
+
+def encode(x: Tensor, scales: Tensor, kind: torch.dtype) -> Tensor:
+    """x over its scales, rounded to the nearest number of dtype `kind`."""
     largest = torch.finfo(kind).max
-    scales = (x.abs().amax(1, keepdim=True) if rows else x.abs().amax().view(1, 1)).float().clamp_min(1e-12) / largest
-    return (x.float() / scales).clamp(-largest, largest).to(kind), scales
+    return (x.float() / scales).clamp(-largest, largest).to(kind)
 
 
 @torch.library.custom_op("ftlib::fp8_product", mutates_args=())

@@ -6,7 +6,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 
-from ftlib.parallel import recompute, tensor
+from ftlib.parallel import gather8, recompute, tensor
 from ftlib.parallel.run import Run
 from ftlib.quant import FrozenWeight
 from ftlib.sections import Memory
@@ -51,7 +51,7 @@ def _shard(model: nn.Module, run: Run, dtype: torch.dtype) -> None:
             module.spread()
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce)}
     for block in model.model.layers:
-        fully_shard(block, **options)
+        gather8.use(fully_shard(block, **options))
     if model.arch.tied:
         fully_shard([model.model.embed_tokens, model.model.norm, model.lm_head], reshard_after_forward=False, **options)
     else:

@@ -17,6 +17,7 @@ class Case:
     # mixtral, qwen3_moe: experts, some without a token; gpt_oss: with biases too, transposed, and sinks; wide: for NF4
     model: str = "qwen3"
     quantize: str = ""
+    fp8: str = ""
     pack: bool = True
     micro_rows: int = 1  # accumulation = 8 rows / (micro_rows x data ranks)
     recompute: str = "none"
@@ -39,6 +40,7 @@ class Case:
     @property
     def work(self) -> str:
         words = [f"{self.kind} on {self.quantize}" if self.quantize else self.kind, self.model]
+        words += [f"fp8 {self.fp8}"] * bool(self.fp8)
         words += ["packed" if self.pack else "not packed", f"micro rows {self.micro_rows}"]
         words += ["recompute"] * (self.recompute != "none") + ["tiled"] * bool(self.tiled_mlp)
         words += ["compiled"] * self.compile + ["elastic"] * self.elastic + ["weighted"] * self.weighted
@@ -74,6 +76,9 @@ SHORT = [
     Case(tp=2, kind="lora", model="gpt_oss", quantize="fp8", micro_rows=2),
     Case(shard=2, kind="loftq", model="wide", quantize="nf4", recompute="full", dtype="fp32"),
     Case(shard=2, kind="lora", model="qwen3_moe", quantize="fp8"),
+    Case(shard=2, model="wide", fp8="tensorwise", recompute="full"),
+    Case(shard=2, model="wide", fp8="rowwise", micro_rows=2),
+    Case(shard=2, kind="lora", model="wide", fp8="tensorwise"),
     Case(shard=2, tp=2, kind="loftq", model="wide", quantize="nf4"),
     Case(cp=2),
     Case(cp=2, style=GATHER, model="qwen2"),

@@ -6,7 +6,10 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from faults.tiny_training import one_process
 from parity.shrink import relative
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ftlib import models, quant
 from ftlib.adapters import lora
@@ -15,6 +18,7 @@ from ftlib.cli import main as tune
 from ftlib.kernels.fp8_linear import E4M3, E5M2, cast, fp8_frozen_linear, fp8_linear
 from ftlib.layers.linear import Linear, project
 from ftlib.models.load import base_state
+from ftlib.parallel import gather8
 from ftlib.quant.float8 import Float8Frozen, Float8Linear, compute_in_fp8
 
 BOTH = pytest.mark.parametrize("rows", [False, True], ids=["tensorwise", "rowwise"])
@@ -56,9 +60,10 @@ def test_it_is_torchaos(rows):
     from torchao.float8.float8_linear import Float8Linear as Theirs
 
     plain = torch.nn.Linear(64, 48, bias=False)
+    plain.weight.data = 0.1 * drawn(48, 64, seed=1)  # others may fall between two codes, where the last bit decides
     recipe = Float8LinearConfig.from_recipe_name("rowwise" if rows else "tensorwise")
     object.__setattr__(recipe, "emulate", True)
-    object.__setattr__(recipe, "round_scales_to_power_of_2", False)
+    object.__setattr__(recipe, "round_scales_to_power_of_2", not rows)
     theirs = Theirs.from_float(plain, config=recipe)
     x = drawn(32, 64).requires_grad_()
     found = gradients(theirs(x), x, theirs.weight)
@@ -105,6 +110,43 @@ def test_operands_are_as_the_matrix_units_want_them(rows, monkeypatch):
             found[-1] += (y, *torch.autograd.grad(y, x, upstream))
     assert calls == [True, False, False, True, False, True, False]
     assert all(torch.equal(native, emulated) for emulated, native in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_coded_twice_is_coded_once(dtype):
+    """What makes gathering in 8 bits exact: whole again, a weight has the codes' values, whatever its largest is."""
+    for seed in range(40):
+        weight = (drawn(16, 64, seed=seed) * 2.0 ** (seed - 20) * (1 + seed / 40)).to(dtype)
+        once = rounded(weight, False)
+        again = rounded(once.to(dtype), False)
+        assert torch.equal(once, once.to(dtype).double()) and torch.equal(once, again), seed
+        scale = cast(weight, False)[1]
+        assert torch.frexp(scale)[0] == 0.5 and 0.5 < float(weight.abs().amax() / scale / 448) <= 1
+
+
+def test_weights_are_gathered_in_eight_bits(monkeypatch):
+    """A unit of FSDP2 with a layer in fp8, a plain one and a norm: what is sent, and what arrives."""
+    unit = torch.nn.Sequential(
+        Float8Linear(Linear(64, 48, bias=False), rows=False), Float8Linear(Linear(48, 64), rows=True),
+        Linear(64, 48, bias=True), torch.nn.LayerNorm(48),
+    )  # fmt: skip
+    weights = {name: p.detach().clone() for name, p in unit.named_parameters()}
+
+    def wanted(name, weight):
+        return rounded(weight, False).float() if name == "0.weight" else weight
+
+    sent, really = [], torch.distributed.all_gather_into_tensor
+    counted = lambda out, own, group: (sent.append(own.nbytes), really(out, own, group=group))  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", counted)
+    one_process()
+    mesh = init_device_mesh("cpu", (1,))
+    gather = gather8.Gather8(fully_shard(unit, mesh=mesh))  # which, alone, does not call it
+    packed = torch.cat([weight.flatten() for weight in weights.values()])
+    arrived = gather.allocate(packed.shape, dtype=packed.dtype, device=packed.device)
+    gather(arrived, packed.clone(), mesh.get_group())
+    assert sent == [packed.nbytes - 3 * 64 * 48]
+    for (name, weight), found in zip(weights.items(), arrived.split(gather.sizes), strict=True):
+        assert torch.equal(found.view_as(weight), wanted(name, weight)), name
 
 
 @BOTH
