@@ -108,6 +108,8 @@ class Preferences:
         pays = self.answers == 2 and stored.sum() < SHARE_BELOW * self.lengths.sum()
         self.shared = self.answers == 2 and (pays if shared == "auto" else shared)
         self.lengths = stored if self.shared else self.lengths
+        longest = int(np.argmax(self.prompts / stored)) if self.shared else 0  # prompt, beside its answers
+        self.share = (int(self.prompts[longest]), int(stored[longest])) if self.shared else (0, 1)
         order = shuffled(len(documents), seed, 4)
         self.other = np.empty(len(order), np.int64)
         self.other[order] = np.roll(order, -1)
@@ -220,8 +222,10 @@ class Preferences:
         cu_seqlens[: len(ends)] = ends
         parents = np.append(parents, np.arange(len(parents), count * most)).astype(np.int32)
         batch.position_ids = torch.from_numpy(positions)
+        part, whole = self.share  # at most so much of any row is read by the prompts and by two answers each
+        most_keys = count * length + 2 * count * length * part // whole
         batch.layout = SharedPrefix(
-            torch.from_numpy(cu_seqlens), length, (count, length), "shared_prefix",
+            torch.from_numpy(cu_seqlens), length, (count, length), "shared_prefix", most_keys=most_keys,
             parents=torch.from_numpy(parents), positions=batch.position_ids,
         )  # fmt: skip
 

@@ -17,9 +17,11 @@ class SharedPrefix(Layout):
     """Segments side by side in rows: prompts, answers, padding. `cu_seqlens` int32 [n + 1] as in `Layout`, of segments.
 
     `parents` int32 [n]: the segment that a segment continues, itself for prompts and padding. `positions` int64 [B, T]:
-    places in the text that a token ends; an answer goes on where its prompt ends.
+    places in the text that a token ends; an answer goes on where its prompt ends. `most_keys`: no batch of the run has
+    segments that read more keys together, a prompt's counted once for each answer too.
     """
 
+    most_keys: int = 0
     parents: Tensor | None = None
     positions: Tensor | None = None
     _keys: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
@@ -91,13 +93,12 @@ class SharedPrefix(Layout):
 
     def _gathered(self) -> tuple[Tensor, Tensor]:
         """Places of the keys that each segment reads, its parent's and its own, one segment after the other, and where
-        they begin, int32 [n + 1]. Twice the batch's tokens, whatever their number: shapes do not change in a run."""
+        they begin, int32 [n + 1]. `most_keys`, whatever their number: shapes do not change in a run."""
         starts, sizes = self.cu_seqlens[:-1].long(), self.cu_seqlens.diff().long()
         parents = self.parents.long()
         above = sizes[parents].where(parents != torch.arange(len(parents), device=parents.device), 0)
         cu_keys = torch.cat((starts[:1], (above + sizes).cumsum(0)))
-        total = 2 * self.shape[0] * self.shape[1]
-        at = torch.arange(total, device=starts.device)
+        at = torch.arange(self.most_keys, device=starts.device)
         segment = torch.searchsorted(cu_keys[1:].contiguous(), at, right=True).clamp(max=len(starts) - 1)
         offset = at - cu_keys[segment]
         index = torch.where(

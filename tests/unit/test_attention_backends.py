@@ -20,7 +20,7 @@ POSITIONS = torch.tensor([[*range(9), *range(9, 16)], [*range(4), *range(4, 16)]
 
 def shared_prefix():
     parents = torch.tensor([0, 0, 2, 2, 4], dtype=torch.int32)
-    return SharedPrefix(ENDS, 16, (2, 16), parents=parents, positions=POSITIONS)
+    return SharedPrefix(ENDS, 16, (2, 16), most_keys=64, parents=parents, positions=POSITIONS)
 
 
 def operands(dtype=torch.float64):

@@ -298,18 +298,22 @@ def test_packed_padded_and_shared_prompts_are_one(name, backend, tokenizer, tmp_
 
 
 def test_keys_that_segments_read_are_those_that_the_mask_shows(tokenizer, tmp_path):
-    """What the GPU's kernel is told: each segment's queries stand at the end of its keys."""
-    rows = [{"prompt": "q" * (9 * i + 1), "chosen": "yes" * (i + 1), "rejected": "no"} for i in range(3)]
-    layout = Preferences(load(rows, tokenizer, tmp_path).train, shared=True).batch([[2, 0], [1]], 120, 256, 3).layout
+    """What the GPU's kernel is told: each segment's queries stand at the end of its keys. Prompts are so long, and rows
+    so full, that there are more than twice as many keys as queries."""
+    rows = [{"prompt": "q" * (9 * i + 50), "chosen": "yes" * (i + 1), "rejected": "no"} for i in range(3)]
+    pairs = Preferences(load(rows, tokenizer, tmp_path).train, shared=True)
+    length = int(pairs.lengths[0] + pairs.lengths[2])
+    layout = pairs.batch([[2, 0], [1]], length, 256, 3).layout
+    half, both = length, 2 * length
     layout.prepare("varlen", {None})
     layout.prepare("sdpa", {None})
     index, cu_keys = layout._keys
-    assert len(index) == 2 * 2 * 120 and len(cu_keys) == len(layout.cu_seqlens)
-    mask, seen = layout.masks[None][:, 0], torch.zeros(240, 240, dtype=torch.bool)
+    assert 2 * both < cu_keys[-1] + half and cu_keys[-1] <= len(index) and len(cu_keys) == len(layout.cu_seqlens)
+    mask, seen = layout.masks[None][:, 0], torch.zeros(both, both, dtype=torch.bool)
     for (start, end), (first, last) in zip(pairwise(layout.cu_seqlens), pairwise(cu_keys), strict=True):
         for query in range(start, end):
             keys = index[first : last - (end - 1 - query)]
             assert len(set(keys.tolist())) == len(keys)
             seen[query, keys] = True
-    assert torch.equal(seen[:120, :120], mask[0]) and torch.equal(seen[120:, 120:], mask[1])
-    assert not seen[:120, 120:].any() and not seen[120:, :120].any()
+    assert torch.equal(seen[:half, :half], mask[0]) and torch.equal(seen[half:, half:], mask[1])
+    assert not seen[:half, half:].any() and not seen[half:, :half].any()
