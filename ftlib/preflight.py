@@ -113,7 +113,8 @@ def _activations(model: nn.Module, cfg: Any, mesh: Parallel, parked: bool) -> di
     arch, width = model.arch, 2 if cfg.dtype == "bf16" else 4
     tokens = cfg.batch.micro_rows * cfg.data.seq_len // mesh.cp
     tile = min(1.0, (cfg.memory.tiled_mlp or tokens) / tokens)
-    elements = [block_elements(arch, layer, cfg.data.seq_len, tile, mesh.tp) for layer in arch.layers]
+    scored = 0 if model.model.backend == "flex" else cfg.data.seq_len  # it keeps no score
+    elements = [block_elements(arch, layer, scored, tile, mesh.tp) for layer in arch.layers]
     blocks = [tokens * width * count for count in elements]
     hidden = tokens * width * arch.dim
     inputs = (min(len(blocks), PARKED) if parked else len(blocks)) * hidden // mesh.tp

@@ -139,15 +139,17 @@ def _reference(
 def choose_backend(
     requested: str, device: torch.device, dtype: torch.dtype, softcap: bool = False, sinks: bool = False
 ) -> str:
-    """The backend of every layer: `varlen` on a GPU in half precision, else `sdpa`; `reference` where scores are capped
-    (`softcap`), or on a GPU `flex` if asked for. `sinks` go with all but that one.
+    """The backend of every layer: `varlen` on a GPU in half precision, else `sdpa`. Where scores are capped (`softcap`),
+    `flex` and `reference`. `sinks` go with all but `flex`.
 
     `varlen` still hands rows that are one document each to SDPA, whose cuDNN kernel is faster there. An explicit choice
     that cannot serve is a UserError that says why.
     """
     varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if requested == "auto":
-        return "reference" if softcap else "varlen" if varlen else "sdpa"
+        if softcap:
+            return "flex" if varlen and not sinks else "reference"
+        return "varlen" if varlen else "sdpa"
     why = None
     if requested not in ("sdpa", "reference", "varlen", "flex"):
         why = "is not available here"

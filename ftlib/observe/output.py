@@ -195,7 +195,7 @@ def attention_note(decoder: nn.Module | None) -> list[str]:
     """Which attention backend computes, for the user; where it is the slow one, why."""
     backend, arch = getattr(decoder, "backend", None), getattr(decoder, "arch", None)
     if backend == "reference" and getattr(arch, "softcap", False):
-        return ["attention: reference, slow and with every score in memory: scores are capped softly (flex on a GPU)"]
+        return ["attention: reference, slow and with every score in memory: scores are capped softly"]
     return [f"attention: {backend}"] if backend else []
 
 

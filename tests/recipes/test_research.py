@@ -113,7 +113,6 @@ def test_ssmax_changes_attention_and_goes_on_to_the_bit(lab):
 def test_what_does_not_go_with_ssmax_is_refused(lab):
     refused(lab, "context.ssmax=0.168", "from_scratch=false", match=r"context\.ssmax")
     refused(lab, "context.ssmax=0.168", "context.skip=true", match=r"context\.skip")
-    refused(lab, "context.ssmax=0.168", "parallel.tp=2", world=2, match="no tensor-parallel plan")
     final = lab("context.ssmax=0.168")[1] / "final"
     refused(lab, f"model.path={final}", "from_scratch=false", "context.skip=true", match=r"context\.skip")
 

@@ -117,3 +117,12 @@ def test_processes_share_all_but_what_they_gather():
     both = planned(*case, 8, {"full": True, "cp": 2})
     for part in ("activations", "kept", "working"):
         assert getattr(both, part) == getattr(eight, part) // 2
+
+
+def test_capped_scores_are_kept_only_where_they_are_formed(monkeypatch):
+    model = built("gemma-2-2b", True)
+    plain = planned("gemma-2-2b", 1, KEPT["none"], 1, {"full": True})
+    monkeypatch.setattr(model.model, "backend", "flex")
+    found = planned("gemma-2-2b", 1, KEPT["none"], 1, {"full": True})
+    heads = sum(layer.mixer.heads for layer in model.arch.layers)
+    assert plain.kept - found.kept == 5 * heads * 4096 * 4096 * 2
