@@ -48,6 +48,12 @@ def attach(model: nn.Module, names: tuple[str, ...], name: str, dtype: torch.dty
                     where="lora.modules_to_save, lora.targets",
                     fix="leave it out of one of them",
                 )
+            if hasattr(module, "base"):
+                raise UserError(
+                    f"{wanted!r} is kept in few bits, from which it cannot be trained whole",
+                    where="lora.modules_to_save, model.quantize",
+                    fix="name it in lora.targets instead, or leave model.quantize out",
+                )
             switch(module)
             module.adapters[name] = Copies(module, dtype)
             module.active = name

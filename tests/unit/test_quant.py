@@ -290,6 +290,15 @@ def test_cutting_inside_a_block_is_refused(tmp_path):
     mesh.check(model, cfg, 1, 2)
 
 
+def test_training_a_quantized_layer_whole_is_refused(tmp_path):
+    """One with a bias has something to train, which is not what was asked for."""
+    (tmp_path / "config.json").write_text(json.dumps(shrunk("qwen2.5-7b")))
+    model = load.build(tmp_path, torch.float32)
+    hold(model, "int8")
+    with pytest.raises(UserError, match=r"'q_proj' is kept in few bits[\s\S]*lora.modules_to_save, model.quantize"):
+        lora.attach_section(model, Lora(targets=("o_proj",), modules_to_save=("q_proj",)))
+
+
 def test_changing_it_between_runs_is_refused(tmp_path, capsys):
     assert tune(["run", *RUN, "model.quantize=int8", f"output_dir={tmp_path}", "steps=3"]) == 0
     assert tune(["run", *RUN, f"output_dir={tmp_path}"]) == 2
