@@ -23,12 +23,13 @@ LOW = {
     "fp32": {}, "int8": {}, "fp8": {}, "int4": {}, "int8 stochastic": {"rounding": "stochastic"},
 }  # fmt: skip
 SHAPES = {
-    "even": (8, 6), "more": (8, 6), "third": (8, 6), "odd": (7, 10), "tiny": (1, 5), "stack": (3, 4, 5), "vector": (5,)
+    "even": (8, 6), "more": (8, 6), "third": (8, 6), "odd": (7, 10), "tiny": (1, 5), "stack": (3, 4, 5), "vector": (5,),
+    "gate_up": (3, 2, 4, 5),
 }  # fmt: skip
 
 
 def model(place):
-    """Matrices of equal and of uneven shapes, one with fewer rows than processes, a stack and a vector."""
+    """Matrices of equal and of uneven shapes, one with fewer rows than processes, stacks and a vector."""
     generator, made = torch.Generator().manual_seed(0), nn.Module()
     for name, shape in SHAPES.items():
         made.register_parameter(name, nn.Parameter(place(torch.randn(shape, generator=generator).double())))
