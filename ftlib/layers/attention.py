@@ -139,8 +139,8 @@ def _reference(
 def choose_backend(
     requested: str, device: torch.device, dtype: torch.dtype, softcap: bool = False, sinks: bool = False
 ) -> str:
-    """The backend of every layer: `varlen` on a GPU in half precision, else `sdpa`. Where scores are capped (`softcap`),
-    `flex` and `reference`. `sinks` go with all but `flex`.
+    """The backend of every layer: `varlen` on a GPU in half precision, else `sdpa`; `flex` and `reference` where scores
+    are capped (`softcap`). `sinks` go with all but `flex`.
 
     `varlen` still hands rows that are one document each to SDPA, whose cuDNN kernel is faster there. An explicit choice
     that cannot serve is a UserError that says why.

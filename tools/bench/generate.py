@@ -4,7 +4,8 @@
     python tools/bench/generate.py --shape qwen3-0.6b --batch 256 --vs transformers --peer-path transformers=FOLDER
 
 Every contender runs in a process of its own on the same prompts, nobody stops early, and all return log-probabilities.
-`limit` is the time to read the weights once a step and all keys and values, at 75 % of 3.35 TB/s, and 0.5 ms a step.
+`limit` is the time to read the weights once a step and all keys and values, at 75 % of the device's memory bandwidth,
+and 0.5 ms a step.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import sft
 import torch
 
 HERE = Path(__file__).parent
-BANDWIDTH, EFFICIENCY, PER_STEP = 3.35e12, 0.75, 0.5e-3  # bytes/s of an H100 SXM; share to be had; s beside memory
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s by the vendor's data sheets (SXM)
+EFFICIENCY, PER_STEP = 0.75, 0.5e-3  # share of it to be had; s beside memory
 
 
 def main() -> None:
@@ -32,12 +34,14 @@ def main() -> None:
     work = {key: getattr(args, key) for key in keys}
     paths = dict(entry.split("=", 1) for entry in args.peer_path)
     contenders = [*filter(None, args.ours.split(",")), *args.vs]
-    print(f"{work}: limit {limit(work):,.0f} tokens/s", flush=True)
+    print(work, flush=True)
     rows: list[dict] = []
     for name in contenders:
         rows.append(row := run({**work, "contender": name}, paths, args.limit))
-        if "tokens_per_s" in row:
-            row["share_of_limit"] = round(row["tokens_per_s"] / limit(work), 3)
+        known = next((speed for name, speed in BANDWIDTH.items() if name in row.get("device", "")), None)
+        if known:
+            row["limit"] = round(limit(work, known))
+            row["share_of_limit"] = round(row["tokens_per_s"] / limit(work, known), 3)
         print(json.dumps({key: value for key, value in row.items() if key != "work"}), flush=True)
         sft.write(rows, args.out)
 
@@ -76,8 +80,8 @@ def run(work: dict, paths: dict[str, str], seconds: int) -> dict:
     return json.loads(found[-1].removeprefix("ROW "))
 
 
-def limit(work: dict) -> float:
-    """Tokens per second that memory allows, at the mean length of the sequences."""
+def limit(work: dict, bandwidth: float) -> float:
+    """Tokens per second that memory of so many bytes/s allows, at the mean length of the sequences."""
     config = common.config_of(work["shape"])
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or width // heads
@@ -85,7 +89,7 @@ def limit(work: dict) -> float:
     layer = width * head * (2 * heads + 2 * kv) + 3 * width * config["intermediate_size"]
     weights = 2 * (config["num_hidden_layers"] * layer + config["vocab_size"] * width)
     cache = 2 * 2 * config["num_hidden_layers"] * kv * head * (work["prompt"] + work["new"] / 2) * work["batch"]
-    return work["batch"] / ((weights + cache) / (BANDWIDTH * EFFICIENCY) + PER_STEP)
+    return work["batch"] / ((weights + cache) / (bandwidth * EFFICIENCY) + PER_STEP)
 
 
 def contend(work: dict) -> None:
