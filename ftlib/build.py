@@ -242,8 +242,16 @@ def _rows_fix(rows: int, micro_rows: int, processes: int) -> str:
 
 def _backend(cfg: Any, built: LanguageModel, device: torch.device) -> str:
     """The attention backend of a model; UserError where the one that is asked for cannot serve it."""
-    arch = built.arch
-    return choose_backend(cfg.model.attention, device, DTYPES[cfg.dtype], arch.softcap, arch.sinks)
+    arch, asked = built.arch, cfg.model.attention
+    chosen = choose_backend(asked, device, DTYPES[cfg.dtype], arch.softcap, arch.sinks)
+    cut = "parallel.cp_style" if cfg.parallel.cp > 1 and cfg.parallel.cp_style == "allgather" else None
+    masked = cut or ("diffusion" if hasattr(cfg, "diffusion") else None)  # where every score has a mask of its own
+    if chosen != "flex" or masked is None:
+        return chosen
+    if asked == "flex":
+        where, fix = f"model.attention, {masked}", "use auto or reference" + (", or cp_style=ulysses" if cut else "")
+        raise UserError("attention backend 'flex' serves whole rows that look back", where=where, fix=fix)
+    return "reference"
 
 
 def _decoder(code: str | None) -> type | None:

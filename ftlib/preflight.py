@@ -201,12 +201,14 @@ def _memory(least: Need) -> str | None:
     if where == "the GPU" and (machine := _machine())[0] < least.host * machine[1]:
         what = f"the optimizer's state is {size(least.host)} of host memory"
         return f"{what} for each of {machine[1]} processes (optim.offload), this machine has {size(machine[0])}"
-    if (least.memory + (least.host if where != "the GPU" else 0)) * sharing <= have:
+    waiting = least.host if where != "the GPU" else 0
+    if (least.memory + waiting) * sharing <= have:
         return None
     parts = f"weights {size(least.weights)}, gradients and optimizer {size(least.training)}, "
     parts += f"kept activations {size(least.activations)}"
+    parts += f", optimizer state in host memory {size(waiting)}" if waiting else ""
     each = f" for each of {sharing} processes" if sharing > 1 else ""
-    return f"at least {size(least.memory)} of memory are needed{each} ({parts}), {where} has {size(have)}"
+    return f"at least {size(least.memory + waiting)} of memory are needed{each} ({parts}), {where} has {size(have)}"
 
 
 def _disk(least: Need, folder: Path) -> str | None:

@@ -1,10 +1,12 @@
 """Attention with sinks on every backend against the plain formula, and which backend a model gets."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ftlib import build
 from ftlib.errors import UserError
 from ftlib.kernels import flex_attention
 from ftlib.kernels import varlen_attention as varlen
@@ -12,6 +14,7 @@ from ftlib.layers.attention import attend, choose_backend
 from ftlib.layers.batch import Layout
 from ftlib.layers.shared_prefix import SharedPrefix
 from ftlib.observe.output import attention_note
+from ftlib.sections import Parallel
 
 CUDA = torch.device("cuda")
 ENDS = torch.tensor([0, 9, 16, 20, 32, 32], dtype=torch.int32)  # of two rows of 16 tokens
@@ -152,9 +155,21 @@ def test_which_backend_a_model_gets():
         choose_backend("flash4", CUDA, half)
 
 
-def test_what_a_run_says_of_it():
-    from types import SimpleNamespace
+def test_flex_is_not_chosen_where_every_score_has_a_mask():
+    """Gathered keys and text diffusion: plain PyTorch would compute, and the log and the estimate would not know."""
+    model = SimpleNamespace(arch=SimpleNamespace(softcap=True, sinks=False))
 
+    def chosen(asked="auto", **more):
+        cfg = SimpleNamespace(model=SimpleNamespace(attention=asked), dtype="bf16", parallel=Parallel(**more))
+        return build._backend(cfg, model, CUDA)
+
+    gathered = {"cp": 2, "cp_style": "allgather"}
+    assert chosen() == chosen(cp=2, cp_style="ulysses") == "flex" and chosen(**gathered) == "reference"
+    with pytest.raises(UserError, match=r"model\.attention, parallel\.cp_style"):
+        chosen("flex", **gathered)
+
+
+def test_what_a_run_says_of_it():
     def said(backend, softcap=False):
         return attention_note(SimpleNamespace(backend=backend, arch=SimpleNamespace(softcap=softcap)))
 

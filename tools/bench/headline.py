@@ -54,7 +54,7 @@ def main() -> None:
         print(f"--gpus {gpus}: an even number of those that are here; --only: of {', '.join(GROUPS)}")
         sys.exit(2)
     if args.plan:
-        plan(gpus, Path(args.out or PLAN))
+        plan(gpus, Path(args.out or (PLAN if gpus == 8 else PLAN.with_stem(f"headline_plan_{gpus}"))))
         return
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)

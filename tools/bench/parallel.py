@@ -129,7 +129,7 @@ def run(work: dict, limit: float, device: int | None = None) -> dict:
 
 def judge(row: dict, one: dict | None) -> dict:
     """Speed against one GPU, and whether losses and gradient norms agree with it."""
-    if one is None or "failed" in row or "failed" in one:
+    if one is None or "loss" not in row or "loss" not in one:  # failed, or was not started
         return {}
     losses = max(abs(a - b) / abs(b) for a, b in zip(row["loss"], one["loss"], strict=True))
     norms = max(abs(a - b) / abs(b) for a, b in zip(row["grad_norm"], one["grad_norm"], strict=True))
