@@ -53,7 +53,7 @@ def apply(model: nn.Module, mesh: DeviceMesh) -> None:
         if leaf in EDGES:
             module.register_forward_pre_hook(partial(_enter, group))
             module.register_forward_hook(partial(_leave, group))
-        if module._parameters or hasattr(module, "adapters"):
+        if _computes(module):
             over_all = leaf in HEAD_NORMS and module.weight.numel() != _head_dim(model, name)
             _place(module, WIDE if over_all else PLAN[leaf], mesh)
     model.model.norm.register_forward_hook(lambda module, args, y: gather(y, 1, group))
@@ -75,7 +75,7 @@ def check(model: nn.Module, tp: int, cp: int = 1) -> None:
         wrong += [f"{key} {value} is no multiple of parallel.tp {tp}" for value in sorted(values) if value % tp]
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
-        if ".adapters" in name or not module._parameters or isinstance(module, nn.Identity):
+        if ".adapters" in name or not _computes(module) or isinstance(module, nn.Identity):
             continue
         if leaf not in PLAN:
             wrong.append(f"{name} ({type(module).__name__}) has no tensor-parallel plan")
@@ -91,10 +91,16 @@ def check_base(model: nn.Module, tp: int) -> None:
         if base is None or role is None:
             continue
         dim = _placements(module, role, role == COLUMN)["weight"].dim
-        if not base.divides(dim, tp):
-            what = f"{name} has {base.shape[dim]} inputs, kept in blocks of {base.block}, for {tp} processes"
+        if base.shape[dim] % tp == 0 and not base.divides(dim, tp):  # the last dimension: `check` knows the sizes
+            side = "outputs" if getattr(module, "transposed", False) else "inputs"
+            what = f"{name} has {base.shape[dim]} {side}, kept in blocks of {base.block}, for {tp} processes"
             where, fix = "model.quantize, parallel.tp", "model.quantize=int8 or fp8, or a smaller parallel.tp"
             raise UserError(what, where=where, fix=fix)
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether it has something of its own to share: parameters, an adapter's, or a matrix in few bits."""
+    return bool(module._parameters) or hasattr(module, "adapters") or hasattr(module, "base")
 
 
 def _head_dim(model: nn.Module, name: str) -> int:

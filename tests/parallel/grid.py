@@ -12,7 +12,7 @@ class Case:
     cp: int = 1
     tp: int = 1
     style: str = "ulysses"
-    kind: str = "full"  # full, lora, dora, loftq or saved (LoRA with whole modules beside it)
+    kind: str = "full"  # full, lora, dora, loftq, attention (LoRA on nothing else) or saved (with whole modules beside)
     # tied, norms on heads; qwen2: untied, biases; olmo2: norms over all heads, scalable softmax; llama: all biases;
     # mixtral, qwen3_moe: experts, some without a token; gpt_oss: with biases too, transposed, and sinks; wide: for NF4
     model: str = "qwen3"
@@ -74,6 +74,8 @@ SHORT = [
     Case(tp=2, kind="lora", model="wide", quantize="nf4"),
     Case(tp=2, kind="dora", model="wide", quantize="int8", recompute="full"),
     Case(tp=2, kind="lora", model="gpt_oss", quantize="fp8", micro_rows=2),
+    Case(tp=2, kind="attention", model="wide", quantize="nf4"),
+    Case(tp=2, kind="attention", model="qwen3_moe", quantize="int8"),
     Case(shard=2, kind="loftq", model="wide", quantize="nf4", recompute="full", dtype="fp32"),
     Case(shard=2, kind="lora", model="qwen3_moe", quantize="fp8"),
     Case(shard=2, model="wide", fp8="tensorwise", recompute="full"),

@@ -10,7 +10,8 @@ router's gradients not summed: TP2 mixtral 5e-1, gpt_oss 8e-1; an adapter's rows
 qwen3_moe 2; experts' biases added by each: TP2 gpt_oss 1; keys of a ring taken for another process's: CP4 ring 1; their
 gradients left on the way: CP2 ring 1; documents not kept apart between pieces: CP2 ring 2; every process keeps the
 first's piece of a quantized matrix: TP2 nf4, int8 2; its piece with the first's scales: TP2 nf4 1 (and
-tests/unit/test_quant.py); FSDP2 spreads the first's part of the codes: FSDP2 nf4 2; weights of tokens left behind, or
+tests/unit/test_quant.py); a quantized layer without an adapter computed whole by every process: TP2 attention on nf4 1,
+on int8 experts 5e-2; FSDP2 spreads the first's part of the codes: FSDP2 nf4 2; weights of tokens left behind, or
 taken from other columns, where rows are shared: CP2 weighted 7e-1 and 1; weights in fp8 gathered with each process's
 own scale: FSDP2 tensorwise 3, with another weight's: 3; gathered so though a layer has scales by row: FSDP2 rowwise
 3e-1.

@@ -70,6 +70,7 @@ def config(case: Case, models: Path) -> SimpleNamespace:
     )
     if case.kind != "full":
         more = {"saved": {"modules_to_save": ("lm_head", "norm")}, "dora": {"dora": True}, "loftq": {"init": "loftq"}}
+        more["attention"] = {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
         cfg.lora = Lora(rank=8, **more.get(case.kind, {}))
         # Adapters are kept in float32; here nothing may be rounded.
         lora.attach_section.__kwdefaults__["dtype"] = build.DTYPES[case.dtype]
