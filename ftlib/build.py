@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ftlib import budget, data, loop, plugins, preflight, quant, tokenizers
+from ftlib import budget, data, loop, preflight, quant, tokenizers
 from ftlib.adapters import freeze, token_rows
 from ftlib.adapters import setup as adapters
 from ftlib.adapters.fuse import fuse
@@ -15,7 +15,7 @@ from ftlib.checkpoint import exchange
 from ftlib.data import streaming
 from ftlib.errors import Problems, UserError
 from ftlib.layers.attention import choose_backend
-from ftlib.models import LanguageModel, families, heads, hub, initial, load, mtp, resize
+from ftlib.models import LanguageModel, heads, hub, initial, load, mtp, own, resize
 from ftlib.models.load import DTYPES
 from ftlib.optim import adamw, in_backward, lisa, schedule_free
 from ftlib.optim.groups import parameter_groups
@@ -45,7 +45,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     `train` section, if it has one, leaves. `reference`: a run that continues an adapter also holds it frozen.
     """
     folder, dtype = hub.resolve(cfg.model.path), DTYPES[cfg.dtype]
-    built = load.build(folder, dtype, _decoder(cfg.model.code), _head(cfg))
+    built = load.build(folder, dtype, own.find(cfg.model.code), _head(cfg))
     weights = None if from_scratch(cfg) else load.check_weights(built, folder)
     quant.attach(built, cfg)
     trained, fresh = new_tokens(cfg, built)
@@ -86,7 +86,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
 def frozen(cfg: Any, run: Run, path: str, head: heads.Head | None = None) -> LanguageModel:
     """A model that a run looks at and never trains: a teacher, what a full fine-tune began with; with `head` scores."""
     folder, dtype = hub.resolve(path), DTYPES[cfg.dtype]
-    built = load.build(folder, dtype, head=head)
+    built = load.build(folder, dtype, own.decoder(cfg.model, path), head)
     weights = load.check_weights(built, folder)
     built.model.use_attention(_backend(cfg, built, run.device))
     built.requires_grad_(False)
@@ -175,7 +175,7 @@ def check_data(cfg: Any) -> list[str]:
 
 def _check_model(cfg: Any) -> LanguageModel:
     folder = hub.resolve(cfg.model.path)
-    built = load.build(folder, DTYPES[cfg.dtype], _decoder(cfg.model.code), _head(cfg))
+    built = load.build(folder, DTYPES[cfg.dtype], own.find(cfg.model.code), _head(cfg))
     _backend(cfg, built, default_device())
     if not from_scratch(cfg):
         load.check_weights(built, folder)
@@ -252,10 +252,6 @@ def _backend(cfg: Any, built: LanguageModel, device: torch.device) -> str:
         where, fix = f"model.attention, {masked}", "use auto or reference" + (", or cp_style=ulysses" if cut else "")
         raise UserError("attention backend 'flex' serves whole rows that look back", where=where, fix=fix)
     return "reference"
-
-
-def _decoder(code: str | None) -> type | None:
-    return plugins.find("decoders", code, {}) if code else None
 
 
 def _head(cfg: Any) -> heads.Head | None:
@@ -342,8 +338,7 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
 
 def _known_tokens(cfg: Any, tokenizer: Tokenizer) -> int:
     """How many tokens the model has an embedding for."""
-    config = hub.resolve(cfg.model.path) / "config.json"
-    known = families.read(hub.read_config(config.parent), where=str(config))[0].vocab
+    known = own.arch(cfg.model, cfg.model.path).vocab
     return max([known, *(tokenizer.special_tokens[token] + 1 for token in cfg.tokenizer.add_tokens)])
 
 

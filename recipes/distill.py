@@ -21,7 +21,7 @@ from ftlib.launch import launch
 from ftlib.layers.batch import Batch as Packed
 from ftlib.loop import Boundary
 from ftlib.losses.distillation import StoredTeacher, Teacher, distillation_loss, most_likely
-from ftlib.models import families, hub
+from ftlib.models import own
 from ftlib.observe.output import Output
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
@@ -69,8 +69,7 @@ class Config:
 def check(cfg: Config, world: int = 1) -> None:
     """What can be known before anything is loaded: also that both models speak of the same tokens."""
     build.check(cfg, world)
-    folders = [hub.resolve(path) for path in (cfg.model.path, cfg.distill.teacher)]
-    known = [families.read(hub.read_config(folder))[0].vocab for folder in folders]
+    known = [own.arch(cfg.model, path).vocab for path in (cfg.model.path, cfg.distill.teacher)]
     if known[0] != known[1]:
         what = f"the student has {known[0]:,} tokens, the teacher {known[1]:,}"
         raise UserError(what, where="model.path, distill.teacher", fix="take models with one vocabulary")

@@ -22,7 +22,7 @@ from ftlib.launch import launch, script
 from ftlib.loop import Boundary
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.losses.multi_token import multi_token_loss
-from ftlib.models import hub, sizes
+from ftlib.models import hub, own, sizes
 from ftlib.observe.output import Output, trained_share
 from ftlib.observe.statistics import statistics
 from ftlib.optim.schedule import learning_rate
@@ -85,7 +85,7 @@ def shaped(cfg: Config) -> Config:
         what = "weights have the sizes and the attention they have"
         raise UserError(what, where="sizes, context.ssmax", fix="set from_scratch=true")
     source = hub.resolve(cfg.model.path)
-    folder = sizes.write(source, cfg.output_dir, cfg.sizes, cfg.context, weights=not cfg.from_scratch)
+    folder = sizes.write(source, cfg.output_dir, cfg.sizes, cfg.context, not cfg.from_scratch, own.find(cfg.model.code))
     tokenizer = replace(cfg.tokenizer, path=cfg.tokenizer.path or cfg.model.path)
     return replace(cfg, model=replace(cfg.model, path=str(folder)), tokenizer=tokenizer)
 

@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+from torch import nn
+
 from ftlib.errors import UserError
 from ftlib.models import families, ssmax
 from ftlib.models.hub import read_config
@@ -87,9 +89,17 @@ def extended(config: dict, length: int) -> dict:
     return config | {key: kept | yarn, "max_position_embeddings": length}
 
 
-def write(source: Path, folder: Path, sizes: Sizes, context: Context = Context(), weights: bool = False) -> Path:
+def write(
+    source: Path,
+    folder: Path,
+    sizes: Sizes,
+    context: Context = Context(),
+    weights: bool = False,
+    decoder: type[nn.Module] | None = None,
+) -> Path:
     """A folder below `folder` with the config.json of `source` in other sizes, for a longer range or with scalable
     softmax, whose name tells them apart; with `weights` also links to those of `source`.
+    `decoder`: what is to read it, as in `load.build`.
 
     UserError where the family cannot have them. Any number of processes may write it at once.
     """
@@ -101,7 +111,7 @@ def write(source: Path, folder: Path, sizes: Sizes, context: Context = Context()
     length = context.length
     new = extended(new, length) if length and new.get("max_position_embeddings") != length else new
     new = new if context.ssmax is None else ssmax.configured(new, context.ssmax)
-    families.read(new, where="sizes")
+    families.read(new, "sizes", getattr(decoder, "family", None))
     text = json.dumps(new, indent=2) + "\n"
     made = folder / f"shape-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if not (made / "config.json").is_file():

@@ -10,10 +10,9 @@ from ftlib import build, tokenizers
 from ftlib.data.packing import pack
 from ftlib.errors import UserError
 from ftlib.layers.batch import IGNORED, from_documents
-from ftlib.models import heads, hub, load
+from ftlib.models import heads, hub, load, own
 from ftlib.models.load import DTYPES
 from ftlib.parallel.run import Run
-from ftlib.sections.rl import Reward
 
 Messages = list[dict[str, Any]]
 DOCUMENTS = 32  # at most in a packed row: batches keep their shapes from step to step
@@ -59,9 +58,9 @@ def load_all(cfg: Any, run: Run) -> dict[int, RewardModel]:
     return {i: RewardModel(cfg, reward.model, run) for i, reward in enumerate(cfg.rewards) if reward.model is not None}
 
 
-def check(rewards: tuple[Reward, ...], dtype: str) -> None:
+def check(cfg: Any) -> None:
     """UserError for a folder that holds no model that scores, or no way to write a conversation down."""
-    for i, reward in enumerate(rewards):
+    for i, reward in enumerate(cfg.rewards):
         if reward.model is None:
             continue
         where, folder = f"rewards[{i}].model", hub.resolve(reward.model)
@@ -69,6 +68,7 @@ def check(rewards: tuple[Reward, ...], dtype: str) -> None:
         if not name.endswith(heads.SEQUENCE.task):
             what, fix = f"{name} gives no scores", f"name a …{heads.SEQUENCE.task}, such as recipes/reward.py writes"
             raise UserError(what, where=where, fix=fix)
-        load.check_weights(load.build(folder, DTYPES[dtype], head=heads.SEQUENCE), folder)
+        decoder = own.decoder(cfg.model, reward.model)
+        load.check_weights(load.build(folder, DTYPES[cfg.dtype], decoder, heads.SEQUENCE), folder)
         turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
         tokenizers.from_pretrained(folder).apply_chat_template(turns)

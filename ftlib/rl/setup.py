@@ -200,4 +200,4 @@ def _check_data(cfg: Any) -> None:
     environments.check(cfg.dialogue)
     sets = load_prompts(cfg, build.tokenizer(cfg))
     rewards.check(cfg.rewards, sets.columns)
-    reward_model.check(cfg.rewards, cfg.dtype)
+    reward_model.check(cfg)
