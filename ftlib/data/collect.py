@@ -55,6 +55,7 @@ class Outcome:
     dropped: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     error: UserError | None = None
+    unwritten: int = 0  # messages whose reasoning the template left out
 
 
 @dataclass
@@ -90,6 +91,7 @@ class Job:
                     raise found
                 kept = example if self.keep_examples else None
                 done.documents += [(*piece, kept, None) for piece in self.fit(done, example.where, *found)]
+                done.unwritten += example.unwritten
             except UserError as error:
                 done.error = done.error or error
         for done in outcomes:
@@ -100,12 +102,15 @@ class Job:
     def read(self, done: Outcome, value: dict) -> list[Example]:
         """The records of a row that are still to be tokenised; answers of preferences are so at once."""
         examples = read_examples(value, self.shape, f"{self.files[done.file_id]}:{done.line}")
+        if not examples:
+            done.dropped.append(f"format {self.shape.format} made nothing of it")
         for example in examples:
             if self.wanted.kind == "train":
                 thinking.apply(example, self.cfg.thinking)
                 continue
             kept = example if self.keep_examples else None
             done.documents += [(u.ids, u.trained, kept, u.pieces) for u in self.units(done, example)]
+            done.unwritten += example.unwritten
         return examples if self.wanted.kind == "train" else []
 
     def units(self, done: Outcome, example: Example) -> Iterator[preference.Unit]:
@@ -200,6 +205,7 @@ def collect(job: Job, places: Iterable[sources.Place], report: SourceReport, wri
         report.lengths.extend(done.lengths)
         report.dropped.update(done.dropped)
         report.changed.update(done.changed)
+        report.unwritten += done.unwritten
         for ids, trained, example, pieces in done.documents:
             writer.add(ids, trained, done.file_id, done.line, example, pieces)
     if bad and job.cfg.on_bad_row == "error":

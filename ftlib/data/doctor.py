@@ -13,7 +13,7 @@ from ftlib.data.collect import Job, Outcome, find_shape
 from ftlib.data.documents import Documents
 from ftlib.data.masks import Tokenizer
 from ftlib.data.preview import Shown, merged, preview
-from ftlib.data.report import UNTRAINED, spread
+from ftlib.data.report import UNTRAINED, UNWRITTEN, spread
 from ftlib.data.store import MemoryWriter
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
@@ -48,6 +48,7 @@ class Findings:
     roles: Counter[str] = field(default_factory=Counter)
     samples: list[tuple[str, Shown]] = field(default_factory=list)
     weights: Counter[float] = field(default_factory=Counter)  # other than 1 -> trained tokens
+    unwritten: int = 0  # messages whose reasoning the template left out
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and value of each number."""
@@ -65,6 +66,8 @@ class Findings:
             facts.append(("imbalance", f"the 1 % of rows with most trained tokens hold {share:.0%} of them"))
         if self.roles:
             facts.append(("messages", ", ".join(f"{count:,} {role}" for role, count in self.roles.most_common())))
+        if self.unwritten:
+            facts.append(("warning", f"the reasoning of {self.unwritten:,} messages {UNWRITTEN}"))
         facts += [(state, f"{count:,} rows") for state, count in self.states().items() if state != "ok"]
         facts.append(("exact repeats", f"{sum(bool(row.repeat_of) for row in rows):,} rows"))
         both = sum(row.held_out for row in rows)
@@ -106,6 +109,8 @@ def examine(
             rows.append(Row(where, 0, 0, f"broken: {outcome.error.what}"))
         for length in outcome.lengths if outcome.error is None and not outcome.documents else ():
             rows.append(Row(where, length, 0, UNTRAINED))
+        if outcome.error is None and not outcome.documents and not outcome.lengths:
+            rows += [Row(where, 0, 0, reason) for reason in outcome.dropped]
         for ids, trained, example, *_ in outcome.documents:
             state = "ok" if len(ids) <= seq_len else f"longer than {seq_len:,} tokens"
             row = Row(where, len(ids), int(documents.target_counts[number]), state)
@@ -120,7 +125,7 @@ def examine(
             number += 1
     chosen = np.linspace(0, len(documents) - 1, min(SHOWN, len(documents)), dtype=int)
     samples = [(documents.where(i), merged(preview(documents, tokenizer, i))) for i in chosen]
-    return Findings(path, shape, rows, roles, samples, weights)
+    return Findings(path, shape, rows, roles, samples, weights, sum(outcome.unwritten for _, outcome in outcomes))
 
 
 def _read(

@@ -213,6 +213,12 @@ class Documents(Sequence[Document]):
         """uint64 [n], equal for documents of equal tokens."""
         return self._gather([part.hashes for part in self.parts], np.uint64)
 
+    @property
+    def first_of_each(self) -> np.ndarray:
+        """Of each document the index of the first one of equal tokens, int64 [n]."""
+        _, first, group = np.unique(self.hashes, return_index=True, return_inverse=True)
+        return first[group]
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of tokens, masks, boundaries, sources and weights: equal fingerprints give the same batches."""

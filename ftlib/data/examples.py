@@ -34,6 +34,7 @@ class Example:
     extra: dict[str, Any] = field(default_factory=dict)
     train_on: tuple[str, ...] = ("assistant",)
     closed: bool = False  # segments: put BOS in front and a trained EOS behind
+    unwritten: int = 0  # messages whose reasoning the template left out
 
     def add(
         self, role: str, content: str | None, trained: bool | float | Ranges | None = None, **rest: Any

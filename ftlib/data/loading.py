@@ -12,7 +12,7 @@ from ftlib.data.files import stem
 from ftlib.data.masks import Tokenizer
 from ftlib.data.packing import shuffled
 from ftlib.data.preference import Wanted
-from ftlib.data.report import LoadReport, SourceReport, describe, repeats, spread
+from ftlib.data.report import LoadReport, SourceReport, by_source, describe, mixture, repeats, spread
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
 
@@ -46,10 +46,11 @@ def load(
     report = LoadReport([found for _, found in loaded])
     train = _documents(loaded, [source.weight for source in cfg.sources], keep_examples=False)
     _check_any(train, report.sources, cfg)
-    count = len(train)
+    count, evals, origins = len(train), {}, []
     if cfg.deduplicate:
-        train = _first_of_each(train)
-    deduplicated, evals = count - len(train), {}
+        first = train.first_of_each
+        origins, train = by_source(train, first), train.select(first == np.arange(len(train)))
+    deduplicated = count - len(train)
     if held_out:
         train, evals[HELD_OUT] = _hold_out(train, cfg.eval, seed)
     elif cfg.eval:
@@ -60,7 +61,7 @@ def load(
         train = train.select(~np.isin(train.hashes, known))
         _check_any(train, report.sources, cfg)
     report.totals = [describe("training", train), *(describe(f"held out ({k})", d) for k, d in evals.items())]
-    report.totals += repeats(train, evals, deduplicated, count - len(train))
+    report.totals += [*repeats(train, evals, deduplicated, count - len(train)), *origins, *mixture(train)]
     return Datasets(train, evals, report)
 
 
@@ -145,13 +146,6 @@ def _check_any(documents: Documents, reports: list[SourceReport], cfg: Data) -> 
         where=", ".join(report.path for report in reports),
         fix=f"raise data.seq_len (now {cfg.seq_len:,}), or look at the weights and roles of the messages",
     )
-
-
-def _first_of_each(documents: Documents) -> Documents:
-    """Without exact repeats; the first of each stays."""
-    chosen = np.zeros(len(documents), bool)
-    chosen[np.unique(documents.hashes, return_index=True)[1]] = True
-    return documents.select(chosen)
 
 
 def _hold_out(documents: Documents, amount: float, seed: int) -> tuple[Documents, Documents]:

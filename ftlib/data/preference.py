@@ -103,7 +103,9 @@ def _answered(example: Example, answer: list[dict[str, Any]], tokenizer: Tokeniz
     for message in answer:
         whole.add(**message)
     thinking.apply(whole, cfg.thinking)
-    return tokenize(whole, tokenizer, cfg.train_on_end)
+    masked = tokenize(whole, tokenizer, cfg.train_on_end)
+    example.unwritten += whole.unwritten
+    return masked
 
 
 def _pair(chosen: Masked, rejected: Masked, margin: float) -> Unit | str:

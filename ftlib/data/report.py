@@ -12,13 +12,18 @@ from ftlib.data.documents import Documents
 UNTRAINED = "no trained token"
 BROKEN = "a broken row (data.on_bad_row)"
 LISTED = 1000  # bad rows that are kept by name
+UNWRITTEN = (
+    "is not in what the template renders, so it is not learned: "
+    "take a data.template that writes it, or say data.thinking=drop"
+)
 
 
 @dataclass
 class SourceReport:
     """One source: its format and why, rows read and dropped (reason -> count), lengths of all of them in tokens.
 
-    `changed`: rows kept in another form; `bad`: `file:line: what` of the rows that could not be read.
+    `changed`: rows kept in another form; `bad`: `file:line: what` of the rows that could not be read; `unwritten`:
+    messages whose reasoning the template left out.
     """
 
     name: str
@@ -30,6 +35,7 @@ class SourceReport:
     changed: Counter[str] = field(default_factory=Counter)
     lengths: Any = field(default_factory=lambda: array("i"))
     bad: list[str] = field(default_factory=list)
+    unwritten: int = 0
     cached: bool = False
 
     def lines(self) -> list[str]:
@@ -39,6 +45,7 @@ class SourceReport:
         facts += [f"  dropped {count:,}: {reason}" for reason, count in sorted(self.dropped.items())]
         facts += [f"  {reason}: {count:,}" for reason, count in sorted(self.changed.items())]
         facts += [f"  {bad}" for bad in self.bad]
+        facts += [f"  warning: the reasoning of {self.unwritten:,} messages {UNWRITTEN}"] if self.unwritten else []
         if self.dropped[UNTRAINED] > 0.05 * self.rows:
             facts.append(f"  warning: {self.dropped[UNTRAINED] / self.rows:.0%} of the rows have nothing to train on")
         return facts
@@ -48,6 +55,7 @@ class SourceReport:
         return {
             "format": self.format, "evidence": self.evidence, "rows": self.rows, "dropped": self.dropped,
             "changed": self.changed, "bad": self.bad, "lengths": list(self.lengths[:100_000]),
+            "unwritten": self.unwritten,
         }  # fmt: skip
 
     @classmethod
@@ -106,6 +114,39 @@ def repeats(train: Documents, evals: dict[str, Documents], deduplicated: int, re
                 f"warning: {both:,} of {len(held_out):,} documents of {name} are in the training data too, so its loss "
                 "says little: data.deduplicate=true leaves them out of training"
             )
+    return lines
+
+
+def by_source(documents: Documents, first: np.ndarray) -> list[str]:
+    """Of several sources: how many rows of each repeat rows of which (`first`: `Documents.first_of_each`), and what
+    remains."""
+    lines, repeated = [], first != np.arange(len(first))
+    for number, source in enumerate(documents.sources if len(documents.sources) > 1 else ()):
+        own = documents.source_ids == number
+        count = int((own & repeated).sum())
+        if count:
+            origins = dict.fromkeys(documents.source_ids[first[own & repeated]].tolist())
+            names = ", ".join("itself" if i == number else documents.sources[i].name for i in origins)
+            left = f"{own.sum() - count:,}" if count < own.sum() else "none"
+            lines.append(f"  {source.name}: {own.sum():,} rows, {count:,} are repeats of {names}: {left} left")
+    return lines
+
+
+def mixture(train: Documents) -> list[str]:
+    """Of several sources, or weighted ones, what an epoch has of each; a warning where that is nothing."""
+    lines, sizes, tokens = [], [], []
+    for number, source in enumerate(train.sources):
+        own = train.source_ids == number
+        sizes.append(int(own.sum()))
+        tokens.append(train.lengths[own].sum(dtype=np.int64) * source.weight)
+        if not sizes[-1]:
+            what = f"no row of {source.name} is left to train on, so its weight {source.weight:g} does nothing"
+            lines.append(f"warning: {what}: put it before sources whose rows it repeats, or leave it out")
+    if all(source.weight == 1 for source in train.sources):
+        return lines
+    for source, size, amount in zip(train.sources, sizes, tokens, strict=True):
+        share = f"{amount / sum(tokens):.1%} of the tokens"
+        lines.append(f"  {source.name}: weight {source.weight:g}, {size * source.weight:,.6g} rows an epoch, {share}")
     return lines
 
 

@@ -1,6 +1,7 @@
-"""Reasoning in answers: as it stands, removed, or handed to the template as reasoning."""
+"""Reasoning in answers: as it stands, removed, or handed to the template as reasoning; and whether that wrote it."""
 
 import re
+from typing import Any
 
 from ftlib.data.examples import Example
 
@@ -29,3 +30,29 @@ def apply(example: Example, mode: str) -> None:
         if mode == "drop":
             for field in FIELDS:
                 message.pop(field, None)
+
+
+def unwritten(example: Example, rendered: Any) -> int:
+    """Answers whose reasoning is not in what the template made of the conversation (its text, its spans)."""
+    spans = {span.message_index: span for span in rendered.spans}
+    count = before = 0
+    for number, message in enumerate(example.messages):
+        span = spans.get(number)
+        reasoning, content = _told(message) if message["role"] == "assistant" else ("", "")
+        if reasoning:
+            own = rendered.text[before : span.end] if span else rendered.text
+            if content:  # the answer may hold the same words
+                first, _, last = own.rpartition(content)
+                own = f"{first}\0{last}"
+            count += reasoning not in own
+        before = span.end if span else before
+    return count
+
+
+def _told(message: dict[str, Any]) -> tuple[str, str]:
+    """What a message reasons, and what it says."""
+    content = message.get("content") or ""
+    told = next((message[field] for field in FIELDS if isinstance(message.get(field), str)), "")
+    if not told and "<" in content[:9] and (found := _THOUGHT.match(content)):
+        told, content = found.group(2), content[found.end() :]
+    return told.strip(), content.strip()

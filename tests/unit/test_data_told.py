@@ -1,0 +1,99 @@
+"""What loading would otherwise lose without a word is counted, and said wherever rows are looked at."""
+
+import json
+
+from fake_tokenizer import FakeTokenizer
+
+from ftlib.cli import doctor
+from ftlib.data import load
+from ftlib.sections import Data, Source
+from ftlib.tokenizers.spans import render_with_spans
+
+ASKED = {"role": "user", "content": "2+2?"}
+WRITES = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+    "{{ (m.reasoning_content or '') ~ '|' ~ m.content ~ eos_token }}{% endgeneration %}{% else %}{{ m.content }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+class Writing(FakeTokenizer):
+    """A template that has a place for `reasoning_content`."""
+
+    def render_with_spans(self, messages, tools=None, roles=("assistant",)):
+        return render_with_spans(WRITES, messages, {"eos_token": "</s>", "tools": tools, "documents": None}, roles)
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(path=str(file))
+
+
+def told(tmp_path, rows, tokenizer=None, **changes):
+    loaded = load(Data(sources=(write(tmp_path / "a.jsonl", rows),), **changes), tokenizer or FakeTokenizer(), seed=0)
+    return "\n".join(loaded.report.lines())
+
+
+REASONED = {"messages": [ASKED, {"role": "assistant", "content": "so 4", "reasoning_content": "4"}]}
+THOUGHT = {"messages": [ASKED, {"role": "assistant", "content": "<think>two twice</think>\n4"}]}
+
+
+def test_reasoning_that_a_template_leaves_out_is_told(tmp_path, capsys):
+    """Whatever it is called, and though the answer holds the same words; not where it is rendered or unwanted."""
+    other = {"messages": [ASKED, {"role": "assistant", "content": "4", "thinking": "two twice"}]}
+    said = told(tmp_path, [REASONED, other, THOUGHT])
+    assert "the reasoning of 2 messages is not in what the template renders" in said
+    assert "data.template" in said and "data.thinking=drop" in said
+    assert "the reasoning of 3 messages" in told(tmp_path, [REASONED, other, THOUGHT], thinking="split")
+    for quiet in (
+        told(tmp_path, [REASONED, other, THOUGHT], thinking="drop"), told(tmp_path, [REASONED], Writing()),
+        told(tmp_path, [THOUGHT], Writing()), told(tmp_path, [THOUGHT], Writing(), thinking="split"),
+    ):  # fmt: skip
+        assert "reasoning" not in quiet
+    write(tmp_path / "a.jsonl", [REASONED, other, THOUGHT])
+    assert doctor.main([str(tmp_path / "a.jsonl")]) == 0  # the demo model's template has no place for it
+    assert "the reasoning of 2 messages is not in what" in capsys.readouterr().out
+
+
+def test_reasoning_is_still_told_of_what_was_tokenised_before(tmp_path):
+    for _ in range(2):
+        said = told(tmp_path, [REASONED], cache=str(tmp_path / "cache"))
+    assert "tokenised before" in said and "the reasoning of 1 messages" in said
+
+
+def test_a_source_that_repeats_another_is_told(tmp_path):
+    """By source, with what remains; and that a weight does nothing where no row remains."""
+    zst = write(tmp_path / "zst.jsonl", [{"text": f"row {n}"} for n in (0, 1, 2, 3, 3)])
+    pq = Source(path=write(tmp_path / "pq.jsonl", [{"text": f"row {n}"} for n in range(3)]).path, weight=0.5)
+    lines = "\n".join(load(Data(sources=(zst, pq), deduplicate=True), FakeTokenizer(), seed=0).report.lines())
+    assert "left out 4 exact repeats" in lines
+    assert "zst: 5 rows, 1 are repeats of itself: 4 left" in lines
+    assert "pq: 3 rows, 3 are repeats of zst: none left" in lines
+    assert "warning: no row of pq is left to train on, so its weight 0.5 does nothing" in lines
+    assert "zst: weight 1, 4 rows an epoch, 100.0% of the tokens" in lines
+
+
+def test_weighted_sources_say_their_shares(tmp_path):
+    rows = [{"text": "row"}] * 10
+    plain, half = write(tmp_path / "a.jsonl", rows), Source(path=write(tmp_path / "b.jsonl", rows).path, weight=0.5)
+    lines = "\n".join(load(Data(sources=(plain, half)), FakeTokenizer(), seed=0).report.lines())
+    assert "a: weight 1, 10 rows an epoch, 66.7% of the tokens" in lines
+    assert "b: weight 0.5, 5 rows an epoch, 33.3% of the tokens" in lines and "none left" not in lines
+    assert "weight" not in "\n".join(load(Data(sources=(plain,)), FakeTokenizer(), seed=0).report.lines())
+
+
+LEAVES_OUT = """
+def rows(row):
+    return row["text"] if len(row["text"]) > 1 else None
+"""
+
+
+def test_rows_that_a_function_leaves_out_are_told(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(LEAVES_OUT)
+    source = write(tmp_path / "a.jsonl", [{"text": "long"}, {"text": "s"}, {"text": "h"}])
+    source = Source(path=source.path, format=f"{tmp_path}/mine.py:rows")
+    lines = "\n".join(load(Data(sources=(source,)), FakeTokenizer(), seed=0).report.lines())
+    assert "3 rows" in lines and "dropped 2: format" in lines and "mine.py:rows made nothing of it" in lines
+    assert doctor.main([source.path, "--format", source.format]) == 0
+    said = capsys.readouterr().out
+    assert "rows: 3" in said and "mine.py:rows made nothing of it: 2 rows" in said
