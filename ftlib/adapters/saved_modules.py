@@ -51,8 +51,8 @@ def attach(model: nn.Module, names: tuple[str, ...], name: str, dtype: torch.dty
             if hasattr(module, "base"):
                 raise UserError(
                     f"{wanted!r} is kept in few bits, from which it cannot be trained whole",
-                    where="lora.modules_to_save, model.quantize",
-                    fix="name it in lora.targets instead, or leave model.quantize out",
+                    where="lora.modules_to_save, model.quantize, model.fp8",
+                    fix="name it in lora.targets instead, or leave model.quantize and model.fp8 out",
                 )
             switch(module)
             module.adapters[name] = Copies(module, dtype)
@@ -67,11 +67,11 @@ def switch(module: nn.Module) -> None:
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Hugging Face name -> module, of every module with parameters of its own."""
+    """Hugging Face name -> module, of every module with parameters of its own, or a matrix in few bits."""
     table = getattr(model, "table", Table())
     found = {}
     for name, module in model.named_modules():
-        first = next(iter(module._parameters), None)
+        first = next(iter(module._parameters), "weight" if hasattr(module, "base") else None)
         if first is not None and ".adapters." not in name:
             found[piece(f"{name}.{first}", table).hf.rsplit(".", 1)[0]] = module
     return found

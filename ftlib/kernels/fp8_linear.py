@@ -27,10 +27,11 @@ def cast(x: Tensor, rows: bool, kind: torch.dtype = E4M3) -> tuple[Tensor, Tenso
 def power_of_two(largest: Tensor, kind: torch.dtype) -> Tensor:
     """The smallest power of two, float32, by which magnitudes up to `largest` (float32) can be divided to fit `kind`.
 
-    What is coded so and made whole again is coded alike a second time, in any dtype as wide as bfloat16.
+    What is coded so and made whole again is coded alike a second time, in any dtype as wide as bfloat16. NaN stays NaN.
     """
     bits = (largest.clamp_min(TINY) / torch.finfo(kind).max).view(torch.int32)
-    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    power = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(largest.isnan(), largest, power)
 
 
 def encode(x: Tensor, scales: Tensor, kind: torch.dtype) -> Tensor:

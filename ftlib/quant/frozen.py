@@ -71,7 +71,7 @@ class FrozenWeight(nn.Module):
             part = getattr(self, name)
             if name in self.flat:
                 kind, shape = self.flat[name]
-                part = unsharded(part).view(kind).view(shape)
+                part = unsharded(part).view(kind)[: shape.numel()].view(shape)
             found.append(part)
         return found
 
@@ -111,7 +111,7 @@ class FrozenWeight(nn.Module):
         for name in [name for name, part in self._buffers.items() if part.ndim > 1]:
             part = self._buffers.pop(name)
             self.flat[name] = part.dtype, part.shape
-            self.register_parameter(name, nn.Parameter(part.flatten().view(self.dtype), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(_packed(part, self.dtype), requires_grad=False))
 
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
@@ -122,12 +122,18 @@ class FrozenWeight(nn.Module):
             self.lost(weight, form.dequantize(*parts.values(), self.dtype))
         for name, part in (form.cut(parts, self.shape, self.piece) if self.piece else parts).items():
             target = getattr(self, name)
-            fill(target, part.flatten().view(self.dtype) if name in self.flat else part)
+            fill(target, _packed(part, self.dtype) if name in self.flat else part)
 
     def dequantize(self) -> Tensor:
         """The matrix or stack; a DTensor where this process keeps a piece."""
         local = FORMATS[self.form].dequantize(*self.parts, self.dtype).view(self.local_shape)
         return local if self.mesh is None else DTensor.from_local(local, self.mesh, [Shard(self.piece[0])])
+
+
+def _packed(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of codes of one byte each as numbers of `dtype`, zeros behind them where they do not fill the last."""
+    codes = part.flatten().view(torch.uint8)
+    return F.pad(codes, (0, -len(codes) % dtype.itemsize)).view(dtype)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -205,10 +211,12 @@ def hold(model: nn.Module, form: str) -> int:
 
 
 def kept_in(model: nn.Module) -> str | None:
-    """The form that every matrix in the blocks is kept in, as `round_through` takes it; None if there is no such."""
+    """What matrices in the blocks are kept in: as `round_through` takes it where all are; "fp8 in some layers" (say)
+    where others are plain, as `model.fp8` leaves small ones and experts; None where all are."""
     layers = [m for m in model.model.layers.modules() if isinstance(m, Linear | ExpertLinear)]
     forms = {layer.base.form.removesuffix("_turned") if hasattr(layer, "base") else None for layer in layers}
-    return forms.pop() if len(forms) == 1 else None
+    named = " and ".join(sorted(forms - {None}))
+    return named + " in some layers" * (None in forms) if named else None
 
 
 @torch.no_grad()

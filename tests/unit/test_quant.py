@@ -17,7 +17,8 @@ from ftlib.kernels import nf4
 from ftlib.models import load
 from ftlib.observe.output import trained_share
 from ftlib.parallel import check as mesh
-from ftlib.quant import FORMATS, QuantizedLinear, hold, note, round_through
+from ftlib.quant import FORMATS, FrozenWeight, QuantizedLinear, hold, note, round_through
+from ftlib.quant.float8 import compute_in_fp8
 from ftlib.sections import Data, Lora, Memory, Parallel, Source
 
 RUN = ["recipes/lora_sft.py", "--config", "configs/demo_lora.yaml", "eval.exact_match=0", "data.eval=8", "batch.rows=2"]
@@ -202,7 +203,9 @@ def test_operator_of_stacks_is_sound():
 )  # fmt: skip
 def test_stacked_experts(name, form, tmp_path):
     """Loaded into few bits they compute, forward and backward, as the plain stacks they stand for."""
-    config = shrunk(name, intermediate_size=64, moe_intermediate_size=64)
+    config = shrunk(name, intermediate_size=64)
+    if "moe_intermediate_size" in config:
+        config["moe_intermediate_size"] = 64
     if "head_dim" in config:
         config["head_dim"] = 16
     reference(config).save_pretrained(tmp_path)
@@ -290,13 +293,44 @@ def test_cutting_inside_a_block_is_refused(tmp_path):
     mesh.check(model, cfg, 1, 2)
 
 
-def test_training_a_quantized_layer_whole_is_refused(tmp_path):
-    """One with a bias has something to train, which is not what was asked for."""
-    (tmp_path / "config.json").write_text(json.dumps(shrunk("qwen2.5-7b")))
+@pytest.mark.parametrize(("source", "layer"), [("llama-3.2-1b", "gate_proj"), ("gpt-oss-20b", "gate_up_proj")])
+def test_what_is_cut_in_equal_parts_is_said_once(source, layer, tmp_path):
+    """A size that tp does not divide is no matter of blocks; blocks of a transposed stack lie along its outputs."""
+    settings = shrunk(source, head_dim=32, intermediate_size=129 if layer == "gate_proj" else 96)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     model = load.build(tmp_path, torch.float32)
-    hold(model, "int8")
-    with pytest.raises(UserError, match=r"'q_proj' is kept in few bits[\s\S]*lora.modules_to_save, model.quantize"):
-        lora.attach_section(model, Lora(targets=("o_proj",), modules_to_save=("q_proj",)))
+    hold(model, "int8" if layer == "gate_proj" else "nf4")
+    cfg = SimpleNamespace(data=Data(sources=(Source(path="x"),), seq_len=64), memory=Memory(), parallel=Parallel(tp=2))
+    with pytest.raises(UserError) as found:
+        mesh.check(model, cfg, 1, 2)
+    says = "intermediate_size 129 is no multiple" if layer == "gate_proj" else "gate_up_proj has 192 outputs, kept in b"
+    assert says in str(found.value) and str(found.value).count("fix:") == 1, found.value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "nf4"])
+def test_bytes_that_fill_no_whole_number(form, dtype):
+    """A matrix of 33 x 65 codes travels as numbers of the model's dtype, filled before or after that is decided."""
+    weight, found = drawn(33, 65), []
+    for first in (True, False):
+        base = FrozenWeight(weight.shape, form, "cpu", dtype)
+        steps = (lambda base=base: base.fill(weight), base.spread)
+        for step in steps if first else steps[::-1]:
+            step()
+        found.append(base.dequantize())
+    assert torch.equal(*found) and relative(found[0].float(), weight) < 0.04
+
+
+@pytest.mark.parametrize(("source", "layer"), [("qwen2.5-7b", "q_proj"), ("qwen2.5-7b", "down_proj")])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_training_a_quantized_layer_whole_is_refused(source, layer, fp8, tmp_path):
+    """One with a bias has something to train, which is not what was asked for; one without has nothing."""
+    (tmp_path / "config.json").write_text(json.dumps(shrunk(source)))
+    model = load.build(tmp_path, torch.float32)
+    compute_in_fp8(model, False, 16, True) if fp8 else hold(model, "int8")
+    keys = r"lora.modules_to_save, model.quantize, model.fp8"
+    with pytest.raises(UserError, match=rf"'{layer}' is kept in few bits[\s\S]*{keys}"):
+        lora.attach_section(model, Lora(targets=("o_proj",), modules_to_save=(layer,)))
 
 
 def test_changing_it_between_runs_is_refused(tmp_path, capsys):
