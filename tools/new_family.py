@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 from ftlib.errors import UserError  # noqa: E402
 from ftlib.models import families, load  # noqa: E402
+from ftlib.models.arch import Arch  # noqa: E402
 from ftlib.models.decoder import Decoder  # noqa: E402
-from ftlib.models.families.flags import NEUTRAL  # noqa: E402
+from ftlib.models.families.flags import NEUTRAL, unread  # noqa: E402
+from ftlib.models.families.watched import Watched  # noqa: E402
 from ftlib.models.keys import plan  # noqa: E402
 
 DRAFT = '''"""{model_type}: what makes it different from {like}, in a line."""
@@ -64,11 +67,20 @@ def differences(folder: Path, like: str) -> list[str]:
         family = None
 
     family = families.FAMILIES[like]
-    Like.family = type(family)((config["model_type"],), family.arch, family.table, family.defaults)
+    strange: list[str] = []
+
+    def arch(given: Watched) -> Arch:
+        found = family.arch(given)
+        strange.extend(unread(given))
+        given.seen.update(strange)  # told below, so that names can be compared nevertheless
+        return found
+
+    Like.family = replace(family, model_types=(config["model_type"],), arch=arch)
     try:
         model = load.build(folder, torch.bfloat16, Like)
     except UserError as error:
         return [*lines, *str(error).splitlines()]
+    lines += [f"key that nothing reads: {key} = {config[key]!r}" for key in strange]
     wanted = {key for piece in plan(load.base_state(model), model.table).values() for key in piece.keys}
     found = tensor_names(folder)
     if not found:

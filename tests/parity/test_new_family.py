@@ -1,7 +1,9 @@
 """The drafting tool: a file that loads, and the tensors that its model does not explain."""
 
+import hashlib
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,15 +26,20 @@ new_family = importlib.import_module("new_family")
 def test_a_draft_and_what_differs(tmp_path, capsys, monkeypatch):
     config = shrunk("olmo-2-1b")
     reference(config).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"wobble": 3}))
     lines = new_family.differences(tmp_path, "llama")
     assert "missing in the files: model.layers.{i}.input_layernorm.weight" in lines
     assert "not explained: model.layers.{i}.self_attn.q_norm.weight" in lines
+    assert "key that nothing reads: wobble = 3" in lines
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert new_family.differences(tmp_path, "olmo2") == []
     monkeypatch.setattr(sys, "argv", ["new_family.py", str(tmp_path), "--like", "llama"])
     assert new_family.main() == 0
     (tmp_path / "draft.py").write_text(capsys.readouterr().out)
     assert plugins.find("decoders", f"{tmp_path / 'draft.py'}:Decoder", {}).family.model_types == ("olmo2",)
+
+
+TRAINED = ["run", "lora_sft", "--config", "my.yaml", "model.code=./qwen9.py:Decoder", "output_dir=out"]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +57,8 @@ def qwen9(tmp_path_factory):
 
 def test_the_walk_through_for_a_model_type_nobody_knows(qwen9, monkeypatch, capsys):
     monkeypatch.chdir(qwen9)
-    assert tune(["validate", "lora_sft", "--config", "my.yaml", "model.code=./qwen9.py:Decoder"]) == 0
-    assert tune(["run", "lora_sft", "--config", "my.yaml", "model.code=./qwen9.py:Decoder", "output_dir=out"]) == 0
+    assert tune(["validate", *TRAINED[1:]]) == 0
+    assert tune(TRAINED) == 0
     assert tune(["validate", "lora_sft", "--config", "my.yaml"]) == 2
     assert "model_type 'qwen9' is not supported" in capsys.readouterr().err
     inside = json.loads(Path("my.yaml").read_text())
@@ -74,3 +81,54 @@ def test_a_second_model_of_a_run_is_read_by_whoever_knows_it(qwen9, monkeypatch)
     more = ["--config", "my.yaml", f"model.code={code}", "output_dir=d"]
     assert tune(["validate", "distill", f"distill.teacher={known}", *more]) == 0
     assert tune(["validate", "pretrain", "from_scratch=true", "sizes.layers=1", *more]) == 0
+
+
+def test_what_was_trained_with_a_file_says_so(qwen9, monkeypatch, capsys):
+    monkeypatch.chdir(qwen9)
+    assert tune(TRAINED) == 0
+    sha256 = hashlib.sha256(Path("qwen9.py").read_bytes()).hexdigest()
+    record = {"model.code": {"code": "qwen9.py:Decoder", "sha256": sha256}}
+    assert json.loads(Path("out/final/ftlib.json").read_text()) == record
+
+    ask, mine = ["--prompt", "say red", "--max-new-tokens", "2", "--device", "cpu"], ["--code", "qwen9.py:Decoder"]
+    Path("other.py").write_text(Path("qwen9.py").read_text() + "# edited\n")
+    shutil.copytree("model", "stock")
+    edit("stock/config.json", "qwen9", "qwen3")
+    note = f"note: out/final was trained with model.code qwen9.py:Decoder (sha256 {sha256[:12]})"
+    for verb, more, code, said in (
+        ("out/final", mine, 0, None),
+        ("out/final", [], 2, f"{note}; the library's own class runs it here: --code FILE.py:CLASS names yours"),
+        ("out/final", ["--code", "other.py:Decoder"], 0, f"{note}, and other.py:Decoder has another content"),
+        ("stock", ["--adapter", "out/final"], 0, f"{note}; the library's own class"),
+    ):
+        capsys.readouterr()
+        assert tune(["generate", verb, *more, *ask]) == code
+        errors = capsys.readouterr().err
+        assert said in errors if said else "note:" not in errors
+
+    assert tune(["merge", "model", "out/final", "merged", *mine]) == 0
+    assert tune(["merge", "model", "out/checkpoints/step_000002", "also", *mine]) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert all(json.loads(Path(to, "ftlib.json").read_text()) == record for to in ("merged", "also"))
+    edit("merged/config.json", "qwen9", "qwen3")
+    more = ["--config", "my.yaml", "model.path=merged", "tokenizer.path=model", "output_dir=on", "steps=1"]
+    assert tune(["run", "full_sft", *more]) == 0
+    assert "merged was trained with model.code qwen9.py:Decoder" in capsys.readouterr().err
+    assert not Path("on/final/ftlib.json").exists()
+
+
+def test_a_file_that_was_edited_does_not_continue_a_run(qwen9, monkeypatch, capsys):
+    monkeypatch.chdir(qwen9)
+    assert tune(TRAINED) == 0
+    shutil.copy("qwen9.py", "moved.py")
+    where = TRAINED.index("model.code=./qwen9.py:Decoder")
+    moved = [*TRAINED[:where], "model.code=./moved.py:Decoder", *TRAINED[where + 1 :]]
+    assert tune(moved) == 0  # another name, the same content
+    Path("moved.py").write_text(Path("moved.py").read_text() + "# edited\n")
+    capsys.readouterr()
+    assert tune(moved) == 2
+    assert "was made with other settings:\n    model.code: '" in capsys.readouterr().err
+
+
+def edit(file, old, new):
+    Path(file).write_text(Path(file).read_text().replace(old, new))

@@ -21,7 +21,8 @@ from ftlib.models.families import (
     smollm3,
 )
 from ftlib.models.families.common import Family
-from ftlib.models.families.flags import Watched, check_flags
+from ftlib.models.families.flags import check_flags
+from ftlib.models.families.watched import Watched
 from ftlib.models.keys import Table
 
 MODULES = (glm4, gpt_oss, granite, llama, mistral, mixtral, olmo, phi3, qwen2, qwen3, qwen3_moe, smollm3)
@@ -33,9 +34,10 @@ FAMILIES: dict[str, Family] = {
 # Checkpoints of a vision model around a language model: we train the latter and carry the rest along.
 WRAPPED = ("gemma3", "mistral3")
 AROUND = Table(prefix="language_model.", keep=(r"vision_tower\..*", r"multi_modal_projector\..*"))
+NAME = "config.json"
 
 
-def read(config: dict, where: str = "config.json", own: Family | None = None) -> tuple[Arch, Table]:
+def read(config: dict, where: str = NAME, own: Family | None = None) -> tuple[Arch, Table]:
     """Architecture and key table of a config.json; UserError for anything that is not supported, never a guess.
 
     `own`: a user's family, the only one that is asked then.
@@ -59,6 +61,9 @@ def read(config: dict, where: str = "config.json", own: Family | None = None) ->
         )
     family = known[model_type]
     watched = Watched(family.defaults | {k: v for k, v in config.items() if v is not None or k not in family.defaults})
-    arch, table = family.arch(watched), family.table(watched)
+    try:
+        arch, table = family.arch(watched), family.table(watched)
+    except UserError as error:  # families know the file by its name alone
+        raise UserError(error.what, where=where if error.where == NAME else error.where, fix=error.fix) from None
     check_flags(watched, where)
     return arch, table

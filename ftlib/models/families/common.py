@@ -44,9 +44,37 @@ def supported(config: dict, key: str, *values: object) -> None:
 
 def number(config: dict, key: str) -> int:
     """A required size."""
-    if not isinstance(config.get(key), int):
-        raise UserError(f"{key} is missing or no integer: {config.get(key)!r}", where="config.json")
-    return config[key]
+    if not isinstance(value := config.get(key), int):
+        fix = f"write {key} as a positive whole number; the published file of the model has it"
+        raise UserError(f"{key} is missing or no integer: {value!r}", where="config.json", fix=fix)
+    return value
+
+
+def top_k(config: dict, experts: int) -> int:
+    """How many of `experts` a token goes to."""
+    if (count := number(config, "num_experts_per_tok")) > experts:
+        what = f"num_experts_per_tok is {count}, and the model has {experts} experts"
+        raise UserError(what, where="config.json", fix=f"at most {experts}, as the published file has it")
+    return count
+
+
+def per_layer(config: dict, key: str) -> list | None:
+    """A list with an entry for each layer; None where it is left out or empty."""
+    given, count = config.get(key), number(config, "num_hidden_layers")
+    if given and (not isinstance(given, list) or len(given) != count):
+        entries = f"{len(given)} entries" if isinstance(given, list) else f"no list: {given!r}"
+        what = f"{key} has {entries}, and num_hidden_layers is {count}"
+        raise UserError(what, where="config.json", fix=f"write {count} entries, as the published file has them")
+    return given or None
+
+
+def layer_types(config: dict, default: list[str]) -> list[str]:
+    """`layer_types` of a config whose layers see everything or slide; `default` where it is left out."""
+    types = per_layer(config, "layer_types") or default
+    if unknown := [kind for kind in types if kind not in ("full_attention", "sliding_attention")]:
+        fix = "supported: full_attention, sliding_attention"
+        raise UserError(f"layer type {unknown[0]!r} is not supported", where="config.json", fix=fix)
+    return types
 
 
 def head_dim(config: dict) -> int:
@@ -86,13 +114,8 @@ def mlp(config: dict, act: str = "hidden_act") -> Mlp:
 def windows(config: dict, pattern: int) -> Iterator[tuple[str, int | None]]:
     """(layer type, window) of each layer: `layer_types`, or full attention on every `pattern`-th, others sliding."""
     count = number(config, "num_hidden_layers")
-    types = config.get("layer_types") or [
-        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)
-    ]
-    if len(types) != count or (unknown := set(types) - {"full_attention", "sliding_attention"}):
-        what = f"layer_types has {len(types)} entries" if len(types) != count else f"layer type {unknown.pop()!r}"
-        fix = f"supported: {count} of full_attention, sliding_attention"
-        raise UserError(f"{what}: not supported", where="config.json", fix=fix)
+    default = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
+    types = layer_types(config, default)
     for kind in types:
         yield kind, number(config, "sliding_window") if kind == "sliding_attention" else None
 
@@ -103,7 +126,7 @@ def late_windows(config: dict) -> list[int | None]:
     if window is None or not config.get("use_sliding_window", False):
         return [None] * count
     first = config.get("max_window_layers", 28)
-    types = config.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
+    types = layer_types(config, ["sliding_attention" if i >= first else "full_attention" for i in range(count)])
     return [window if kind == "sliding_attention" else None for kind in types]
 
 

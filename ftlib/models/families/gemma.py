@@ -26,7 +26,7 @@ def gemma(config: dict) -> Arch:
     supported(config, "use_bidirectional_attention", False, None)
     third, width = config["model_type"] == "gemma3_text", head_dim(config)
     if third:
-        local = config.get("rope_local_base_freq", 10_000.0)
+        local = config.get("rope_local_base_freq") or 10_000.0
         turns = ropes(config, width, theta=1_000_000.0, local_theta=local)
     else:
         turns = dict.fromkeys(("full_attention", "sliding_attention"), rope(config, width))

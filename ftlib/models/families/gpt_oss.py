@@ -2,7 +2,7 @@
 
 from ftlib.layers.moe import Moe
 from ftlib.models.arch import Arch, Layer
-from ftlib.models.families.common import PRE_NORM_KEYS, Family, L, arch, attn, number, supported, windows
+from ftlib.models.families.common import PRE_NORM_KEYS, Family, L, arch, attn, number, supported, top_k, windows
 from ftlib.models.keys import Rename, Table
 
 
@@ -12,7 +12,7 @@ def gpt_oss(config: dict) -> Arch:
     moe = Moe(
         hidden=number(config, "intermediate_size"),
         experts=number(config, "num_local_experts"),
-        top_k=number(config, "num_experts_per_tok"),
+        top_k=top_k(config, number(config, "num_local_experts")),
         score="softmax_of_top",
         clamp=7.0,
         bias=True,

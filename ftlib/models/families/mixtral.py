@@ -12,6 +12,7 @@ from ftlib.models.families.common import (
     expert_rows,
     number,
     supported,
+    top_k,
 )
 from ftlib.models.keys import Rename, Table
 
@@ -21,7 +22,7 @@ def mixtral(config: dict) -> Arch:
     moe = Moe(
         hidden=number(config, "intermediate_size"),
         experts=number(config, "num_local_experts"),
-        top_k=number(config, "num_experts_per_tok"),
+        top_k=top_k(config, number(config, "num_local_experts")),
         act=activation(config),
     )
     layer = Layer(mixer=attn(config, window=config.get("sliding_window")), ffn=moe)

@@ -12,6 +12,7 @@ from ftlib.models.families.common import (
     late_windows,
     mlp,
     number,
+    top_k,
 )
 from ftlib.models.keys import Table
 
@@ -24,7 +25,7 @@ def qwen3_moe(config: dict) -> Arch:
     moe = Moe(
         hidden=number(config, "moe_intermediate_size"),
         experts=experts(config),
-        top_k=number(config, "num_experts_per_tok"),
+        top_k=top_k(config, experts(config)),
         act=activation(config),
         renormalize=config.get("norm_topk_prob", False),
     )
