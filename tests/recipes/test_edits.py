@@ -29,14 +29,14 @@ def lines(first: str, last: str) -> str:
     return RECIPE[RECIPE.index(start) : RECIPE.index(end) + len(end)]
 
 
-LOSS = lines("part = next_token_loss(", "part = part / batch.target_tokens")
+LOSS = lines("part = next_token_loss(", "part = part / batch.target_weight")
 MODEL, STEP = line("model = build.model("), line("grad_norm = optim.step(")
 RATE, REPORT, LOADER = line("lr = optim.set_rate("), line("output.step("), line("loader = build.loader(")
 BATCH, BACKWARD, SEED = line("batch = next(loader)"), line("part.backward()"), line("    seed: int")
 IMPORT = line("import next_token_loss")
 FOCAL = """                hidden, head = model(micro).flatten(0, 1), model.lm_head.weight
                 logp = linear_logprobs(hidden, head, micro.labels.flatten(), **model.logit_terms)  # [B * T]
-                part = -((1 - logp.detach().exp()) ** 2 * logp).sum() / batch.target_tokens
+                part = -((1 - logp.detach().exp()) ** 2 * logp).sum() / batch.target_weight
 """
 
 # name -> the pairs (what is there, what stands there after the edit).
@@ -44,14 +44,14 @@ EDITS = {
     "a new loss": [(IMPORT, IMPORT + "from ftlib.kernels.linear_logprobs import linear_logprobs\n"), (LOSS, FOCAL)],
     "label smoothing": [(LOSS, """                logits, labels = model.head(model(micro)).float().flatten(0, 1), micro.labels.flatten()
                 smoothed = {"label_smoothing": 0.1, "reduction": "sum"}
-                part = torch.nn.functional.cross_entropy(logits, labels, **smoothed) / batch.target_tokens
+                part = torch.nn.functional.cross_entropy(logits, labels, **smoothed) / batch.target_weight
 """)],
     "an extra metric": [
         (BATCH, BATCH + "            right = torch.zeros((), device=run.device)\n"),
         (BACKWARD, BACKWARD + """                with torch.no_grad():
                     right += (model.head(model(micro)).argmax(-1) == micro.labels).sum()
 """),
-        (REPORT, REPORT + """            output.evaluation(step, {"eval_right": run.total(right).item() / batch.target_tokens}, [])
+        (REPORT, REPORT + """            output.evaluation(step, {"eval_right": run.total(right).item() / batch.target_weight}, [])
 """),
     ],
     "a freeze rule": [(MODEL, MODEL + """    for name, parameter in model.named_parameters():

@@ -13,10 +13,19 @@ BENCH = Path(__file__).parents[2] / "tools" / "bench"
 
 @pytest.fixture(scope="module")
 def headline():
-    before = list(sys.path)
+    """The script as a module; `parallel` is a file beside it, and elsewhere in the tests a folder."""
+    path, others = list(sys.path), {name: sys.modules.pop(name) for name in list(sys.modules) if _parallel(name)}
     sys.path.insert(0, str(BENCH))
-    yield importlib.import_module("headline")
-    sys.path[:] = before
+    found = importlib.import_module("headline")
+    sys.path[:] = path
+    for name in filter(_parallel, list(sys.modules)):
+        del sys.modules[name]
+    sys.modules |= others
+    return found
+
+
+def _parallel(name):
+    return name.split(".")[0] == "parallel"
 
 
 @pytest.fixture(scope="module")
