@@ -154,10 +154,10 @@ class Job:
         return pieces
 
 
-def find_shape(
-    source: Source, cfg: Data, files: list[Path], tokenizer: Tokenizer, key: str, wanted: Wanted = Wanted()
-) -> tuple[Shape, Iterator]:
-    """The shape of a source, and all its rows. UserError if it cannot be trained on."""
+def opened(
+    source: Source, cfg: Data, files: list[Path], key: str
+) -> tuple[Shape, dict[str, Any], Iterator[sources.Place]]:
+    """The shape of a source, its first row that can be read, and all its rows. UserError where they fit no format."""
     try:
         places = sources.read_all(files, source.split)
         seen: list[sources.Place] = []
@@ -174,6 +174,14 @@ def find_shape(
         shape = choose_shape(first, source.format, source.columns, source.roles, key, cfg.train_on)
     except UserError as error:
         raise UserError(error.what, where=error.where or f"{key}.path", fix=error.fix) from None
+    return shape, first, chain(seen, places)
+
+
+def find_shape(
+    source: Source, cfg: Data, files: list[Path], tokenizer: Tokenizer, key: str, wanted: Wanted = Wanted()
+) -> tuple[Shape, Iterator[sources.Place]]:
+    """The shape of a source, and all its rows. UserError if it cannot be trained on."""
+    shape, first, places = opened(source, cfg, files, key)
     kinds = KINDS[wanted.kind]
     if kind(shape.format, wanted.kind) not in (*kinds, wanted.kind):
         fits = [name for name in FORMATS if kind(name) in kinds and FORMATS[name].match(first, source.columns)]
@@ -187,7 +195,7 @@ def find_shape(
             where="data.template",
             fix="name one: data.template=chatml, or a .jinja file",
         )
-    return shape, chain(seen, places)
+    return shape, places
 
 
 def collect(job: Job, places: Iterable[sources.Place], report: SourceReport, writer: MemoryWriter) -> None:

@@ -3,14 +3,17 @@
 import csv
 import html
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ftlib.data import sources
-from ftlib.data.collect import Job, Outcome, find_shape
+from ftlib.data.collect import Job, Outcome, find_shape, opened
 from ftlib.data.documents import Documents
+from ftlib.data.examples import Shape
+from ftlib.data.formats import kind
 from ftlib.data.masks import Tokenizer
 from ftlib.data.preview import Shown, merged, preview
 from ftlib.data.report import UNTRAINED, UNWRITTEN, spread
@@ -98,6 +101,12 @@ def examine(
     path: str, tokenizer: Tokenizer, *, seq_len: int, format: str = "auto", held_out: str | None = None
 ) -> Findings:
     """Read every row of `path` as training would. UserError where no row can be read at all."""
+    shape, places = _opened(path, format)
+    if kind(shape.format) != "train":
+        from ftlib.data import doctor_answers  # which takes Findings from here
+
+        others = _opened(held_out, format)[1] if held_out else ()
+        return doctor_answers.examine(path, shape, places, others, tokenizer, seq_len)
     shape, outcomes, documents = _read(path, tokenizer, seq_len, format)
     rows, first_seen = [], {}
     known = set(_read(held_out, tokenizer, seq_len, format)[2].hashes.tolist()) if held_out else set()
@@ -126,6 +135,16 @@ def examine(
     chosen = np.linspace(0, len(documents) - 1, min(SHOWN, len(documents)), dtype=int)
     samples = [(documents.where(i), merged(preview(documents, tokenizer, i))) for i in chosen]
     return Findings(path, shape, rows, roles, samples, weights, sum(outcome.unwritten for _, outcome in outcomes))
+
+
+def _opened(path: str, format: str) -> tuple[Shape, Iterator[sources.Place]]:
+    source = Source(path=path, format=format)
+    cfg = Data(sources=(source,), on_bad_row="skip")
+    try:
+        shape, _, places = opened(source, cfg, sources.files_of(source), KEY)
+    except UserError as error:
+        raise _of_the_argument(error, path) from None
+    return shape, places
 
 
 def _read(
@@ -187,15 +206,16 @@ def _page(found: Findings) -> str:
     facts = "".join(f"<tr><th>{html.escape(n)}<td>{html.escape(v)}" for n, v in found.facts())
     parts = [f"<h1>{html.escape(found.path)}</h1><table>{facts}</table>"]
     lengths = [row.tokens for row in found.rows if row.tokens]
-    parts.append(f"<h2>Lengths in tokens</h2>{_histogram(lengths)}")
+    parts += [f"<h2>Lengths in tokens</h2>{_histogram(lengths)}"] if lengths else []
     bad = [row for row in found.rows if row.state != "ok" or row.repeat_of or row.held_out][:1000]
     if bad:
         cells = "".join(
             f"<tr><td>{html.escape(row.where)}<td>{html.escape(_complaint(row))}" for row in bad
         )
         parts.append(f"<h2>Rows to look at</h2><table><tr><th>row<th>what{cells}</table>")
-    other = ", those with a weight other than 1 <mark class=weighted>so</mark>" if found.weights else ""
-    parts.append(f"<h2>Samples</h2><p>Trained tokens are <mark>marked</mark>{other}.</p>")
+    if found.samples:
+        other = ", those with a weight other than 1 <mark class=weighted>so</mark>" if found.weights else ""
+        parts.append(f"<h2>Samples</h2><p>Trained tokens are <mark>marked</mark>{other}.</p>")
     for where, pieces in found.samples:
         text = "".join(_marked(html.escape(t), trained) if trained else html.escape(t) for t, trained in pieces)
         parts.append(f"<h3>{html.escape(where)}</h3><pre>{text}</pre>")

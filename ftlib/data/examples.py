@@ -8,6 +8,7 @@ from typing import Any
 from ftlib.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MEND = "mend or remove this row"
 Ranges = list[tuple[int, int, float]]  # characters [start, end) of a message's content, and their weight
 
 
@@ -82,10 +83,7 @@ class Shape:
 
     def value(self, row: dict[str, Any], name: str, where: str) -> Any:
         """What a row has in a column of the format. UserError if it has no such column."""
-        column = self.column(name)
-        if column not in row:
-            raise UserError(f"column {column!r} not found; this row has {listed(row)}", where=where)
-        return row[column]
+        return cell(row, self.column(name), where)
 
     def text(self, row: dict[str, Any], name: str, where: str, needed: bool = True) -> str:
         """The same for a column of text; an empty string where it is missing and not `needed`."""
@@ -93,8 +91,20 @@ class Shape:
         if value is None and not needed:
             return ""
         if not isinstance(value, str):
-            raise UserError(f"column {self.column(name)!r} must be text, here it is {shown(value)}", where=where)
+            said = shown(value)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fix = f'write it as text: "{said}"' if number else f"{MEND}, or set data.on_bad_row=skip"
+            raise UserError(f"column {self.column(name)!r} must be text, here it is {said}", where=where, fix=fix)
         return value
+
+
+def cell(row: dict[str, Any], column: str, where: str) -> Any:
+    """What a row has in a column of the file. UserError if it has no such column."""
+    if column not in row:
+        what = f"column {column!r} not found; this row has {listed(row)}"
+        fix = f"{MEND}, or set data.on_bad_row=skip; rows of another shape go into a file, and a source, of their own"
+        raise UserError(what, where=where, fix=fix)
+    return row[column]
 
 
 def listed(row: dict[str, Any]) -> str:

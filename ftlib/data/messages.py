@@ -200,7 +200,8 @@ def weight_of(holder: dict[str, Any], keys: tuple[str, ...] = WEIGHTS) -> float 
     given = {key: holder[key] for key in keys if holder.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, (int, float)) or not 0 <= value <= LARGEST:
-            what = f"{key} is {shown(value)}; a weight is a number >= 0 in float32: 0 untrained, 1 trained, 0.5 half"
+            said = f"{key} is {shown(value)}"
+            what = f"{said}; a weight is true, false or a number from 0 on (in float32): 0.5 counts half"
             raise UserError(what, fix="correct it, or leave it out for what the role says")
     numbers = {float(value) for value in given.values() if not isinstance(value, bool)}
     if len(numbers) > 1 or len({bool(value) for value in given.values()}) > 1:

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from ftlib.data.examples import Example, Shape, no_weights, shown
+from ftlib.data.examples import Example, Shape, cell, no_weights, shown
 from ftlib.data.messages import MESSAGES, WEIGHTS, add_turns, read_tools, weight_of
 from ftlib.data.pairs import SYSTEM, opening
 from ftlib.errors import UserError
@@ -167,7 +167,7 @@ def _prompt(row: dict[str, Any], shape: Shape, where: str) -> Example:
     example.tools = read_tools(row.get("tools", row.get("function")), where)
     columns = [shape.columns["prompt"]] if "prompt" in shape.columns else [c for c in _PROMPTS if row.get(c)]
     for column in columns[:1]:
-        value = row[column]
+        value = cell(row, column, where)
         while isinstance(value, list) and value and isinstance(value[0], list):  # turns of a benchmark
             value = [turn for part in value for turn in part]
         if isinstance(value, str) and column not in MESSAGES:

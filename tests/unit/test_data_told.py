@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 from fake_tokenizer import FakeTokenizer
 
 from ftlib.cli import doctor
 from ftlib.data import load
+from ftlib.errors import UserError
 from ftlib.sections import Data, Source
 from ftlib.tokenizers.spans import render_with_spans
 
@@ -97,3 +99,41 @@ def test_rows_that_a_function_leaves_out_are_told(tmp_path, capsys):
     assert doctor.main([source.path, "--format", source.format]) == 0
     said = capsys.readouterr().out
     assert "rows: 3" in said and "mine.py:rows made nothing of it: 2 rows" in said
+
+
+OTHER_KINDS = [  # a row, another one: what doctor says of them
+    ({"prompt": "2+2?", "chosen": "4", "rejected": "five"}, {"prompt": "3+3?", "chosen": "6", "rejected": "six"},
+     ["pairs of answers", "recipes/dpo.py", "tokens of a prompt: ", "of a chosen answer: ", "of a rejected answer: "]),
+    ({"prompt": "2+2?", "completion": "4", "label": True}, {"prompt": "2+2?", "completion": "5", "label": False},
+     ["good or bad", "dpo.loss=kto", "tokens of a good answer: ", "tokens of a bad answer: "]),
+    ({"prompt": "2+2?", "ground_truth": "4"}, {"prompt": "3+3?", "ground_truth": "6"},
+     ["prompts without answers", "recipes/grpo.py", "tokens of a prompt: "]),
+    ({"id": 1, "ground_truth": "4"}, {"id": 2, "ground_truth": "6"}, ["references", "nothing trains on them"]),
+    ({"prompt": "2+2?", "completions": ["two", "4"], "labels": [True, True]},
+     {"prompt": "2+2?", "completions": ["two", "5"], "labels": [True, False]}, ["reward.kind=steps", "steps: "]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row,other,facts", OTHER_KINDS)
+def test_doctor_reports_on_data_of_every_kind(tmp_path, capsys, row, other, facts):
+    source = write(tmp_path / "a.jsonl", [row, other, row, {"odd": 1}])
+    held_out = write(tmp_path / "b.jsonl", [other])
+    words = [source.path, "--eval", held_out.path, "--out", str(tmp_path / "out")]
+    assert doctor.main(words) == 0
+    said = capsys.readouterr().out
+    broken = [] if "id" in row else ["broken: 1 rows", "a.jsonl:4: broken"]
+    for fact in ("rows: 4", "exact repeats: 1 rows", "held out as well: 1 rows", *broken, *facts):
+        assert fact in said, said
+    assert (tmp_path / "out" / "rows.csv").read_text().count("\n") == 5
+    assert "<mark>" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_doctor_counts_pairs_that_teach_nothing(tmp_path, capsys):
+    good, same = ({"prompt": "2+2?", "chosen": "4", "rejected": said} for said in ("five", "4"))
+    source = write(tmp_path / "a.jsonl", [good, same])
+    assert doctor.main([source.path, "--seq-len", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "chosen and rejected are the same: 1 rows" in said and "longer than 4 tokens: 1 rows" in said
+    (tmp_path / "a.jsonl").write_text('{"chosen": 3, "rejected": "b"}')
+    with pytest.raises(UserError, match="chosen"):
+        doctor.main([source.path])
