@@ -77,7 +77,9 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
         offload.attach(built)
     if run.dense["fsdp"].size() == 1:
         built.replicas = _replicas(built, cfg, run)
-    built.source = folder
+    built.source, built.code = folder, own.mark(cfg.model.code)
+    for begun in filter(None, (folder, getattr(section, "start_from", None)) if run.is_main else ()):
+        own.compare(begun, own.recorded(hub.resolve(begun)), built.code, "model.code=FILE.py:CLASS")
     if cfg.memory.budget_gib is not None:
         budget.settle(built.train(), cfg, run)
     return built.train()
@@ -276,6 +278,8 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
         "seed": cfg.seed,
         "dtype": cfg.dtype,
     }
+    if code := own.mark(cfg.model.code):
+        found["model.code"] = code["sha256"]
     if getattr(cfg, "qat", None) is not None:
         found["qat"] = dataclasses.asdict(cfg.qat)
     for key in ("quantize", "fp8"):

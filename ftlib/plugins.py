@@ -77,6 +77,13 @@ def load_file(path: str | Path) -> ModuleType:
     return module
 
 
+def digest(ref: str, found: Callable) -> str:
+    """SHA-256 of the file in which `ref` found `found`, as it is now."""
+    place = ref.rpartition(":")[0]
+    file = os.path.expanduser(place) if place.endswith(".py") else sys.modules[found.__module__].__file__
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
 def check_call(fn: Callable, required: Iterable[str], kwargs: Mapping[str, object], where: str | None = None) -> None:
     """Check, before anything is computed, that `fn` can be called with the positional `required` and with `kwargs`.
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ftlib.adapters import hf_layers, initial, lora, saved_modules, token_rows
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
+from ftlib.models.own import ABOUT
 from ftlib.models.resize import resize_embeddings
 from ftlib.quant import kept_in
 from ftlib.sections import Lora
 
 PREFIX = "base_model.model."
-BASE = "ftlib.json"  # beside them where the base was quantized: {"model.quantize": form}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 ROWS = "token_adapter.trainable_tokens_delta"  # whole rows, whatever the name says
@@ -76,8 +76,9 @@ def save(
     config = _config(model, layers, one, modules) | {"base_model_name_or_path": base, "revision": revision}
     config["trainable_token_indices"] = tokens or None
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    if (form := kept_in(model)) is not None:
-        (folder / BASE).write_text(json.dumps({"model.quantize": form}) + "\n", encoding="utf-8")
+    about = {"model.quantize": kept_in(model), "model.code": getattr(model, "code", None)}
+    if about := {key: value for key, value in about.items() if value is not None}:
+        (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -160,7 +161,7 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "policy", trainabl
 def base_form(folder: str | Path) -> str | None:
     """`model.quantize` of the run that trained the adapter in `folder`: what its base was kept in. None: plain, or
     not known."""
-    file = Path(folder) / BASE
+    file = Path(folder) / ABOUT
     return json.loads(file.read_text(encoding="utf-8")).get("model.quantize") if file.is_file() else None
 
 

@@ -53,6 +53,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("chat", __doc__)
     parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id, ftlib:demo/model, or an adapter's folder")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT format for MODEL")
+    parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of its run")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
     parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default: 0.7; 0: the likeliest")

@@ -1,5 +1,6 @@
 """A run's checkpoint -> a model, on the CPU and without the processes that wrote it. Imports torch."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ftlib.checkpoint.verify import verify
 from ftlib.config.build import build
 from ftlib.config.tree import from_plain
 from ftlib.errors import Problems, UserError
-from ftlib.models import LanguageModel, hub
+from ftlib.models import LanguageModel, hub, own
 from ftlib.models.resize import NAMES, resize_embeddings
 from ftlib.sections import Lora
 from ftlib.tokenizers import Tokenizer
@@ -76,6 +77,14 @@ def base_form(folder: Path) -> str | None:
     """What the base was kept in when an adapter's checkpoint was written; None: plain."""
     file = folder.absolute().parent.parent / "config.yaml"
     return yaml.safe_load(file.read_text(encoding="utf-8"))["model"].get("quantize")
+
+
+def code(folder: Path) -> own.Mark | None:
+    """The record of the `model.code` of the run that wrote a checkpoint."""
+    file = folder.absolute().parent.parent / "config.yaml"
+    said = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    sha256 = json.loads((folder / "state.json").read_text(encoding="utf-8"))["fingerprint"].get("model.code")
+    return {"code": Path(said["model"]["code"]).name, "sha256": sha256} if sha256 and said else None
 
 
 def added(folder: Path, tokenizer: Tokenizer) -> list[int]:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = loading.chosen_dtype(args.dtype, device)
     base, adapter = loading.find(args.model, args.adapter)
-    model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device)
+    model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code)
     prompt = _encode(tokenizer, sys.stdin.read() if args.prompt == "-" else args.prompt, args.system, args.raw)
     params = SamplingParams(
         args.max_new_tokens, temperature=args.temperature, stop_ids=tokenizer.stop_ids, seed=args.seed
@@ -45,6 +45,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("generate", __doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT format for MODEL")
+    parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of its run")
     parser.add_argument("--prompt", required=True, help="the text; - reads it from stdin")
     parser.add_argument("--system", help="a system message before the prompt")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")

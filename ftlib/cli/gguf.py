@@ -6,6 +6,7 @@ Families: llama, mistral, qwen2, qwen3. An adapter is merged first: `tune merge 
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,11 +29,13 @@ def main(argv: Sequence[str]) -> int:
     if out.exists() and not args.force:
         raise UserError(f"{out} exists and stays as it is", fix="name another file, or add --force")
     from ftlib.export import gguf  # imports torch
-    from ftlib.models import hub
+    from ftlib.models import hub, own
     from ftlib.models.remote import size
 
     folder = hub.resolve(args.model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder} is an adapter", fix=f"merge it first: tune merge MODEL {folder} OUT")
+    if code := own.recorded(folder):
+        print(f"note: {folder} was trained with {code['code']}, which no GGUF can hold", file=sys.stderr)
     print(f"{size(gguf.export(folder, out, args.dtype, args.pre))} -> {out}")
     return 0

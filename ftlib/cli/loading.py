@@ -8,7 +8,7 @@ import torch
 from ftlib import models, tokenizers
 from ftlib.adapters import peft_format
 from ftlib.errors import UserError
-from ftlib.models import LanguageModel, hub
+from ftlib.models import LanguageModel, hub, own
 from ftlib.models.load import DTYPES
 from ftlib.tokenizers import Tokenizer
 
@@ -43,10 +43,15 @@ def find(model: str, adapter: str | None) -> tuple[Path, Path | None]:
 
 
 def load(
-    base: Path, adapter: Path | None, *, dtype: torch.dtype, device: str | torch.device
+    base: Path, adapter: Path | None, *, dtype: torch.dtype, device: str | torch.device, code: str | None = None
 ) -> tuple[LanguageModel, Tokenizer]:
-    """The model with its adapter switched on, and the tokenizer it was trained with."""
-    model = models.from_pretrained(base, dtype=dtype, device=device)
+    """The model with its adapter switched on, and the tokenizer it was trained with. `code`: as `model.code`; a note
+    says where what is loaded was trained with another one."""
+    now, was = own.mark(code), {folder: own.recorded(folder) for folder in (adapter, base) if folder is not None}
+    for folder, one in was.items():
+        own.compare(folder, one, now)
+    model = models.from_pretrained(base, dtype=dtype, device=device, decoder=own.find(code))
+    model.code = now or next(filter(None, was.values()), None)
     if adapter is not None:
         peft_format.load(model, adapter)
     trained_with = adapter if adapter is not None and any(adapter.glob("tokenizer*")) else base

@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("adapter", metavar="ADAPTER", help="a LoRA adapter in PEFT format, or a run's checkpoint")
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet, or is empty")
     parser.add_argument("--quantize", choices=("nf4", "int8", "fp8"), help="model.quantize of the adapter's run")
+    parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of its run")
     args = parser.parse(argv)
     out = Path(os.path.expanduser(args.out))
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -35,13 +36,16 @@ def main(argv: Sequence[str]) -> int:
     from ftlib.adapters import merge, peft_format
     from ftlib.checkpoint.final import publish, staging
     from ftlib.cli import checkpoints, loading
-    from ftlib.models import hub
+    from ftlib.models import hub, own
 
     checkpoint = Path(os.path.expanduser(args.adapter))
     if checkpoints.is_checkpoint(checkpoint):
         base = hub.resolve(args.model)
-        model = models.from_pretrained(base, dtype=loading.stored_dtype(base))
+        model = models.from_pretrained(base, dtype=loading.stored_dtype(base), decoder=own.find(args.code))
         has_adapter = checkpoints.fill(model, checkpoint)
+        now, was = own.mark(args.code), checkpoints.code(checkpoint)
+        own.compare(checkpoint, was, now)
+        model.code = now or was
         kept = checkpoints.base_form(checkpoint) if has_adapter else None
         _check_base(args.quantize, kept, has_adapter)
         quant.round_through(model, args.quantize)
@@ -51,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         base, adapter = loading.find(args.model, args.adapter)
         _check_base(args.quantize, kept := peft_format.base_form(adapter))
-        model, tokenizer = loading.load(base, adapter, dtype=loading.stored_dtype(base), device="cpu")
+        dtype = loading.stored_dtype(base)
+        model, tokenizer = loading.load(base, adapter, dtype=dtype, device="cpu", code=args.code)
         quant.round_through(model, args.quantize)
         said = f"merged {merge.merge_into(model)} layers of {adapter} into {base} -> {out}"
     folder = staging(out)

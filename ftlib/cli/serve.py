@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = loading.chosen_dtype(args.dtype, device)
     base, adapter = loading.find(args.model, args.adapter)
-    model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device)
+    model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code)
     context = args.context or model.arch.max_positions or 4096
     room = args.kv_tokens or token_room(model, args.max_batch * context)
     engine = Engine(model, max_batch=args.max_batch, max_tokens=room, compile=args.compile)
@@ -61,6 +61,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("serve", __doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT format for MODEL")
+    parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of its run")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, which only this machine reaches")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
     parser.add_argument("--api-key", default=os.environ.get(KEY), metavar="KEY", help=f"clients must show it; or {KEY}")

@@ -30,7 +30,7 @@ class Talk:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = loading.chosen_dtype(args.dtype, device)
         base, adapter = loading.find(args.model, args.adapter)
-        model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device)
+        model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code)
         if tokenizer.chat_template is None:
             fix = "use a model made for conversations, or `tune generate --raw`"
             raise UserError(f"{args.model} has no chat template", fix=fix)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ftlib.models import keys, mtp
+from ftlib.models import keys, mtp, own
 from ftlib.models.language_model import LanguageModel
 from ftlib.models.load import Stored, base_state
 from ftlib.models.shards import whole
@@ -27,8 +27,8 @@ def save_pretrained(
     write: bool = True,
     packed: Packed | None = None,
 ) -> None:
-    """Write config.json and safetensors shards of at most `shard_bytes`, plus the source's generation_config.json and
-    what predicts further tokens (ftlib.models.mtp).
+    """Write config.json and safetensors shards of at most `shard_bytes`, plus the source's generation_config.json,
+    what predicts further tokens (ftlib.models.mtp) and the record of a user's class (ftlib.models.own).
 
     Every process of a sharded model must call this; only the one with `write` touches the disk. Peak memory: one shard.
     `packed`: what the tensors become before they are written, and the `quantization_config` that says so.
@@ -57,6 +57,8 @@ def save_pretrained(
     if packed is not None:
         config["quantization_config"] = packed[1]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if code := getattr(model, "code", None):
+        (folder / own.ABOUT).write_text(json.dumps({"model.code": code}) + "\n", encoding="utf-8")
     source = getattr(model, "source", None)
     if source is not None and (source / "generation_config.json").exists():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")

@@ -162,7 +162,7 @@ def test_chat_keeps_streams_and_saves(tiny, here, capsys, monkeypatch):
 def test_chat_equals_generate_and_writes_no_half_characters(tiny):
     from ftlib.cli.talk import Talk
 
-    options = {"adapter": None, "system": None, "seed": 0, "dtype": None, "device": "cpu"}
+    options = {"adapter": None, "code": None, "system": None, "seed": 0, "dtype": None, "device": "cpu"}
     talk = Talk.open(SimpleNamespace(model=str(tiny.model), max_new_tokens=12, temperature=0.0, **options))
     pieces = []
     answer = talk.answer("say red", pieces.append)
