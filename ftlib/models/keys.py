@@ -44,6 +44,7 @@ class Stack:
 
 
 Row = Rename | Part | Stack
+BIASES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}  # flag of config.json: where its biases are
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,11 @@ def plan(names: Iterable[str], table: Table) -> dict[str, Piece]:
     return {name: piece(name, table) for name in names}
 
 
-def check_keys(pieces: dict[str, Piece], found: Iterable[str], table: Table, tied: bool) -> list[str]:
-    """Keys of a checkpoint to carry along (`keep`); raises UserError naming what is missing or unexplained."""
+def check_keys(
+    pieces: dict[str, Piece], found: Iterable[str], table: Table, tied: bool, config: dict | None = None
+) -> list[str]:
+    """Keys of a checkpoint to carry along (`keep`); raises UserError naming what is missing or unexplained, and the
+    flags of `config` that asked for missing biases."""
     found = set(found)
     wanted = {key for p in pieces.values() for key in p.keys}
     head = f"{table.prefix}lm_head.weight"
@@ -108,7 +112,12 @@ def check_keys(pieces: dict[str, Piece], found: Iterable[str], table: Table, tie
     if unknown:
         lines.append(f"the checkpoint has {len(unknown)} tensors the model has no place for: {_some(unknown)}")
     if lines:
-        raise UserError("\n".join(lines), fix="check that config.json belongs to these weights")
+        fix = "check that config.json belongs to these weights"
+        biased = [key for key in missing if key.endswith(".bias")]
+        asked = [flag for flag, part in BIASES.items() if (config or {}).get(flag) and any(part in k for k in biased)]
+        if asked:
+            fix += f"; {' and '.join(asked)} in it ask for these biases: false, if the model has none"
+        raise UserError("\n".join(lines), fix=fix)
     return kept
 
 

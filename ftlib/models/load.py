@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ftlib.errors import UserError
 from ftlib.models import families, heads, hub
-from ftlib.models.keys import Piece, check_keys, plan
+from ftlib.models.keys import Piece, check_keys, piece, plan
 from ftlib.models.language_model import LanguageModel
 from ftlib.models.quantized import dequantized
 from ftlib.models.shards import local_index
@@ -43,23 +43,46 @@ def check_weights(model: LanguageModel, folder: Path) -> Weights:
         weights = heads.WithHead(weights, model)
     state = base_state(model)
     pieces = plan(state, model.table)
-    model.kept = {key: weights.files[key] for key in check_keys(pieces, weights.files, model.table, model.arch.tied)}
+    language = model.config.get("text_config") or model.config
+    kept = check_keys(pieces, weights.files, model.table, model.arch.tied, language)
+    model.kept = {key: weights.files[key] for key in kept}
     wrong = []
-    for name, piece in pieces.items():
-        if piece.hf not in weights.shapes:
+    for name, source in pieces.items():
+        if source.hf not in weights.shapes:
             continue  # the tied head
         wanted = list(state[name].shape)
-        if piece.experts:
+        if source.experts:
             wanted = wanted[-2:]
-        for key in piece.keys:
+        for key in source.keys:
             found = list(weights.shapes[key])
-            rows = found[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
+            rows = found[0] if source.rows is None else source.rows[1] - source.rows[0]
             if [rows, *found[1:]] != wanted:
                 wrong.append(f"{key}: config.json gives {wanted}, the file has {found}")
     if wrong:
         listed = "\n  ".join(wrong[:5]) + (f"\n  … and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(f"weights do not fit config.json:\n  {listed}", where=str(folder))
+    if model.arch.tied:
+        _check_tied(weights, piece("model.embed_tokens.weight", model.table).hf, pieces["lm_head.weight"].hf, folder)
     return weights
+
+
+def _check_tied(weights: Weights, embedding: str, head: str, folder: Path, rows: int = 4096) -> None:
+    """UserError where the files bring a head of its own for a model that config.json says has none."""
+    if head not in weights.shapes:
+        return
+    same = (size := weights.shapes[head]) == weights.shapes[embedding]
+    for start in range(0, size[0] if same else 0, rows):
+        part = (slice(start, min(start + rows, size[0])), slice(0, size[1]))
+        if not torch.equal(weights.read(head, part).float(), weights.read(embedding, part).float()):
+            same = False
+            break
+    if not same:
+        raise UserError(
+            f"tie_word_embeddings is true (or the default), and {head} in the files is not {embedding}",
+            where=str(folder / "config.json"),
+            fix='write "tie_word_embeddings": false to train both matrices, as transformers loads them; '
+            f"or remove {head} from the files",
+        )
 
 
 class Stored(Protocol):

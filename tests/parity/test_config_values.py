@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from parity.shrink import CONFIGS, shrunk
+from parity.shrink import CONFIGS, reference, shrunk
+from safetensors.torch import load_file, save_file
 
+from ftlib import models
 from ftlib.errors import UserError
 from ftlib.models import families, load
 
@@ -120,3 +122,43 @@ def test_a_null_base_is_the_default(name, key):
     config = shrunk(name)
     left_out = {k: v for k, v in config.items() if k != key}
     assert families.read(config | {key: None}) == families.read(left_out)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """(folder of a small tied model, its tensors)."""
+    folder = tmp_path_factory.mktemp("tied")
+    reference(shrunk("qwen3-0.6b")).save_pretrained(folder)
+    return folder, load_file(folder / "model.safetensors")
+
+
+def with_head(tied, folder, change: float) -> None:
+    source, tensors = tied
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += change
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text((source / "config.json").read_text())
+
+
+def test_a_head_of_its_own_is_not_tied_away(tied, tmp_path):
+    with_head(tied, tmp_path, 1e-3)
+    with pytest.raises(UserError) as error:
+        models.from_pretrained(tmp_path)
+    said = str(error.value)
+    assert "tie_word_embeddings" in said and "lm_head.weight" in said and "model.embed_tokens.weight" in said
+    assert error.value.where == str(tmp_path / "config.json")
+
+
+def test_the_same_head_twice_is_fine(tied, tmp_path):
+    with_head(tied, tmp_path, 0.0)
+    ours = models.from_pretrained(tmp_path)
+    assert torch.equal(ours.lm_head.weight, tied[1]["model.embed_tokens.weight"])
+
+
+def test_a_flag_that_asked_for_missing_biases_is_named(tied, tmp_path):
+    _, tensors = tied
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(shrunk("qwen3-0.6b") | {"attention_bias": True}))
+    with pytest.raises(UserError, match=r"lacks 12 tensors") as error:
+        models.from_pretrained(tmp_path)
+    assert "attention_bias" in error.value.fix
