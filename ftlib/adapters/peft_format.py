@@ -159,8 +159,7 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "policy", trainabl
 
 
 def base_form(folder: str | Path) -> str | None:
-    """`model.quantize` of the run that trained the adapter in `folder`: what its base was kept in. None: plain, or
-    not known."""
+    """`quant.kept_in` of the model that the adapter in `folder` was trained on. None: plain, or not known."""
     file = Path(folder) / ABOUT
     return json.loads(file.read_text(encoding="utf-8")).get("model.quantize") if file.is_file() else None
 

@@ -3,25 +3,28 @@
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from ftlib import sections, tokenizers
+from ftlib import quant, sections, tokenizers
 from ftlib.adapters import lora, token_rows
 from ftlib.checkpoint.verify import verify
 from ftlib.config.build import build
 from ftlib.config.tree import from_plain
 from ftlib.errors import Problems, UserError
-from ftlib.models import LanguageModel, hub, own
+from ftlib.models import LanguageModel, hub, load, own
 from ftlib.models.resize import NAMES, resize_embeddings
 from ftlib.sections import Lora
 from ftlib.tokenizers import Tokenizer
 
 PREFIX = "model."
+LOW_PRECISION = ("quantize", "fp8", "fp8_smallest")  # keys of the model's section
 BESIDE = "mtp."  # modules beside the decoder, without which the model is whole (ftlib.models.mtp)
 
 
@@ -73,10 +76,14 @@ def tokenizer(folder: Path, base: Path) -> Tokenizer:
     return found
 
 
-def base_form(folder: Path) -> str | None:
-    """What the base was kept in when an adapter's checkpoint was written; None: plain."""
+def base_form(folder: Path, base: Path, decoder: type[nn.Module] | None = None) -> str | None:
+    """`quant.kept_in` of what the run that wrote an adapter's checkpoint made of `base`."""
     file = folder.absolute().parent.parent / "config.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8"))["model"].get("quantize")
+    said = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
+    section = sections.Model(path=str(base), **{key: said[key] for key in LOW_PRECISION if key in said})
+    model = load.build(base, torch.bfloat16, decoder)  # shapes alone
+    quant.attach(model, SimpleNamespace(model=section, lora=True))
+    return quant.kept_in(model)
 
 
 def code(folder: Path) -> own.Mark | None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from ftlib.cli.arguments import Parser
 from ftlib.errors import UserError
 
+FORMS = ("nf4", "int8", "fp8")
+
 
 def main(argv: Sequence[str]) -> int:
     """`tune merge MODEL ADAPTER OUT`"""
@@ -23,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="the base: a folder, a Hub id or ftlib:demo/model")
     parser.add_argument("adapter", metavar="ADAPTER", help="a LoRA adapter in PEFT format, or a run's checkpoint")
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet, or is empty")
-    parser.add_argument("--quantize", choices=("nf4", "int8", "fp8"), help="model.quantize of the adapter's run")
+    parser.add_argument("--quantize", choices=FORMS, help="model.quantize of the adapter's run")
     parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of its run")
     args = parser.parse(argv)
     out = Path(os.path.expanduser(args.out))
@@ -46,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         now, was = own.mark(args.code), checkpoints.code(checkpoint)
         own.compare(checkpoint, was, now)
         model.code = now or was
-        kept = checkpoints.base_form(checkpoint) if has_adapter else None
+        kept = checkpoints.base_form(checkpoint, base, own.find(args.code)) if has_adapter else None
         _check_base(args.quantize, kept, has_adapter)
         quant.round_through(model, args.quantize)
         count = merge.merge_into(model) if has_adapter else None
@@ -66,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     print(said)
     if kept and not args.quantize:
         what = f"the adapter was trained on a base kept in {kept}, and this is its sum with the plain base"
-        print(f"note: {what}, another model than was evaluated; --quantize {kept} writes that one", file=sys.stderr)
+        remedy = f"--quantize {kept} merges it into that base" if kept in FORMS else "no --quantize gives that base"
+        print(f"note: {what}, another model than was evaluated; {remedy}", file=sys.stderr)
     return 0
 
 
@@ -76,4 +79,4 @@ def _check_base(asked: str | None, kept: str | None, has_adapter: bool = True) -
         raise UserError("the checkpoint holds a whole model, so no base", where="--quantize", fix="leave it out")
     if asked and kept and asked != kept:
         what = f"the adapter was trained on a base kept in {kept}, not in {asked}"
-        raise UserError(what, where="--quantize", fix=f"--quantize {kept}")
+        raise UserError(what, where="--quantize", fix=f"--quantize {kept}" if kept in FORMS else "leave it out")

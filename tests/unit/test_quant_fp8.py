@@ -2,24 +2,28 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from faults.tiny_training import one_process
-from parity.shrink import relative
+from parity.shrink import reference, relative, shrunk
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ftlib import models, quant
-from ftlib.adapters import lora
+from ftlib.adapters import lora, peft_format
 from ftlib.adapters.fuse import fuse
+from ftlib.cli import checkpoints
 from ftlib.cli import main as tune
 from ftlib.kernels.fp8_linear import E4M3, E5M2, cast, fp8_frozen_linear, fp8_linear
 from ftlib.layers.linear import Linear, project
-from ftlib.models.load import base_state
+from ftlib.models.load import base_state, build
 from ftlib.parallel import gather8
 from ftlib.quant.float8 import Float8Frozen, Float8Linear, compute_in_fp8
+from ftlib.sections import Model
 
 BOTH = pytest.mark.parametrize("rows", [False, True], ids=["tensorwise", "rowwise"])
 RUN = ["eval.exact_match=0", "data.eval=8", "batch.rows=2", "batch.micro_rows=2", "data.seq_len=128", "steps=6"]
@@ -124,6 +128,17 @@ def test_coded_twice_is_coded_once(dtype):
         assert torch.frexp(scale)[0] == 0.5 and 0.5 < float(weight.abs().amax() / scale / 448) <= 1
 
 
+@BOTH
+def test_what_is_no_number_stays_none(rows):
+    """A NaN makes the product NaN: a loss of numbers after it would hide that training has failed."""
+    codes, scales = cast(torch.tensor([[1.0, float("nan")], [2.0, 3.0]]), rows)
+    assert (codes.float() * scales)[0, 1].isnan()
+    x, w = drawn(16, 32), drawn(48, 32, seed=1)
+    x[3, 5] = float("nan")
+    assert fp8_linear(x, w, rows)[3].isnan().all()
+    assert gather8.power_of_two(torch.tensor([2.0, float("nan")]), E4M3).isnan().tolist() == [False, True]
+
+
 def test_weights_are_gathered_in_eight_bits(monkeypatch):
     """A unit of FSDP2 with a layer in fp8, a plain one and a norm: what is sent, and what arrives."""
     unit = torch.nn.Sequential(
@@ -223,6 +238,37 @@ def test_training_and_resuming_to_the_bit(recipe, mode, tmp_path, capsys):
     assert tune([*run, f"model.fp8={mode}", f"output_dir={one}"]) == 0
     assert "resuming from step_000003" in capsys.readouterr().out
     assert losses(one) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "kept"),
+    [
+        ({}, None), ({"quantize": "nf4"}, "nf4"), ({"fp8": "rowwise", "fp8_smallest": 16}, "fp8"),
+        ({"fp8": "tensorwise", "fp8_smallest": 64}, "fp8 in some layers"),
+        ({"fp8": "rowwise", "fp8_smallest": 64, "quantize": "fp8"}, "fp8"),
+    ],
+)  # fmt: skip
+def test_a_folder_and_a_checkpoint_tell_of_one_base(section, kept, tmp_path, capsys):
+    name, base = str(tmp_path / "base"), tmp_path / "base"
+    settings = shrunk("llama-3.2-1b", head_dim=16, intermediate_size=128)  # keys and values of 32: small layers
+    reference(settings).save_pretrained(base)
+    (base / "config.json").write_text(json.dumps(settings))
+    shutil.copy("ftlib/assets/demo/model/tokenizer.json", base)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": section}))
+    assert checkpoints.base_form(tmp_path / "checkpoints/step_000001", base) == kept
+    model = build(base, torch.float32)
+    quant.attach(model, SimpleNamespace(model=Model(path=name, **section), lora=True))
+    lora.attach(model, "all-linear", rank=4)
+    lora.reset(model.to_empty(device="cpu"), 0)
+    peft_format.save(model, tmp_path / "final", base=name)
+    assert peft_format.base_form(tmp_path / "final") == kept
+    assert tune(["merge", name, str(tmp_path / "final"), str(tmp_path / "merged")]) == 0
+    said = capsys.readouterr().err
+    assert f"kept in {kept}, and this is its sum" in said if kept else "note:" not in said
+    if kept and " " in kept:
+        assert "no --quantize gives that base" in said
+        assert tune(["merge", name, str(tmp_path / "final"), str(tmp_path / "other"), "--quantize", "fp8"]) == 2
+        assert f"kept in {kept}, not in fp8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
