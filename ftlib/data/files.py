@@ -57,6 +57,9 @@ def read_file(file: Path) -> Iterator[Row]:
                 from ftlib.data import tables  # pyarrow, only where it is needed
 
                 yield from tables.read(file, parquet=head[:4] == b"PAR1")
+            elif name.endswith(".parquet") and head[:1] not in (b"{", b"["):
+                what = f"{file} is no Parquet file: it does not begin with PAR1"
+                raise UserError(what, fix="fetch it again, or give it the name of what it is")
             elif b"\0" in head:
                 what = f"{file} holds binary data, or text that is not UTF-8"
                 raise UserError(what, fix="rows are JSON, JSON lines or UTF-8 text")
@@ -72,13 +75,19 @@ def read_file(file: Path) -> Iterator[Row]:
                 yield from _line_rows(file, stream)
             else:
                 raise UserError(
-                    f"{file} holds neither JSON objects nor a list of them; it begins with {head[:20]!r}",
+                    f"{file} holds neither JSON objects nor a list of them; it begins with {_quoted(head)}",
                     fix=f"rows are JSON lines, a JSON list, or plain text in a file called {', '.join(TEXT_SUFFIXES)}",
                 )
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
-            f"{file} cannot be read: {error}", fix="check its permissions; fetch it again if it is cut off"
+            f"{file} cannot be read: {error}",
+            where=str(file),
+            fix="check its permissions; fetch it again if it is cut off",
         ) from None
+
+
+def _quoted(head: bytes) -> str:
+    return f"`{head[:20].decode('utf-8', 'replace')}`"
 
 
 def _open(file: Path) -> BinaryIO:
@@ -147,8 +156,11 @@ def _csv_rows(file: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
     import csv
 
     csv.field_size_limit(1 << 30)
+    first = stream.peek(1 << 16).split(b"\n")[0]
+    if delimiter.encode() not in first:  # spreadsheets write others, whatever the file is called
+        delimiter = next((other for other in ",;\t" if other.encode() in first), delimiter)
     reader = csv.reader((_decode(file, raw, n) for n, raw in enumerate(stream, 1)), delimiter=delimiter, strict=True)
-    names, line = None, 1
+    names, line, marks = None, 1, {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter]
     while True:
         try:
             cells = next(reader, None)
@@ -168,7 +180,7 @@ def _csv_rows(file: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
             yield Row(line, dict(zip(names, cells, strict=True)))
         elif cells:
             what = f"{len(cells)} cells, but the file has {len(names)} columns"
-            yield Row(line, UserError(what, where=f"{file}:{line}", fix="put texts that hold commas in quotes"))
+            yield Row(line, UserError(what, where=f"{file}:{line}", fix=f"put texts that hold {marks} in quotes"))
         line = reader.line_num + 1
 
 

@@ -88,7 +88,9 @@ def _own(format: str, columns: Columns, roles: Columns, key: str, train_on: tupl
     try:
         function = plugins.find("formats", format, {name: known.read for name, known in FORMATS.items()})
     except UserError as error:
-        fix = error.fix if ":" in format else f"one of: auto, {', '.join(FORMATS)}; or your own as ./file.py:name"
+        fix = f"one of: auto, {', '.join(FORMATS)}; or your own as ./file.py:name"
+        if ":" in format:
+            fix = error.fix or "name a function that is there: ./file.py:name, seen from the working directory"
         what = error.what if ":" in format else f"unknown format {format!r}{did_you_mean(format, ['auto', *FORMATS])}"
         raise UserError(what, where=f"{key}.format", fix=fix) from None
     plugins.check_call(function, ["row"], {}, f"{key}.format")

@@ -12,7 +12,7 @@ from ftlib.data.files import stem
 from ftlib.data.masks import Tokenizer
 from ftlib.data.packing import shuffled
 from ftlib.data.preference import Wanted
-from ftlib.data.report import LoadReport, SourceReport, by_source, describe, mixture, repeats, spread
+from ftlib.data.report import BROKEN, UNTRAINED, LoadReport, SourceReport, by_source, describe, mixture, repeats, spread
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
 
@@ -144,8 +144,21 @@ def _check_any(documents: Documents, reports: list[SourceReport], cfg: Data) -> 
         f"all {sum(r.rows for r in reports):,} rows were dropped: {'; '.join(dropped) or 'they are held out'}. "
         f"Lengths seen: {spread(lengths)} tokens",
         where=", ".join(report.path for report in reports),
-        fix=f"raise data.seq_len (now {cfg.seq_len:,}), or look at the weights and roles of the messages",
+        fix=_mend({reason for report in reports for reason in report.dropped}, cfg),
     )
+
+
+def _mend(reasons: set[str], cfg: Data) -> str:
+    """What brings rows back that were dropped for these reasons."""
+    fixes = []
+    if any("data.seq_len" in reason or "truncation" in reason for reason in reasons):
+        fixes.append(f"raise data.seq_len (now {cfg.seq_len:,})")
+    if UNTRAINED in reasons:
+        roles = f"data.train_on ({', '.join(cfg.train_on)})"
+        fixes.append(f"give messages of {roles} a text, and no `train: false` or weight of 0 to all of them")
+    if BROKEN in reasons:
+        fixes.append("see what is wrong with the rows: data.on_bad_row=report")
+    return "; ".join(fixes) or "give other rows than these"
 
 
 def _hold_out(documents: Documents, amount: float, seed: int) -> tuple[Documents, Documents]:

@@ -77,7 +77,8 @@ def _message(example: Example, turn: Any, shape: Shape) -> None:
     if isinstance(rest.get("tool_calls"), list):
         rest["tool_calls"] = [_parsed(call) for call in rest["tool_calls"]]
     if content is None and (role != "assistant" or not rest.keys() - {"name"}):
-        raise UserError(f"it has no {content_key!r}; it has {listed(turn)}")
+        what = f"its {content_key!r} is null" if content_key in turn else f"it has no {content_key!r}"
+        raise UserError(f"{what}; it has {listed(turn)}", fix='write its text, or "" where it says nothing')
     if "train_detail" in turn:
         parts = _detail(turn["train_detail"], content or "")
     trained = _trained(parts, weight_of(turn), role in example.train_on)
@@ -184,7 +185,10 @@ def _detail(detail: Any, content: str) -> Parts:
     for entry in sorted(detail, key=lambda e: e.get("begin_offset", -1) if isinstance(e, dict) else -1):
         start, last = (entry.get(k) if isinstance(entry, dict) else None for k in ("begin_offset", "end_offset"))
         if not isinstance(start, int) or not isinstance(last, int) or not at <= start <= last < len(content):
-            raise UserError(f"train_detail {shown(entry)} is no range of this content of {len(content)} characters")
+            given = f"{start} to {last}" if isinstance(entry, dict) else shown(entry)
+            what = f"train_detail: {given} is no range of this content of {len(content)} characters"
+            fix = "begin_offset and end_offset count characters from 0, the last included; ranges do not overlap"
+            raise UserError(what, fix=fix)
         weight = weight_of(entry)
         parts += [((at, start), 0.0)] if start > at else []
         parts.append(((start, last + 1), 1.0 if weight is None else weight))

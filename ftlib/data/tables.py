@@ -23,7 +23,7 @@ def read(file: Path, parquet: bool) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         kind = "a Parquet" if parquet else "an Arrow"
         what = f"{file} is {kind} file that cannot be read: {str(error).splitlines()[0]}"
-        raise UserError(what, fix="fetch it again: it may be cut off") from None
+        raise UserError(what, where=str(file), fix="fetch it again: it may be cut off") from None
 
 
 def _parquet(file: Path) -> Iterator[Any]:

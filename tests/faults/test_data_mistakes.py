@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from ftlib.data import json_list, load
+from ftlib.data.sources import read
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
 
@@ -67,11 +68,12 @@ FILES = {
     ("wide2.jsonl", '{"text": "a"}'.encode("utf-16-le")): ["wide2.jsonl", "not UTF-8"],
     ("lfs.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"): ["Git LFS pointer", "git lfs pull"],
     ("page.jsonl", b"<!DOCTYPE html><html></html>"): ["HTML page"],
-    ("rows.parquet", b"PAR1rest"): ["Parquet"],
-    ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:40]): ["cut.jsonl.gz", "cannot be read"],
-    ("words.data", b"hello"): ["words.data", "neither JSON"],
-    ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n'): ["mixed.jsonl:2", "'text' must be text", "3"],
-    ("missing.jsonl", b'{"text": "a"}\n{"txt": "b"}\n'): ["missing.jsonl:2", "'text' not found", "[txt]"],
+    ("rows.parquet", b"PAR1rest"): ["Parquet", "where: "],
+    ("none.parquet", b"some\0thing"): ["none.parquet is no Parquet file", "PAR1"],
+    ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:40]): ["cut.jsonl.gz", "cannot be read", "where: "],
+    ("words.data", b"hello"): ["words.data", "neither JSON", "begins with `hello`"],
+    ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n'): ["mixed.jsonl:2", "must be text", 'write it as text: "3"'],
+    ("missing.jsonl", b'{"text": "a"}\n{"txt": "b"}\n'): ["missing.jsonl:2", "'text' not found", "[txt]", "of their own"],
     ("dpo.jsonl", b'{"chosen": "a", "rejected": "b"}'): ["preference data"],
     ("odd.jsonl", b'{"ask": "a", "say": "b"}'): ["[ask, say]", "columns: {question: ask, answer: say}"],
     ("short.jsonl", b'{"text": "a"}'): ["all 1 rows were dropped", "1 no trained token", "Lengths seen: 1"],
@@ -121,9 +123,11 @@ ROWS = [
     (messages({"role": "narrator"}), ["message 1", "'narrator'", "roles"]),
     (messages({"role": None}), ["message 1", "no 'role'"]),
     (messages({}, {"content": 7}), ["message 2", "string or a list"]),
-    (messages({}, {"content": None}), ["message 2", "no 'content'"]),
+    (messages({}, {"content": None}), ["message 2", "its 'content' is null", "write its text"]),
     (messages({}, {"content": [{"type": "image", "url": "x"}]}), ["message 2", "image"]),
     (messages({}, {"loss_weight": -0.5}), ["message 2", "-0.5", "a number from 0"]),
+    (messages({}, {"train": "yes"}), ["message 2", 'train is "yes"', "true, false or a number from 0 on"]),
+    (messages({}, {"train_detail": [{"begin_offset": 0, "end_offset": 9}]}), ["0 to 9", "1 characters", "count char"]),
     (messages({}, {"weight": 0.5, "train": False}), ["message 2", "disagree"]),
     (messages({}, {"loss_weight": 1, "train": False}), ["message 2", "disagree"]),
     (messages({"train": True}, {}), ["message 1 (user)", "does not show where it stands"]),
@@ -144,6 +148,27 @@ def test_conversations(tmp_path, row, facts):
     assert "chat.jsonl:3" in message
     for fact in facts:
         assert fact in message
+
+
+def test_what_nobody_can_train_on_says_what_would_help(tmp_path):
+    """Not to raise data.seq_len where every message is switched off."""
+    (file := tmp_path / "a.jsonl").write_text(json.dumps(messages({}, {"train": False})))
+    message = mistake(file)
+    assert "1 no trained token" in message and "data.seq_len" not in message and "`train: false`" in message
+    file.write_text(json.dumps({"text": "a" * 99}))
+    assert "fix: raise data.seq_len (now 64)\n" in mistake(file) + "\n"
+
+
+@pytest.mark.parametrize("name,mark", [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", ","), ("a.tsv", ";")])
+def test_csv_of_spreadsheets_is_read_by_the_mark_its_header_has(tmp_path, name, mark):
+    (file := tmp_path / name).write_text(f'question{mark}answer\r\n"2{mark}2?"{mark}four\r\n')
+    (row,) = read(file)
+    assert row.value == {"question": f"2{mark}2?", "answer": "four"}
+    file.write_text(f"question{mark}answer\na{mark}b{mark}c\n")
+    marks = {";": "semicolons", "\t": "tabs", ",": "commas"}[mark]
+    assert f"put texts that hold {marks} in quotes" in mistake(file) and f"{name}:2" in mistake(file)
+    file.write_text("text\na\n")
+    assert [row.value for row in read(file)] == [{"text": "a"}]
 
 
 def test_many_bad_rows_are_one_message(tmp_path):
@@ -174,6 +199,10 @@ def test_wrong_keys(tmp_path):
     assert "data.sources[0].roles" in mistake(file, roles={"bot": "robot"})
     columns = {"instruction": "question", "output": "answer", "inptu": "answer"}
     assert "did you mean 'input'" in mistake(file, columns=columns)
+    for own in ("none.py:rows", "here.py:rows", "here.py:row"):  # no file, no function, a function that fails
+        (tmp_path / "here.py").write_text("def row(row):\n    return row['x']\n")
+        assert "  fix: " in mistake(file, format=f"{tmp_path}/{own}")
+    assert "a.jsonl: the columns [question, answer]" in mistake(file, format="text")
     assert "not understood" in mistake(file, split="validation")
     assert "leaves no rows" in mistake(file, split="[5:]")
 
