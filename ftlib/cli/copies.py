@@ -8,7 +8,7 @@ from ftlib import __version__
 from ftlib.cli import assets
 from ftlib.errors import UserError
 
-_HEADER = re.compile(r"# from ftlib (\S+) (recipes|configs)/(\S+) sha256:([0-9a-f]{12})")
+_HEADER = re.compile(r"# from ftlib (\S+) ((?:recipes/|configs/|model:)\S+) sha256:([0-9a-f]{12})")
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,8 @@ class Copy:
     text: str  # without the first line
     version: str  # of ftlib when it was made
     name: str  # of what it was made from, as `tune ls` prints it
-    source: Path  # of the version that ships now
+    theirs: str  # the text of the version that ships now
     changed: bool  # whether that is another text than then
-
-    @property
-    def theirs(self) -> str:
-        """The text of the version that ships now."""
-        return assets.as_copied(self.source)
 
     @property
     def original(self) -> Path:
@@ -38,10 +33,12 @@ def original(path: Path) -> Path:
     return path.with_name(f".{path.name}.orig")
 
 
-def write(path: Path, name: str, source: Path, text: str | None = None) -> None:
-    """Write a copy of `source` (or its edited `text`) with its first line, and keep the original. May raise OSError."""
-    theirs = assets.as_copied(source)
-    path.write_text(f"{_header(name, source)}\n{theirs if text is None else text}", encoding="utf-8")
+def write(path: Path, name: str, text: str | None = None) -> None:
+    """Write a copy of what ships as `name` (or its edited `text`) with its first line, and keep the original. May raise
+    OSError."""
+    theirs, digest = _ships(name)
+    header = f"# from ftlib {__version__} {name} sha256:{digest}"
+    path.write_text(f"{header}\n{theirs if text is None else text}", encoding="utf-8")
     original(path).write_text(theirs, encoding="utf-8")
 
 
@@ -58,17 +55,20 @@ def read(path: Path) -> Copy:
             where=f"{path}:1",
             fix="it should read `# from ftlib VERSION recipes/NAME.py sha256:…`; make the copy with `tune cp`",
         )
-    version, kind, file, digest = match.groups()
+    version, name, then = match.groups()
+    theirs, digest = _ships(name)
+    return Copy(path, text, version, name, theirs, digest != then)
+
+
+def _ships(name: str) -> tuple[str, str]:
+    """The text that ships as `name`, as it reads in another folder, and its digest, which no folder changes."""
+    if name.startswith("model:"):
+        from ftlib.models.extract import extract  # imports torch
+
+        text = extract(name.removeprefix("model:"))
+        return text, assets.digest(text)
+    kind, _, file = name.partition("/")
     found = assets.find_shipped(kind, file)
     if found is None:
-        raise UserError(f"{kind}/{file}: ftlib {__version__} no longer ships it{assets.suggestion(kind, file)}")
-    name, source = found
-    return Copy(path, text, version, name, source, _digest(source) != digest)
-
-
-def _header(name: str, source: Path) -> str:
-    return f"# from ftlib {__version__} {name} sha256:{_digest(source)}"
-
-
-def _digest(source: Path) -> str:
-    return assets.digest(source.read_text(encoding="utf-8"))
+        raise UserError(f"{name}: ftlib {__version__} no longer ships it{assets.suggestion(kind, file)}")
+    return assets.as_copied(found[1]), assets.digest(found[1].read_text(encoding="utf-8"))

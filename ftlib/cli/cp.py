@@ -25,21 +25,28 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace DEST if it exists")
     args = parser.parse(argv)
     if args.name.startswith("model:"):
-        return _model(args.name, args.dest, args.force)
+        dest = _copy(args.name, f"{args.name.removeprefix('model:')}.py", args.dest, args.force)
+        print(f"  train it: model.code={dest}:Decoder")
+        return 0
     found = assets.find_shipped("recipes", args.name) or assets.find_shipped("configs", args.name)
     if found is None:
         kind = "configs" if args.name.startswith("configs/") or args.name.endswith((".yaml", ".yml")) else "recipes"
         hint = assets.suggestion(kind, args.name) or assets.suggestion("configs", args.name)
         raise UserError(f"{args.name}: ftlib ships nothing of this name{hint}", fix="`tune ls` lists what there is")
-    name, source = found
-    dest = _free(args.dest, source.name, args.force)
+    _copy(found[0], found[1].name, args.dest, args.force)
+    return 0
+
+
+def _copy(name: str, file: str, to: str, force: bool) -> Path:
+    """Write what ships as `name`, to `file` where `to` is a folder."""
+    dest = _free(to, file, force)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        copies.write(dest, name, source)
+        copies.write(dest, name)
     except OSError as error:
         raise UserError(f"{dest} cannot be written: {error.strerror}") from None
     print(f"{name} -> {dest}")
-    return 0
+    return dest
 
 
 def _free(text: str, name: str, force: bool) -> Path:
@@ -52,17 +59,3 @@ def _free(text: str, name: str, force: bool) -> Path:
     if not dest.parent.exists() and not dest.resolve().is_relative_to(Path.cwd()):
         raise UserError(f"{dest.parent}: no such folder", fix="make it first, or name a file below this one")
     return dest
-
-
-def _model(name: str, dest: str, force: bool) -> int:
-    from ftlib.models.extract import extract  # imports torch
-
-    text = extract(name.removeprefix("model:"))
-    file = _free(dest, f"{name.removeprefix('model:')}.py", force)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}") from None
-    print(f"{name} -> {file}\n  train it: model.code={file}:Decoder")
-    return 0

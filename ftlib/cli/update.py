@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         mine, new = copy.text.splitlines(), merged.splitlines()
         print("\n".join(difflib.unified_diff(mine, new, str(copy.path), "updated", lineterm="")))
     else:
-        copies.write(copy.path, copy.name, copy.source, merged)
+        copies.write(copy.path, copy.name, merged)
         print(f"{copy.path}: ftlib {copy.version} -> {__version__}")
     if conflicts:
         print(f"{conflicts} place{'s' * (conflicts > 1)} where both sides changed the same lines: look for <<<<<<<")

@@ -10,7 +10,6 @@ import inspect
 import sys
 from dataclasses import dataclass
 
-from ftlib import __version__
 from ftlib.errors import UserError, did_you_mean
 from ftlib.models import families
 
@@ -60,7 +59,7 @@ def extract(model_type: str) -> str:
     pieces = [piece for piece in pieces if piece.defines & wanted]
     used = set().union(*(piece.uses for piece in pieces))
     doc = inspect.getdoc(own).rstrip()
-    header = [f'"""{doc}', "", f"From ftlib {__version__}, model:{model_type}. Train it with", ""]
+    header = [f'"""{doc}', "", "Train it with", ""]
     header += ["    model.code: ./THIS_FILE.py:Decoder", '"""', ""]
     text = "\n".join(header) + "\n" + _imports(imports, used)
     for module in dict.fromkeys(piece.module for piece in pieces):

@@ -9,7 +9,7 @@ import torch
 from parity.shrink import reference, relative, shrunk
 from tiny_model import losses, train, write_config, write_model, write_rows
 
-from ftlib import models, plugins
+from ftlib import __version__, models, plugins
 from ftlib.cli import main as tune
 from ftlib.errors import UserError
 from ftlib.models import families
@@ -115,6 +115,28 @@ def test_a_new_family_in_one_file(tmp_path):
         assert relative(ours.logits(X), theirs(X).logits) <= 1e-5
     with pytest.raises(UserError, match="model_type 'arcane' is not supported"):
         models.from_pretrained(tmp_path)
+
+
+def test_a_copy_knows_what_it_is_a_copy_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert tune(["cp", "model:qwen3", "mine.py"]) == 0
+    assert (tmp_path / "mine.py").read_text().startswith(f"# from ftlib {__version__} model:qwen3 sha256:")
+    capsys.readouterr()
+    assert tune(["diff", "mine.py"]) == 0
+    assert "model:qwen3 has not changed since it was copied" in (said := capsys.readouterr().out)
+    assert said.endswith("(no difference)\n")
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("# mine\n")
+    assert tune(["diff", "mine.py"]) == 0 and "\n+# mine\n" in capsys.readouterr().out
+    shipped = extract("qwen3")
+    with monkeypatch.context() as later:
+        later.setattr("ftlib.models.extract.extract", lambda name: shipped.replace("Train it", "Now train it", 1))
+        assert tune(["update", "mine.py"]) == 0
+    text = (tmp_path / "mine.py").read_text()
+    assert "\nNow train it with\n" in text and text.endswith("# mine\n")
+    header = text.splitlines()[0].replace("qwen3", "qwen33")
+    (tmp_path / "mine.py").write_text(header)
+    assert tune(["diff", "mine.py"]) == 2 and "no model family 'qwen33'" in capsys.readouterr().err
 
 
 def test_unknown_names():
