@@ -1,6 +1,7 @@
 """What `generate` and `merge` share: a model, its adapter and its tokenizer from what the user named. Imports torch."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from ftlib.adapters import peft_format
 from ftlib.errors import UserError
 from ftlib.models import LanguageModel, hub, own
 from ftlib.models.load import DTYPES
+from ftlib.models.weights import PRECISIONS, precisions
 from ftlib.tokenizers import Tokenizer
 
 
@@ -19,11 +21,22 @@ def chosen_dtype(name: str | None, device: str) -> torch.dtype:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision that a model's config.json says its weights have; float32 if it does not."""
+    """The precision that most numbers in a model's files have; a note on stderr where others will be rounded to it.
+
+    Of a quantized model it is what config.json says, and float32 where that says nothing.
+    """
     config = hub.read_config(folder)
-    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    found = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    return found.get(name, torch.float32)
+    packed = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    counts = {} if packed else precisions(folder)
+    if not counts:
+        name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+        return {str(dtype).removeprefix("torch."): dtype for dtype in PRECISIONS.values()}.get(name, torch.float32)
+    most = max(counts, key=lambda dtype: counts[dtype])
+    for dtype, count in counts.items():
+        if torch.promote_types(dtype, most) != most:
+            said = f"{count:,} numbers of {folder} are {dtype} and are rounded to {most}, as the others are stored"
+            print(f"note: {said}".replace("torch.", ""), file=sys.stderr)
+    return most
 
 
 def find(model: str, adapter: str | None) -> tuple[Path, Path | None]:

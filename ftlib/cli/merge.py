@@ -3,9 +3,10 @@
     tune merge MODEL ADAPTER OUT
     tune merge MODEL output/run/checkpoints/step_000100 OUT      any checkpoint of a run on MODEL, LoRA or full
 
-The sum is computed in float32 and stored in the precision of MODEL. An adapter that was trained on a quantized base has
-learned to make up for what that lost: with --quantize it is merged into that very base. Without it the result is
-another model than the one that was trained and evaluated, and a note says so.
+The sum is computed in float32 and stored in the precision that MODEL's files have, or where they are quantized in the
+one that its config.json names. An adapter that was trained on a quantized base has learned to make up for what that
+lost: with --quantize it is merged into that very base. Without it the result is another model than the one that was
+trained and evaluated, and a note says so.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Safetensors files of a model folder: every header checked before a byte of weights is read."""
 
 import json
+import math
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from ftlib.errors import UserError
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+PRECISIONS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by their names in a header
 
 
 @dataclass
@@ -34,6 +36,24 @@ class Weights:
 
 def open_folder(folder: Path) -> Weights:
     """All safetensors files of a model folder: those of its index, or every *.safetensors in it."""
+    weights = Weights({}, {})
+    for path in _paths(folder):
+        for key, entry in _header(path).items():
+            weights.files[key], weights.shapes[key] = path, tuple(entry["shape"])
+    return weights
+
+
+def precisions(folder: Path) -> dict[torch.dtype, int]:
+    """How many numbers the files of a model folder hold in each floating precision that a model may have."""
+    found = dict.fromkeys(PRECISIONS.values(), 0)
+    for path in _paths(folder):
+        for entry in _header(path).values():
+            if entry["dtype"] in PRECISIONS:
+                found[PRECISIONS[entry["dtype"]]] += math.prod(entry["shape"])
+    return {dtype: count for dtype, count in found.items() if count}
+
+
+def _paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         paths = _indexed(folder, index)
@@ -43,11 +63,7 @@ def open_folder(folder: Path) -> Weights:
         pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         fix = f"convert {pickles[0]} to safetensors; pickles can run code" if pickles else "download the weights"
         raise UserError(f"{folder} has no .safetensors file", fix=fix)
-    weights = Weights({}, {})
-    for path in paths:
-        for key, shape in _header(path).items():
-            weights.files[key], weights.shapes[key] = path, shape
-    return weights
+    return paths
 
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
@@ -67,8 +83,8 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     return paths
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes of one file, after checking that the file is whole."""
+def _header(path: Path) -> dict[str, dict]:
+    """`shape` and `dtype` of each tensor of one file, after checking that the file is whole."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(512)
@@ -88,7 +104,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise UserError(f"expected {end:,} bytes, found {size:,}", where=str(path), fix="download the file again")
-    return {key: tuple(entry["shape"]) for key, entry in header.items()}
+    return header
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
