@@ -2,8 +2,9 @@
 
     python tools/new_family.py FOLDER [--like qwen3] > my_family.py
 
-FOLDER holds config.json and, if you have them, *.safetensors or model.safetensors.index.json: only names are read.
-The draft is a whole `model.code` file; it starts as a copy of the family named by --like.
+It runs from a clone of the repository, as tools/ is in no wheel. FOLDER holds config.json and, if you have them,
+*.safetensors or model.safetensors.index.json: only names are read. The draft is a whole `model.code` file, which
+starts as a copy of the family named by --like.
 """
 
 import argparse
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ftlib.errors import UserError  # noqa: E402
-from ftlib.models import families, load  # noqa: E402
+from ftlib.models import families, hub, load  # noqa: E402
 from ftlib.models.arch import Arch  # noqa: E402
 from ftlib.models.decoder import Decoder  # noqa: E402
 from ftlib.models.families.flags import NEUTRAL, unread  # noqa: E402
@@ -60,7 +61,7 @@ def tensor_names(folder: Path) -> set[str]:
 
 def differences(folder: Path, like: str) -> list[str]:
     """What stands between `like` and this model: flags it refuses, and tensors that differ, layers written as {i}."""
-    config = json.loads((folder / "config.json").read_text())
+    config = hub.read_config(folder)
     lines = [f"flag to look at: {key} = {config[key]!r}" for key in NEUTRAL if config.get(key) not in (None, False, 0)]
 
     class Like(Decoder):
@@ -75,14 +76,16 @@ def differences(folder: Path, like: str) -> list[str]:
         given.seen.update(strange)  # told below, so that names can be compared nevertheless
         return found
 
-    Like.family = replace(family, model_types=(config["model_type"],), arch=arch)
+    Like.family = replace(family, model_types=(str(config.get("model_type")),), arch=arch)
     try:
         model = load.build(folder, torch.bfloat16, Like)
     except UserError as error:
         return [*lines, *str(error).splitlines()]
     lines += [f"key that nothing reads: {key} = {config[key]!r}" for key in strange]
-    wanted = {key for piece in plan(load.base_state(model), model.table).values() for key in piece.keys}
-    found = tensor_names(folder)
+    pieces, found = plan(load.base_state(model), model.table), tensor_names(folder)
+    if model.arch.tied:  # the head is the embedding, and a file may hold it once more
+        found -= set(pieces.pop("lm_head.weight").keys)
+    wanted = {key for piece in pieces.values() for key in piece.keys}
     if not found:
         return [*lines, "no weights here: names were not compared"]
     lines += [f"missing in the files: {name}" for name in _general(wanted - found)]
@@ -98,7 +101,10 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--like", default="llama", choices=sorted(families.FAMILIES))
     args = parser.parse_args()
-    model_type = json.loads((args.folder / "config.json").read_text())["model_type"]
+    try:
+        model_type = str(hub.read_config(args.folder).get("model_type"))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     name = re.sub(r"\W", "_", model_type)
     print(DRAFT.format(model_type=model_type, like=args.like, name=name))
     for line in differences(args.folder, args.like):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from parity.shrink import reference, shrunk
+from safetensors.torch import load_file, save_file
 from tiny_model import write_config, write_model, write_rows
 
 from ftlib import plugins
@@ -132,3 +133,24 @@ def test_a_file_that_was_edited_does_not_continue_a_run(qwen9, monkeypatch, caps
 
 def edit(file, old, new):
     Path(file).write_text(Path(file).read_text().replace(old, new))
+
+
+def test_a_tied_head_is_not_missing_and_not_strange(tmp_path):
+    model = write_model(tmp_path / "tied", "llama-3.2-1b")
+    assert json.loads((model / "config.json").read_text())["tie_word_embeddings"]
+    assert new_family.differences(model, "llama") == []
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    assert new_family.differences(model, "llama") == []
+
+
+@pytest.mark.parametrize(("inside", "said"), [(None, "no config.json"), ("{", "not valid JSON")])
+def test_a_folder_that_holds_no_model(inside, said, tmp_path, monkeypatch, capsys):
+    if inside is not None:
+        (tmp_path / "config.json").write_text(inside)
+    folder = tmp_path if inside is not None else tmp_path / "nowhere"
+    monkeypatch.setattr(sys, "argv", ["new_family.py", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        new_family.main()
+    assert end.value.code == 2 and said in capsys.readouterr().err
