@@ -2,8 +2,9 @@
 
     tune doctor DATA [--model M] [--template T] [--eval DATA] [--seq-len N] [--out DIR]
 
-DATA is whatever `data.sources[].path` of a config may be. --model names the tokenizer and template that decide on
-lengths and masks (default: the model that ships with ftlib). --out gets rows.csv, a line a row, and report.html.
+DATA is whatever `data.sources[].path` of a config may be; preferences, prompts and references are told as such.
+--model names the tokenizer and template that decide on lengths and masks (default: the model that ships with ftlib).
+--out gets rows.csv, a line a row, and report.html.
 """
 
 from collections.abc import Sequence

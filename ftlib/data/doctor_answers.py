@@ -13,7 +13,7 @@ from ftlib.data.examples import Example, Shape
 from ftlib.data.formats import kind, read_examples
 from ftlib.data.masks import Tokenizer
 from ftlib.data.preference import Unit, Wanted
-from ftlib.data.report import spread
+from ftlib.data.report import UNWRITTEN, spread
 from ftlib.data.sources import Place
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
@@ -29,6 +29,16 @@ _WANTED = {"preference": "pairs", "unpaired": "rated", "stepwise": "steps"}
 Sizes = dict[str, list[int]]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A row, what repeats of it have in common, what is wrong with it, and messages whose reasoning is left out."""
+
+    row: Row
+    mark: bytes = b""
+    error: UserError | None = None
+    unwritten: int = 0
+
+
 @dataclass
 class Answers(Findings):
     """Rows of one of these kinds: what they are good for, and the lengths of their parts in tokens."""
@@ -40,6 +50,8 @@ class Answers(Findings):
         """Name and value of each number."""
         facts = [("rows", f"{len(self.rows):,}"), ("format", self.shape), ("these are", self.use)]
         facts += [(f"tokens of a {name}", spread(sizes)) for name, sizes in self.sizes.items()]
+        if self.unwritten:
+            facts.append(("warning", f"the reasoning of {self.unwritten:,} messages {UNWRITTEN}"))
         facts += [(state, f"{count:,} rows") for state, count in self.states().items() if state != "ok"]
         facts.append(("exact repeats", f"{sum(bool(row.repeat_of) for row in self.rows):,} rows"))
         both = sum(row.held_out for row in self.rows)
@@ -51,24 +63,23 @@ def examine(
 ) -> Findings:
     """Every row of these kinds, with those that `held_out` has too. UserError where no row can be read at all."""
     cfg = Data(sources=(Source(path=path),), seq_len=1 << 30)
-    known = {mark for _, _, mark in _read(shape, held_out, tokenizer, cfg, seq_len, {}) if mark}
-    rows, first_seen, sizes = [], {}, {}
-    error = None
-    for row, wrong, mark in _read(shape, places, tokenizer, cfg, seq_len, sizes):
-        error = error or wrong
-        if mark:
-            row.held_out, row.repeat_of = mark in known, first_seen.setdefault(mark, row.where)
-            row.repeat_of = "" if row.repeat_of == row.where else row.repeat_of
-        rows.append(row)
+    known = {one.mark for one in _read(shape, held_out, tokenizer, cfg, seq_len, {}) if one.mark}
+    first_seen, sizes = {}, {}
+    found = list(_read(shape, places, tokenizer, cfg, seq_len, sizes))
+    for row, mark in ((one.row, one.mark) for one in found if one.mark):
+        row.held_out, row.repeat_of = mark in known, first_seen.setdefault(mark, row.where)
+        row.repeat_of = "" if row.repeat_of == row.where else row.repeat_of
+    error = next((one.error for one in found if one.error), None)
     if error is not None and not first_seen:
         raise error
-    return Answers(path, f"{shape.format} ({shape.evidence})", rows, use=USES[kind(shape.format)], sizes=sizes)
+    said = {"unwritten": sum(one.unwritten for one in found), "use": USES[kind(shape.format)], "sizes": sizes}
+    return Answers(path, f"{shape.format} ({shape.evidence})", [one.row for one in found], **said)
 
 
 def _read(
     shape: Shape, places: Iterable[Place], tokenizer: Tokenizer, cfg: Data, seq_len: int, sizes: Sizes
-) -> Iterator[tuple[Row, UserError | None, bytes]]:
-    """Each row, what is wrong with it, and what repeats of it have in common; lengths of its parts go into `sizes`."""
+) -> Iterator[_Found]:
+    """Each row; lengths of its parts go into `sizes`."""
     for file, row in places:
         where = f"{file}:{row.line}"
         try:
@@ -77,30 +88,31 @@ def _read(
             for example in read_examples(row.value, shape, where):
                 yield from _rows(example, where, kind(shape.format), tokenizer, cfg, seq_len, sizes)
         except UserError as error:
-            yield Row(where, 0, 0, f"broken: {error.what}"), error, b""
+            yield _Found(Row(where, 0, 0, f"broken: {error.what}"), error=error)
 
 
 def _rows(
     example: Example, where: str, of: str, tokenizer: Tokenizer, cfg: Data, seq_len: int, sizes: Sizes
-) -> Iterator[tuple[Row, None, bytes]]:
+) -> Iterator[_Found]:
     if of == "evaluation":
-        yield Row(where, 0, 0), None, _mark(json.dumps(example.record, sort_keys=True, default=str).encode())
+        yield _Found(Row(where, 0, 0), _mark(json.dumps(example.record, sort_keys=True, default=str).encode()))
         return
     if of == "prompt":
         ids = tokenizer.apply_chat_template(example.messages, tools=example.tools, add_generation_prompt=True)
         found = [(Unit(np.array(ids, np.int32), np.zeros(len(ids), bool), len(ids)), {"prompt": len(ids)})]
     else:
-        units = preference.units(example, tokenizer, cfg, Wanted(_WANTED[of]))
+        units = list(preference.units(example, tokenizer, cfg, Wanted(_WANTED[of])))
         found = [(unit, {} if isinstance(unit, str) else _parts(unit, of)) for unit in units]
     for unit, parts in found:
         if isinstance(unit, str):
-            yield Row(where, 0, 0, unit), None, b""
+            yield _Found(Row(where, 0, 0, unit))
             continue
         for name, size in parts.items():
             sizes.setdefault(name, []).append(size)
         state = "ok" if unit.size <= seq_len else f"longer than {seq_len:,} tokens"
         count = int(unit.trained.sum())
-        yield Row(where, unit.size, count, state, weight=float(count)), None, _mark(unit.ids.tobytes())
+        row = Row(where, unit.size, count, state, weight=float(count))
+        yield _Found(row, _mark(unit.ids.tobytes()), unwritten=example.unwritten)
 
 
 def _parts(unit: Unit, of: str) -> dict[str, int]:

@@ -73,7 +73,7 @@ FILES = {
     ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:40]): ["cut.jsonl.gz", "cannot be read", "where: "],
     ("words.data", b"hello"): ["words.data", "neither JSON", "begins with `hello`"],
     ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n'): ["mixed.jsonl:2", "must be text", 'write it as text: "3"'],
-    ("missing.jsonl", b'{"text": "a"}\n{"txt": "b"}\n'): ["missing.jsonl:2", "'text' not found", "[txt]", "of their own"],
+    ("missing.jsonl", b'{"text": "a"}\n{"txt": "b"}\n'): ["missing.jsonl:2", "not found", "[txt]", "of their own"],
     ("dpo.jsonl", b'{"chosen": "a", "rejected": "b"}'): ["preference data"],
     ("odd.jsonl", b'{"ask": "a", "say": "b"}'): ["[ask, say]", "columns: {question: ask, answer: say}"],
     ("short.jsonl", b'{"text": "a"}'): ["all 1 rows were dropped", "1 no trained token", "Lengths seen: 1"],

@@ -134,6 +134,9 @@ def test_doctor_counts_pairs_that_teach_nothing(tmp_path, capsys):
     assert doctor.main([source.path, "--seq-len", "4"]) == 0
     said = capsys.readouterr().out
     assert "chosen and rejected are the same: 1 rows" in said and "longer than 4 tokens: 1 rows" in said
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "two twice"}
+    write(tmp_path / "a.jsonl", [{"prompt": "2+2?", "chosen": [thought], "rejected": "five"}])
+    assert doctor.main([source.path]) == 0 and "the reasoning of 1 messages" in capsys.readouterr().out
     (tmp_path / "a.jsonl").write_text('{"chosen": 3, "rejected": "b"}')
     with pytest.raises(UserError, match="chosen"):
         doctor.main([source.path])
