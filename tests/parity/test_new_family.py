@@ -13,10 +13,11 @@ from parity.shrink import reference, shrunk
 from safetensors.torch import load_file, save_file
 from tiny_model import write_config, write_model, write_rows
 
-from ftlib import plugins
+from ftlib import build, config, plugins
 from ftlib.cli import main as tune
 from ftlib.errors import UserError
 from ftlib.models import own
+from ftlib.parallel import run as processes
 from ftlib.sections import Model
 
 TOOL = Path(__file__).parents[2] / "tools" / "new_family.py"
@@ -154,3 +155,12 @@ def test_a_folder_that_holds_no_model(inside, said, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as end:
         new_family.main()
     assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_a_run_is_held_to_is_read_by_the_run_s_class(qwen9, monkeypatch):
+    monkeypatch.chdir(qwen9)
+    cfg = config.load(plugins.load_file(TOOL.parents[1] / "recipes" / "lora_sft.py").Config, TRAINED[2:])
+    run = processes.start(cfg.parallel, cfg.seed, cfg.deterministic)
+    mine = own.find(cfg.model.code)
+    assert isinstance(build.frozen(cfg, run, cfg.model.path).model, mine)
+    assert isinstance(build.model(cfg, run).model, mine)
