@@ -47,6 +47,8 @@ def test_reasoning_that_a_template_leaves_out_is_told(tmp_path, capsys):
     assert "the reasoning of 2 messages is not in what the template renders" in said
     assert "data.template" in said and "data.thinking=drop" in said
     assert "the reasoning of 3 messages" in told(tmp_path, [REASONED, other, THOUGHT], thinking="split")
+    said_before = {"messages": [ASKED, {"role": "assistant", "content": "two twice"}, *other["messages"]]}
+    assert "the reasoning of 1 messages" in told(tmp_path, [said_before])
     for quiet in (
         told(tmp_path, [REASONED, other, THOUGHT], thinking="drop"), told(tmp_path, [REASONED], Writing()),
         told(tmp_path, [THOUGHT], Writing()), told(tmp_path, [THOUGHT], Writing(), thinking="split"),
