@@ -91,7 +91,12 @@ def plan(names: Iterable[str], table: Table) -> dict[str, Piece]:
 
 
 def check_keys(
-    pieces: dict[str, Piece], found: Iterable[str], table: Table, tied: bool, config: dict | None = None
+    pieces: dict[str, Piece],
+    found: Iterable[str],
+    table: Table,
+    tied: bool,
+    config: dict | None = None,
+    where: str | None = None,
 ) -> list[str]:
     """Keys of a checkpoint to carry along (`keep`); raises UserError naming what is missing or unexplained, and the
     flags of `config` that asked for missing biases."""
@@ -116,8 +121,8 @@ def check_keys(
         biased = [key for key in missing if key.endswith(".bias")]
         asked = [flag for flag, part in BIASES.items() if (config or {}).get(flag) and any(part in k for k in biased)]
         if asked:
-            fix += f"; {' and '.join(asked)} in it ask for these biases: false, if the model has none"
-        raise UserError("\n".join(lines), fix=fix)
+            fix += f"; {' and '.join(asked)} in it asked for biases: write false if the model has none"
+        raise UserError("\n".join(lines), where=where, fix=fix)
     return kept
 
 

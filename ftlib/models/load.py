@@ -44,7 +44,7 @@ def check_weights(model: LanguageModel, folder: Path) -> Weights:
     state = base_state(model)
     pieces = plan(state, model.table)
     language = model.config.get("text_config") or model.config
-    kept = check_keys(pieces, weights.files, model.table, model.arch.tied, language)
+    kept = check_keys(pieces, weights.files, model.table, model.arch.tied, language, str(folder))
     model.kept = {key: weights.files[key] for key in kept}
     wrong = []
     for name, source in pieces.items():

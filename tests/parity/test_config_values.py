@@ -28,7 +28,8 @@ def refused(folder, name: str, **changes: object) -> str:
     ("name", "changes"),
     [
         ("qwen3-8b", {"is_causal": False}),
-        ("qwen3-8b", {"use_qk_norm": True}),
+        ("llama-3.1-8b", {"use_qk_norm": True}),
+        ("qwen3-30b-a3b", {"use_qk_norm": False}),
         ("qwen3-30b-a3b", {"scoring_func": "sigmoid"}),
         ("llama-3.1-8b", {"use_bidirectional_attention": True}),
         ("llama-3.1-8b", {"attn_logit_softcapping": 50.0}),
@@ -55,6 +56,7 @@ def test_keys_that_change_nothing_pass(tmp_path):
         "image_token_index": 3,
     }  # fmt: skip
     assert families.read(shrunk("qwen3-8b") | more)[0].layers
+    assert families.read(shrunk("qwen3-30b-a3b") | {"use_qk_norm": True, "qkv_bias": False})[0].layers
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -161,4 +163,4 @@ def test_a_flag_that_asked_for_missing_biases_is_named(tied, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(shrunk("qwen3-0.6b") | {"attention_bias": True}))
     with pytest.raises(UserError, match=r"lacks 12 tensors") as error:
         models.from_pretrained(tmp_path)
-    assert "attention_bias" in error.value.fix
+    assert "attention_bias" in error.value.fix and error.value.where == str(tmp_path)

@@ -24,6 +24,7 @@ NEUTRAL: dict[str, tuple] = {
     "altup_num_inputs": (), "kv_lora_rank": (), "hidden_activation": (), "is_causal": (True,),
     "scoring_func": ("softmax",), "topk_method": ("greedy",), "routed_scaling_factor": (1.0,), "n_group": (1,),
     "topk_group": (1,), "full_attn_mod": (1,), "interpolate_factor": (1,), "num_nextn_predict_layers": (0,),
+    "hidden_dropout_prob": (0, 0.0), "attention_probs_dropout_prob": (0, 0.0),
 }  # fmt: skip
 # Keys that no family has to read, as they change nothing that the model computes from its tokens.
 HARMLESS = frozenset({
@@ -32,7 +33,7 @@ HARMLESS = frozenset({
     "model_name", "revision", "license", "unsloth_version", "unsloth_fixed", "unsloth_training_version",
     "is_llama_config", "tokenizer_class", "language", "custom_pipelines", "dtype", "torch_dtype", "torchscript",
     "use_bfloat16", "quantization_config", "attn_implementation", "use_flash_attn", "gradient_checkpointing",
-    "pretraining_tp", "is_decoder",
+    "pretraining_tp", "is_decoder", "dual_chunk_attention_config",
     # A classifier's names, and what a call of the model returns.
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "prefix",
     "return_dict", "output_hidden_states", "output_attentions", "output_scores", "return_dict_in_generate",
@@ -49,6 +50,7 @@ HARMLESS = frozenset({
     "original_max_position_embeddings", "initial_context_length", "max_sequence_length", "model_max_length",
     "seq_length", "experts_per_token", "layer_types", "rope_theta", "text_config", "vision_config",
 })  # fmt: skip
+OWN = "what changes the maths needs a family of your own that reads it: model.code"
 ENDS = ("_token_id", "_token_ids", "_token_index")
 
 
@@ -74,12 +76,11 @@ def check_flags(config: Watched, where: str) -> None:
     if "layer_types" not in config.seen and types - {"full_attention"}:
         wrong.append(f"layer_types {sorted(types)} is not supported for model_type {config['model_type']!r}")
     if wrong:
-        raise UserError("\n".join(wrong), where=where)
+        raise UserError("\n".join(wrong), where=where, fix=OWN)
     if keys := unread(config):
         said = ", ".join(f"{key}={dict.get(config, key)!r}" for key in keys)
         raise UserError(
             f"model_type {config['model_type']!r} has no reader for {said}, and it may change what the model computes",
             where=where,
-            fix="take keys that change nothing (notes, settings of other programs) out of the file; "
-            "what changes the maths needs a family of your own that reads it: model.code",
+            fix=f"take keys that change nothing (notes, settings of other programs) out of the file; {OWN}",
         )

@@ -12,6 +12,7 @@ from ftlib.models.families.common import (
     late_windows,
     mlp,
     number,
+    supported,
     top_k,
 )
 from ftlib.models.keys import Table
@@ -22,6 +23,7 @@ def experts(config: dict) -> int:
 
 
 def qwen3_moe(config: dict) -> Arch:
+    supported(config, "use_qk_norm", True, None)
     moe = Moe(
         hidden=number(config, "moe_intermediate_size"),
         experts=experts(config),
