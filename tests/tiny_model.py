@@ -11,6 +11,7 @@ import torch
 from parity.shrink import reference, shrunk
 
 from ftlib import config, plugins
+from ftlib.models.load import base_state
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
@@ -121,3 +122,10 @@ def probe(logits: object) -> torch.Tensor:
     """Logits that a model (`input_ids -> logits`) gives for fixed tokens."""
     ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(5))
     return logits(ids)
+
+
+def fill_bases(model, weights):
+    """Give matrices that are kept in few bits the values that `weights`, a plain model's `base_state`, has for them."""
+    for name, base in base_state(model).items():
+        if not isinstance(base, torch.Tensor):
+            base.fill(weights[name].detach())

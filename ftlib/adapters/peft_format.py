@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ftlib.adapters import hf_layers, initial, lora, saved_modules, token_rows
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
-from ftlib.models.own import ABOUT
+from ftlib.models import own
 from ftlib.models.resize import resize_embeddings
 from ftlib.quant import kept_in
 from ftlib.sections import Lora
@@ -76,9 +76,7 @@ def save(
     config = _config(model, layers, one, modules) | {"base_model_name_or_path": base, "revision": revision}
     config["trainable_token_indices"] = tokens or None
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    about = {"model.quantize": kept_in(model), "model.code": getattr(model, "code", None)}
-    if about := {key: value for key, value in about.items() if value is not None}:
-        (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    own.record(folder, {"model.quantize": kept_in(model), "model.code": getattr(model, "code", None)})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -160,8 +158,7 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "policy", trainabl
 
 def base_form(folder: str | Path) -> str | None:
     """`quant.kept_in` of the model that the adapter in `folder` was trained on. None: plain, or not known."""
-    file = Path(folder) / ABOUT
-    return json.loads(file.read_text(encoding="utf-8")).get("model.quantize") if file.is_file() else None
+    return own.recorded(Path(folder), "model.quantize")
 
 
 def tokens(folder: str | Path) -> token_rows.Where:

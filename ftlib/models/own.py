@@ -7,6 +7,7 @@ another function. So `ftlib.json` beside the weights names the file and the SHA-
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -52,10 +53,17 @@ def mark(code: str | None) -> Mark | None:
     return {"code": f"{Path(place).name}{colon}{name}", "sha256": plugins.digest(code, find(code))}
 
 
-def recorded(folder: Path) -> Mark | None:
-    """The record beside the weights or the adapter in `folder`. None: the library's class, or not known."""
+def record(folder: Path, about: dict[str, Any]) -> None:
+    """Write what else the weights or the adapter in `folder` were trained with: all that is not None."""
+    if about := {key: value for key, value in about.items() if value is not None}:
+        (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def recorded(folder: Path, key: str = "model.code") -> Any:
+    """An entry of the record beside the weights or the adapter in `folder`, of `model.code` a Mark. None: the library's
+    own way, or not known."""
     file = folder / ABOUT
-    return json.loads(file.read_text(encoding="utf-8")).get("model.code") if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")).get(key) if file.is_file() else None
 
 
 def compare(what: Path | str, was: Mark | None, now: Mark | None, fix: str = "--code FILE.py:CLASS") -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from parallel import spawn, training
 from parallel.grid import Case
-from parallel.processes import rows, running, wait_for_rows, worker
+from parallel.processes import expect_a_hang_is_named, rows, wait_for_rows, worker
 from tiny_model import command, losses, tune
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
@@ -77,17 +77,6 @@ def test_a_run_that_lost_a_process_goes_on_with_the_same_command(mesh, tmp_path)
 
 def test_a_process_that_hangs_is_named_within_the_time_out(tmp_path):
     out = tmp_path / "hung"
-    stopped = command(*start(out))
-    wait_for_rows(stopped, out, 12)
-    first, second = worker(stopped.pid, 0), worker(stopped.pid, 1)
-    os.kill(second, signal.SIGSTOP)
-    since = time.monotonic()
-    while running(first):
-        time.sleep(0.05)
-        assert time.monotonic() - since < TIME_OUT + 5, "longer than parallel.timeout_s"
-    os.kill(second, signal.SIGKILL)  # the launcher would wait 30 s for it
-    _, errors = stopped.communicate(timeout=150)
-    assert re.search(r"nothing has moved for \d+ s .*: process 1 shows no sign of life .*step \d+", errors), errors
-    assert "process 0 waits in" in errors and stopped.returncode == 76, errors
+    expect_a_hang_is_named(command(*start(out)), out, TIME_OUT + 5)
     code, said, errors = tune(*start(out))
     assert code == 0 and "resuming from step_0000" in said, errors

@@ -3,11 +3,10 @@
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from parallel.processes import rows, running, wait_for_rows, worker
+from parallel.processes import expect_a_hang_is_named, rows, wait_for_rows, worker
 from tiny_model import ROOT, command, tune, write_config, write_model, write_rows
 
 from ftlib.parallel import pulse
@@ -81,18 +80,7 @@ def test_who_is_missing_is_told_from_the_notes(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_process_that_hangs_is_named_within_the_time_out(start, tmp_path):
     """Last result (2026-11-22): passed, within 15 s of a time-out of 12."""
-    stopped = command(*start(tmp_path))
-    wait_for_rows(stopped, tmp_path, 12)
-    first, second = worker(stopped.pid, 0), worker(stopped.pid, 1)
-    os.kill(second, signal.SIGSTOP)
-    since = time.monotonic()
-    while running(first):
-        time.sleep(0.05)
-        assert time.monotonic() - since < 12 + 3, "longer than parallel.timeout_s"
-    os.kill(second, signal.SIGKILL)  # the launcher would wait 30 s for it
-    _, errors = stopped.communicate(timeout=150)
-    assert re.search(r"nothing has moved for \d+ s .*: process 1 shows no sign of life .*step \d+", errors), errors
-    assert "process 0 waits in" in errors and stopped.returncode == 76, errors
+    expect_a_hang_is_named(command(*start(tmp_path)), tmp_path, 12 + 3)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from parity.shrink import reference, relative, shrunk
+from tiny_model import fill_bases
 
 from ftlib import models, quant
 from ftlib.adapters import lora, merge
@@ -108,9 +109,7 @@ def test_a_fused_model_equals_the_plain_one(form, tmp_path):
         if form:
             weights = base_state(model)
             quant.hold(model, form)
-            for name, base in base_state(model).items():
-                if not isinstance(base, torch.Tensor):
-                    base.fill(weights[name].detach())
+            fill_bases(model, weights)
         lora.attach(model, "all-linear", rank=4, alpha=8)
         lora.reset(model, 0)
         if fused:

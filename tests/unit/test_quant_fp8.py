@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import yaml
 from faults.tiny_training import one_process
 from parity.shrink import reference, relative, shrunk
+from tiny_model import fill_bases
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -188,9 +189,7 @@ def test_fused_siblings_are_the_layers(rows):
         model = models.from_pretrained("ftlib:demo/model", dtype=torch.float32).train()
         weights = {name: weight.detach() for name, weight in base_state(model).items()}
         assert compute_in_fp8(model, rows, 16, frozen=True) == 28
-        for name, base in base_state(model).items():
-            if not isinstance(base, torch.Tensor):
-                base.fill(weights[name])
+        fill_bases(model, weights)
         lora.attach(model, "all-linear", rank=4)
         lora.reset(model, 0)
         assert not fused or fuse(model) == 16

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_model import ROOT
+from tiny_model import ROOT, fill_bases
 from torch.profiler import ProfilerActivity, profile
 
 from ftlib import quant
@@ -73,9 +73,7 @@ def test_the_last_product_of_a_block_is_not_repeated(mode, form, config):
     if form:
         weights = base_state(model)
         quant.hold(model, form)
-        for name, base in base_state(model).items():
-            if not isinstance(base, torch.Tensor):
-                base.fill(weights[name].detach())
+        fill_bases(model, weights)
     model.requires_grad_(False)
     lora.attach(model, "all-linear", rank=4)
     lora.reset(model, 0)
