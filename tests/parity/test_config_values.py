@@ -106,6 +106,7 @@ def test_what_transformers_writes_is_read(name):
         ("glm-4-9b", {"partial_rotary_factor": 2.0}, "partial_rotary_factor is 2.0"),
         ("qwen3-8b", {"hidden_act": "relu9"}, "activation 'relu9' is not supported"),
         ("gpt-oss-20b", {"swiglu_limit": 5.0}, "swiglu_limit=5.0 is not supported"),
+        ("gpt-oss-20b", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported"),
         ("olmo-3-7b", {"rope_parameters": {"full_attention": {}, "wobbly": {}}}, "no place for 'wobbly'"),
         ("olmo-3-7b", {"rope_parameters": {"full_attention": {}}}, "rope_parameters speaks of full_attention alone"),
         ("qwen3-8b", {"rope_scaling": {"rope_type": ["yarn"]}}, "is not supported"),

@@ -8,6 +8,7 @@ from ftlib.models.keys import Rename, Table
 
 def gpt_oss(config: dict) -> Arch:
     supported(config, "hidden_act", "silu")
+    supported(config, "swiglu_alpha", 1.702)
     supported(config, "swiglu_limit", 7.0)
     moe = Moe(
         hidden=number(config, "intermediate_size"),
