@@ -32,3 +32,14 @@ def test_a_benchmark_runs_whole(script, rows, tmp_path):
     written = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["contender"] for row in written] == rows
     assert all(row.get("agrees", True) for row in written)
+
+
+def test_every_row_names_a_script_and_every_result_of_one_gpu_a_row():
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "every_row.py"), "--list"], capture_output=True, text=True, timeout=60, check=True
+    )
+    lines = [line.split() for line in done.stdout.splitlines()]
+    names = [line[3] for line in lines]
+    assert len(set(names)) == len(names)
+    assert all((BENCH / line[4]).is_file() for line in lines)
+    assert {file.stem for file in (BENCH / "results").glob("h100_*.json")} <= set(names)
