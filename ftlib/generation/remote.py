@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ftlib.generation.params import Completion, SamplingParams
 from ftlib.models import LanguageModel
 
 MEMORY = "/dev/shm"  # where weights pass through, if the machine has it and there is room: a container may have 64 MiB
+LOOK_S = 1.0  # between two looks at whether the process that asks is still there
 KEPT_FROM = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a terminal and a scheduler send them to all processes
 
 
@@ -83,7 +86,11 @@ def _where(size: int) -> str | None:
 
 
 def serve(pipe: multiprocessing.connection.Connection) -> None:
-    """Answer calls until the other end closes. Signals are left to it: it needs what it asked for before it saves."""
+    """Answer calls until the other end closes. Signals are left to it: it needs what it asked for before it saves.
+
+    One that was killed says nothing: what it asked for last is dropped too.
+    """
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for number in KEPT_FROM:
         signal.signal(number, signal.SIG_IGN)
     parts, dtype, backend, device, max_batch = pipe.recv()
@@ -107,6 +114,13 @@ def serve(pipe: multiprocessing.connection.Connection) -> None:
         except Exception as error:
             pipe.send(("error", f"{type(error).__name__}: {error}"))
             return
+
+
+def _end_with(parent: int) -> None:
+    """End this process as soon as its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    os._exit(1)
 
 
 @torch.no_grad()

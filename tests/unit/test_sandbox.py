@@ -13,7 +13,7 @@ ADD = "def add(a, b):\n    return a + b\n"
 
 
 def score(code, tests, **args):
-    return code_tests([code], [tests], allow=True, **({"seconds": 2.0} | args))[0]
+    return code_tests([code], [tests], allow=True, **({"seconds": 20.0} | args))[0]
 
 
 def test_tests_are_passed_or_not():

@@ -1,11 +1,13 @@
 """The process that a reward function, an environment or tools run in: it can hang, crash or be killed alone.
 
-    python -m ftlib.rl.rewards.worker FD      with a socket at FD: pickled (function, arguments) in, results out
+    python -m ftlib.rl.rewards.worker FD      with a socket at FD: pickled calls in, results out
 
-A result is ("ok", value) or ("error", text). The first message is the function: (group, reference).
+The first message is the function, (group, reference), each further one a call of it, (seconds, args, kwargs). A result
+is ("ok", value) or ("error", text).
 """
 
 import asyncio
+import faulthandler
 import inspect
 import multiprocessing.connection
 import os
@@ -20,6 +22,7 @@ from ftlib import plugins
 from ftlib.errors import UserError
 
 START_S = 60.0  # for the process to come up and import the function
+LATE_S = 5.0  # beyond the time of a call, when a process whose parent was killed ends by itself
 
 
 class Failed(Exception):
@@ -50,7 +53,7 @@ class Worker:
         if self._process is None:
             self._start()
         try:
-            self._pipe.send((args, kwargs))
+            self._pipe.send((seconds, args, kwargs))
             if not self._pipe.poll(seconds):
                 self.stop()
                 raise TooSlow(f"{self.ref} gave no answer within {seconds:g} s")
@@ -98,7 +101,7 @@ class Worker:
 
 
 def serve(pipe: multiprocessing.connection.Connection) -> None:
-    """Answer calls until the other end closes."""
+    """Answer calls until the other end closes; where nobody is left to end one that hangs, the process does."""
     try:
         function = find(*pipe.recv())
         pipe.send(("ok", None))
@@ -107,9 +110,11 @@ def serve(pipe: multiprocessing.connection.Connection) -> None:
         return
     while True:
         try:
-            args, kwargs = pipe.recv()
+            seconds, args, kwargs = pipe.recv()
         except EOFError:
             return
+        # A thread of C: it needs no lock that a hanging function may hold.
+        faulthandler.dump_traceback_later(seconds + LATE_S, exit=True)
         try:
             value = function(*args, **kwargs)
             pipe.send(("ok", asyncio.run(value) if inspect.iscoroutine(value) else value))
@@ -117,6 +122,8 @@ def serve(pipe: multiprocessing.connection.Connection) -> None:
             pipe.send(("error", str(error)))
         except BaseException as error:
             pipe.send(("error", f"{type(error).__name__}: {error} ({_place()})"))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _place() -> str:

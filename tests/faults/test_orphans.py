@@ -1,0 +1,82 @@
+"""A run that is killed tells nobody: what it had started ends by itself all the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from parallel.processes import running
+from tiny_model import ROOT
+
+from ftlib.generation import remote
+from ftlib.rl import sandbox
+from ftlib.rl.rewards import worker
+
+KILLED = "import os, signal, threading\nthreading.Timer(1, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+DRAWS = """
+import torch
+from ftlib import models
+from ftlib.generation import SamplingParams
+from ftlib.generation.remote import RemoteEngine
+engine = RemoteEngine(models.from_pretrained("ftlib:demo/model"), torch.device("cpu"), 8)
+engine.load()
+"""
+STUCK = """
+import re
+def stuck(completions, **columns):
+    print("called", flush=True)
+    re.match("(a+)+$", "a" * 60 + "b")  # holds Python's lock for ages
+"""
+
+
+def left(mark):
+    """Processes whose environment or command line holds a text."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            held = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        found += [int(folder.name)] if mark.encode() in held and running(int(folder.name)) else []
+    return found
+
+
+def ends(code, folder, seconds):
+    """What a process says that kills itself, of which nothing is left `seconds` later."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    seen = set()
+    while process.poll() is None:
+        seen |= set(left(str(folder)))
+        time.sleep(0.05)
+    assert process.returncode == -signal.SIGKILL and len(seen) > 1, "killed, and it had started something"
+    until = time.monotonic() + seconds
+    while left(str(folder)) and time.monotonic() < until:
+        time.sleep(0.05)
+    survivors = left(str(folder))
+    for number in survivors:
+        os.kill(number, signal.SIGKILL)
+    assert not survivors
+    return process.communicate()[0]
+
+
+def test_a_process_that_draws_ends_in_the_middle_of_its_batch(tmp_path):
+    """It is asked for minutes of work."""
+    code = f"{DRAWS}{KILLED}engine.generate([[5]] * 8, SamplingParams(20_000))"
+    ends(code, tmp_path, 3 * remote.LOOK_S)
+
+
+def test_a_reward_that_hangs_ends_soon_after_its_time(tmp_path):
+    (tmp_path / "own.py").write_text(STUCK)
+    code = f"{KILLED}from ftlib.rl.rewards.worker import Worker\n"
+    code += f"Worker('rewards', '{tmp_path}/own.py:stuck').call(2.0, completions=['a'])"
+    assert ends(code, tmp_path, 2 + worker.LATE_S) == "called\n"
+
+
+@pytest.mark.skipif(not sandbox.isolated(), reason="this machine gives no namespaces")
+def test_code_of_a_model_that_sleeps_ends_with_the_reward_that_ran_it(tmp_path):
+    code = f"{KILLED}from ftlib.rl import sandbox\n"
+    ends(code + "sandbox.passed('import time\\ntime.sleep(600)', ['pass'], 600, 512)", tmp_path, 3)
