@@ -69,6 +69,38 @@ def test_what_transformers_writes_is_read(name):
     assert families.read(written)[0] == families.read(config)[0]
 
 
+def as_written(config: dict, whole: bool = True) -> dict:
+    """A config.json as transformers writes it: every key, or without those it takes for granted."""
+    from transformers import AutoConfig
+
+    return json.loads(AutoConfig.for_model(**config).to_json_string(use_diff=not whole))
+
+
+@pytest.mark.parametrize("model_type", sorted(families.FAMILIES))
+def test_what_transformers_writes_of_its_defaults_is_read(model_type):
+    """Keys that a newer version adds have a value that we know, or this fails under that version."""
+    whole, short = (as_written({"model_type": model_type}, each) for each in (True, False))
+    assert families.read(whole) == families.read(short)
+
+
+@pytest.mark.parametrize("model_type", sorted(families.FAMILIES))
+def test_a_key_left_out_means_what_it_means_to_transformers(model_type):
+    """Or it is refused. Sizes are others than the defaults, so that a default shows."""
+    name = next(name for name in MODELS if shrunk(name)["model_type"] == model_type)
+    whole = as_written(shrunk(name))
+    for key in whole.keys() - {"model_type", "max_position_embeddings"}:
+        config = {k: v for k, v in whole.items() if k != key}
+        try:
+            ours = families.read(config)
+        except UserError:
+            continue
+        try:
+            theirs = as_written(config)
+        except Exception:  # it has no default that fits
+            continue
+        assert ours == families.read(theirs), key
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
@@ -105,6 +137,7 @@ def test_what_transformers_writes_is_read(name):
         ("qwen3-8b", {"rope_scaling": {"rope_type": "wobbly"}}, "rope type 'wobbly' is not supported"),
         ("glm-4-9b", {"partial_rotary_factor": 2.0}, "partial_rotary_factor is 2.0"),
         ("qwen3-8b", {"hidden_act": "relu9"}, "activation 'relu9' is not supported"),
+        ("gpt-oss-20b", {"rope_scaling": None}, "rope_parameters or rope_scaling is missing"),
         ("gpt-oss-20b", {"swiglu_limit": 5.0}, "swiglu_limit=5.0 is not supported"),
         ("gpt-oss-20b", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported"),
         ("olmo-3-7b", {"rope_parameters": {"full_attention": {}, "wobbly": {}}}, "no place for 'wobbly'"),

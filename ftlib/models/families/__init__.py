@@ -28,13 +28,14 @@ from ftlib.models.keys import Table
 MODULES = (glm4, gpt_oss, granite, llama, mistral, mixtral, olmo, phi3, qwen2, qwen3, qwen3_moe, smollm3)
 FAMILIES: dict[str, Family] = {
     model_type: family
-    for family in (*(module.FAMILY for module in MODULES), gemma.GEMMA2_FAMILY, gemma.GEMMA3_FAMILY)
+    for family in (*(module.FAMILY for module in MODULES), *gemma.FAMILIES, mistral.MINISTRAL3_FAMILY)
     for model_type in family.model_types
 }
 # Checkpoints of a vision model around a language model: we train the latter and carry the rest along.
 WRAPPED = ("gemma3", "mistral3")
 AROUND = Table(prefix="language_model.", keep=(r"vision_tower\..*", r"multi_modal_projector\..*"))
 NAME = "config.json"
+NULL_SAYS = ("num_key_value_heads", "sliding_window")  # as many as heads, and none: not the same as left out
 
 
 def read(config: dict, where: str = NAME, own: Family | None = None) -> tuple[Arch, Table]:
@@ -60,7 +61,8 @@ def read(config: dict, where: str = NAME, own: Family | None = None) -> tuple[Ar
             fix=f"supported: {', '.join(sorted([*known, *WRAPPED]))}",
         )
     family = known[model_type]
-    watched = Watched(family.defaults | {k: v for k, v in config.items() if v is not None or k not in family.defaults})
+    given = {k: v for k, v in config.items() if v is not None or k not in family.defaults or k in NULL_SAYS}
+    watched = Watched(family.defaults | given)
     try:
         arch, table = family.arch(watched), family.table(watched)
     except UserError as error:  # families know the file by its name alone

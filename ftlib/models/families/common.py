@@ -29,7 +29,7 @@ class Family:
     model_types: tuple[str, ...]
     arch: Callable[[dict], Arch]
     table: Callable[[dict], Table] = lambda config: Table(rows=PRE_NORM_KEYS)
-    defaults: dict = field(default_factory=dict)  # of keys that published configs leave out
+    defaults: dict = field(default_factory=dict)  # of keys that a config leaves out, where they are not everyone's
 
 
 def supported(config: dict, key: str, *values: object) -> None:
@@ -40,6 +40,13 @@ def supported(config: dict, key: str, *values: object) -> None:
             where="config.json",
             fix=f"supported: {', '.join(map(repr, values))}",
         )
+
+
+def require(config: dict, *keys: str) -> None:
+    """UserError where a config says nothing under any of `keys`."""
+    if not any(config.get(key) for key in keys):
+        fix = "take it from the published file of the model"
+        raise UserError(f"{' or '.join(keys)} is missing", where="config.json", fix=fix)
 
 
 def number(config: dict, key: str) -> int:

@@ -14,11 +14,10 @@ SANDWICH_KEYS = norm_keys(
     mlp_pre="pre_feedforward_layernorm",
     mlp_post="post_feedforward_layernorm",
 )
-GEMMA2 = {"hidden_activation": "gelu_pytorch_tanh"}
+GEMMA2 = {"hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 4, "head_dim": 256}
 # What published files of Gemma 3 leave out.
 GEMMA3 = GEMMA2 | {
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208,
-    "max_position_embeddings": 131_072, "sliding_window": 4096,
+    "num_attention_heads": 8, "vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window": 4096,
 }  # fmt: skip
 
 
@@ -58,3 +57,4 @@ def table(config: dict) -> Table:
 
 GEMMA2_FAMILY = Family(model_types=("gemma2",), arch=gemma, table=table, defaults=GEMMA2)
 GEMMA3_FAMILY = Family(model_types=("gemma3_text",), arch=gemma, table=table, defaults=GEMMA3)
+FAMILIES = (GEMMA2_FAMILY, GEMMA3_FAMILY)

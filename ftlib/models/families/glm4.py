@@ -24,4 +24,8 @@ def table(config: dict) -> Table:
     return Table(rows=(*SANDWICH_KEYS, *gate_up_rows(config)))
 
 
-FAMILY = Family(model_types=("glm4",), arch=glm4, table=table, defaults={"partial_rotary_factor": 0.5})
+DEFAULTS = {
+    "partial_rotary_factor": 0.5, "attention_bias": True, "num_key_value_heads": 2, "head_dim": 128,
+    "rms_norm_eps": 1.5625e-07,
+}  # fmt: skip
+FAMILY = Family(model_types=("glm4",), arch=glm4, table=table, defaults=DEFAULTS)

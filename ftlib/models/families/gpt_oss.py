@@ -2,7 +2,20 @@
 
 from ftlib.layers.moe import Moe
 from ftlib.models.arch import Arch, Layer
-from ftlib.models.families.common import PRE_NORM_KEYS, Family, L, arch, attn, number, supported, top_k, windows
+from ftlib.models.families.common import (
+    PRE_NORM_KEYS,
+    Family,
+    L,
+    arch,
+    attn,
+    head_dim,
+    number,
+    require,
+    supported,
+    top_k,
+    windows,
+)
+from ftlib.models.families.ropes import rope
 from ftlib.models.keys import Rename, Table
 
 
@@ -10,6 +23,8 @@ def gpt_oss(config: dict) -> Arch:
     supported(config, "hidden_act", "silu")
     supported(config, "swiglu_alpha", 1.702)
     supported(config, "swiglu_limit", 7.0)
+    require(config, "rope_parameters", "rope_scaling")
+    turns = rope(config, head_dim(config), theta=150_000.0)
     moe = Moe(
         hidden=number(config, "intermediate_size"),
         experts=number(config, "num_local_experts"),
@@ -22,7 +37,7 @@ def gpt_oss(config: dict) -> Arch:
     )
     bias = config.get("attention_bias", True)
     layers = [
-        Layer(mixer=attn(config, qkv_bias=bias, out_bias=bias, sinks=True, window=window), ffn=moe)
+        Layer(mixer=attn(config, rope=turns, qkv_bias=bias, out_bias=bias, sinks=True, window=window), ffn=moe)
         for _, window in windows(config, pattern=2)
     ]
     return arch(config, layers)
@@ -37,4 +52,5 @@ def table(config: dict) -> Table:
     return Table(rows=(*PRE_NORM_KEYS, *experts))
 
 
-FAMILY = Family(model_types=("gpt_oss",), arch=gpt_oss, table=table)
+DEFAULTS = {"num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5}
+FAMILY = Family(model_types=("gpt_oss",), arch=gpt_oss, table=table, defaults=DEFAULTS)

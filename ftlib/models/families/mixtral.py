@@ -10,10 +10,12 @@ from ftlib.models.families.common import (
     arch,
     attn,
     expert_rows,
+    head_dim,
     number,
     supported,
     top_k,
 )
+from ftlib.models.families.ropes import rope
 from ftlib.models.keys import Rename, Table
 
 
@@ -25,7 +27,8 @@ def mixtral(config: dict) -> Arch:
         top_k=top_k(config, number(config, "num_local_experts")),
         act=activation(config),
     )
-    layer = Layer(mixer=attn(config, window=config.get("sliding_window")), ffn=moe)
+    turns = rope(config, head_dim(config), theta=1_000_000.0)
+    layer = Layer(mixer=attn(config, rope=turns, window=config.get("sliding_window")), ffn=moe)
     return arch(config, [layer] * number(config, "num_hidden_layers"))
 
 
@@ -35,4 +38,5 @@ def table(config: dict) -> Table:
     return Table(rows=(*PRE_NORM_KEYS, router, *rows))
 
 
-FAMILY = Family(model_types=("mixtral",), arch=mixtral, table=table)
+DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+FAMILY = Family(model_types=("mixtral",), arch=mixtral, table=table, defaults=DEFAULTS)

@@ -9,7 +9,7 @@ from ftlib.models.keys import Table
 def olmo(config: dict) -> Arch:
     bias, width = config.get("attention_bias", False), head_dim(config)
     if config["model_type"] == "olmo3":
-        theta = config.get("rope_theta") or 10_000.0
+        theta = config.get("rope_theta") or 500_000.0
         turns = ropes(config, width, theta=theta, local_theta=theta)
         kinds = list(windows(config, pattern=4))
     else:
@@ -28,4 +28,4 @@ def table(config: dict) -> Table:
     return Table(rows=POST_NORM_KEYS)
 
 
-FAMILY = Family(model_types=("olmo2", "olmo3"), arch=olmo, table=table)
+FAMILY = Family(model_types=("olmo2", "olmo3"), arch=olmo, table=table, defaults={"rms_norm_eps": 1e-5})

@@ -29,4 +29,4 @@ def table(config: dict) -> Table:
     return Table(rows=(*PRE_NORM_KEYS, *qkv, *gate_up_rows(config)))
 
 
-FAMILY = Family(model_types=("phi3",), arch=phi3, table=table)
+FAMILY = Family(model_types=("phi3",), arch=phi3, table=table, defaults={"rms_norm_eps": 1e-5})

@@ -13,4 +13,4 @@ def qwen2(config: dict) -> Arch:
     return arch(config, layers)
 
 
-FAMILY = Family(model_types=("qwen2",), arch=qwen2)
+FAMILY = Family(model_types=("qwen2",), arch=qwen2, defaults={"num_key_value_heads": 32})

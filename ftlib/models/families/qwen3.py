@@ -14,4 +14,4 @@ def qwen3(config: dict) -> Arch:
     return arch(config, layers)
 
 
-FAMILY = Family(model_types=("qwen3",), arch=qwen3)
+FAMILY = Family(model_types=("qwen3",), arch=qwen3, defaults={"num_key_value_heads": 32, "head_dim": 128})

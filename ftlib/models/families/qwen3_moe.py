@@ -46,4 +46,4 @@ def table(config: dict) -> Table:
     return Table(rows=(*PRE_NORM_KEYS, *rows))
 
 
-FAMILY = Family(model_types=("qwen3_moe",), arch=qwen3_moe, table=table)
+FAMILY = Family(model_types=("qwen3_moe",), arch=qwen3_moe, table=table, defaults={"num_key_value_heads": 4})

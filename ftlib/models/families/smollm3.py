@@ -20,4 +20,4 @@ def smollm3(config: dict) -> Arch:
     return arch(config, layers, tied=config.get("tie_word_embeddings", True))
 
 
-FAMILY = Family(model_types=("smollm3",), arch=smollm3)
+FAMILY = Family(model_types=("smollm3",), arch=smollm3, defaults={"num_key_value_heads": 4})
