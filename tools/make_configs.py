@@ -20,10 +20,12 @@ sys.path.insert(0, str(ROOT))
 
 from ftlib import config, preflight  # noqa: E402
 from ftlib.adapters import lora  # noqa: E402
+from ftlib.layers.attention import choose_backend  # noqa: E402
 from ftlib.models import load  # noqa: E402
 
 SHAPES = ROOT / "tests" / "parity" / "configs"
 ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"
+NO_SYSTEM = "yahma/alpaca-cleaned"  # for chat templates that refuse a system message
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Plan:
     micro_rows: int = 2
     targets: str = "all-linear"
     seq_len: int = 4096
+    data: str = "HuggingFaceH4/no_robots"
 
     @property
     def file(self) -> Path:
@@ -54,11 +57,14 @@ PLANS = (
     Plan("Qwen3 14B", "qwen3-14b", "Qwen/Qwen3-14B"),
     Plan("Qwen3 32B", "qwen3-32b", "Qwen/Qwen3-32B", gpus=2),
     Plan("Qwen3 30B-A3B", "qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", gpus=2, targets=ATTENTION),
+    Plan("Qwen2.5 0.5B", "qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct", micro_rows=4),
+    Plan("Qwen2.5 7B", "qwen2.5-7b", "Qwen/Qwen2.5-7B-Instruct"),
     Plan("Llama 3.2 1B", "llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct", micro_rows=4),
     Plan("Llama 3.2 3B", "llama-3.2-3b", "meta-llama/Llama-3.2-3B-Instruct"),
     Plan("Llama 3.1 8B", "llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"),
     Plan("Llama 3.1 8B", "llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct", recipe="full_sft", gpus=4),
     Plan("Llama 3.3 70B", "llama-3.3-70b", "meta-llama/Llama-3.3-70B-Instruct", gpus=4, micro_rows=1),
+    Plan("Gemma 2 2B", "gemma-2-2b", "google/gemma-2-2b-it", data=NO_SYSTEM),
     Plan("Gemma 3 1B", "gemma-3-1b", "google/gemma-3-1b-it", micro_rows=4),
     Plan("Gemma 3 4B, text", "gemma-3-4b", "google/gemma-3-4b-it"),
     Plan("Gemma 3 12B, text", "gemma-3-12b", "google/gemma-3-12b-it"),
@@ -67,12 +73,16 @@ PLANS = (
     Plan("Mistral Small 24B", "mistral-small-24b", "mistralai/Mistral-Small-24B-Instruct-2501", micro_rows=1),
     Plan("Ministral 3 3B, text", "ministral-3-3b", "mistralai/Ministral-3-3B-Instruct-2512"),
     Plan("Ministral 3 8B, text", "ministral-3-8b", "mistralai/Ministral-3-8B-Instruct-2512"),
+    Plan("Mixtral 8x7B", "mixtral-8x7b", "mistralai/Mixtral-8x7B-Instruct-v0.1", gpus=2, targets=ATTENTION,
+         data=NO_SYSTEM),
     Plan("Phi-4 14B", "phi-4", "microsoft/phi-4"),
     Plan("Phi-4-mini 4B", "phi-4-mini", "microsoft/Phi-4-mini-instruct"),
     Plan("OLMo 2 7B", "olmo-2-7b", "allenai/OLMo-2-1124-7B-Instruct"),
     Plan("OLMo 3 7B", "olmo-3-7b", "allenai/Olmo-3-7B-Instruct"),
     Plan("OLMo 3 32B", "olmo-3-32b", "allenai/Olmo-3.1-32B-Instruct", gpus=2),
     Plan("gpt-oss 20B", "gpt-oss-20b", "openai/gpt-oss-20b", targets=ATTENTION),
+    Plan("Granite 3.3 8B", "granite-3.3-8b", "ibm-granite/granite-3.3-8b-instruct"),
+    Plan("SmolLM3 3B", "smollm3-3b", "HuggingFaceTB/SmolLM3-3B"),
     Plan("GLM-4 9B", "glm-4-9b", "zai-org/GLM-4-9B-0414"),
     Plan("GLM-4 32B", "glm-4-32b", "zai-org/GLM-4-32B-0414", gpus=2),
 )
@@ -84,7 +94,7 @@ def body(plan: Plan) -> str:
     lines = [
         f"model: {{path: {plan.path}}}",
         "data:",
-        "  sources: [{path: HuggingFaceH4/no_robots, split: train}]  # your own: rows.jsonl with messages",
+        f"  sources: [{{path: {plan.data}, split: train}}]  # your own: rows.jsonl with messages",
         "  eval: 0.02",
         f"  seq_len: {plan.seq_len}",
         f"batch: {{rows: 16, micro_rows: {plan.micro_rows}}}",
@@ -108,6 +118,8 @@ def need(plan: Plan) -> preflight.Need:
         file.write_text(body(plan))
         cfg = config.load(recipe.Config, ["--config", str(file)])
         model = load.build(Path(folder), torch.bfloat16)
+    arch = model.arch
+    model.model.use_attention(choose_backend("auto", torch.device("cuda"), torch.bfloat16, arch.softcap, arch.sinks))
     if hasattr(cfg, "lora"):
         lora.attach_section(model, cfg.lora)
     return preflight.need(model, cfg, plan.gpus)

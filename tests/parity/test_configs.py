@@ -48,6 +48,11 @@ def test_config_and_its_memory_estimate(plan):
     assert plan.file.read_text() == make_configs.text(plan), "run python tools/make_configs.py"
 
 
+def test_every_family_has_a_config():
+    shapes = [json.loads((CONFIGS / f"{plan.shape}.json").read_text()) for plan in make_configs.PLANS]
+    assert {config.get("text_config", config)["model_type"] for config in shapes} == set(families.FAMILIES)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
