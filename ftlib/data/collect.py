@@ -24,7 +24,7 @@ from ftlib.sections import Data, Source
 MOST_BAD_ROWS = 1000  # reading stops here: the whole file is wrong
 CHUNK = 256  # rows that are tokenised together, and that a worker gets at a time
 THREADS = "TOKENIZERS_PARALLELISM"  # a switch of the tokenizers library
-_TEMPLATE_FREE = ("text", "segments", "pretokenized")
+TEMPLATE_FREE = ("text", "segments", "pretokenized")
 _USES = {
     "train": "answers to imitate, and nothing says how good they are",
     "preference": "preference data (chosen and rejected), which is not trained on here",
@@ -189,7 +189,7 @@ def find_shape(
         fix = f"name another format: {key}.format={fits[0]}" if fits else f"give rows with {_NEEDS[wanted.kind]}"
         what = f"format {shape.format} ({shape.evidence}): these are {_USES[kind(shape.format)]}"
         raise UserError(what, where=key, fix=fix)
-    plain = shape.format in _TEMPLATE_FREE or isinstance(first.get("completion", first.get("canonical_solution")), str)
+    plain = shape.format in TEMPLATE_FREE or isinstance(first.get("completion", first.get("canonical_solution")), str)
     if not plain and not tokenizer.chat_template:
         raise UserError(
             f"{files[0]} holds conversations, but the tokenizer has no chat template",

@@ -148,7 +148,7 @@ def _conversation(example: Example, tokenizer: Tokenizer, train_on_end: End) -> 
     roles = {"roles": ("assistant", *others)} if others else {}
     rendered = tokenizer.render_with_spans(example.messages, tools=example.tools, **roles)
     _check_calls(example, rendered)
-    example.unwritten = thinking.unwritten(example, rendered)
+    example.unwritten = thinking.unwritten(example.messages, rendered)
     spans = list(_trained_spans(example, rendered, tokenizer, train_on_end))
 
     def finish(cut: Cut) -> Masked:

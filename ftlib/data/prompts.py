@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from ftlib.data import thinking
 from ftlib.data.collect import examples
 from ftlib.data.examples import no_weights
 from ftlib.data.messages import MESSAGES
 from ftlib.data.packing import share, shuffled
 from ftlib.data.records import NO_WEIGHTS
-from ftlib.data.report import spread
+from ftlib.data.report import UNRENDERED, spread
 from ftlib.data.sources import files_of, read_all
 from ftlib.errors import UserError
 from ftlib.sections import Source
 from ftlib.sections.rl import Prompts as Section
-from ftlib.tokenizers import Tokenizer
+from ftlib.tokenizers import Rendered, Tokenizer
 
 COLUMNS = ("prompt", *MESSAGES, "question", "problem", "query", "instruction", "input")  # of a question, by rank
 
@@ -142,9 +143,10 @@ def _read(
 ) -> list[Prompt]:
     try:
         _, rows = examples(_as_prompts(source), key)
-        found, dropped, lengths = [], 0, []
+        found, dropped, unwritten, lengths = [], 0, 0, []
         for row in rows:
-            prompt = _prompt(row, cfg, tokenizer, tools)
+            prompt, lost = _prompt(row, cfg, tokenizer, tools)
+            unwritten += lost
             lengths.append(len(prompt.ids))
             if len(prompt.ids) + room > cfg.seq_len:
                 dropped += 1
@@ -162,6 +164,8 @@ def _read(
     report.append(f"{source.path}: {len(found):,} prompts, tokens {spread(np.array(lengths))}")
     if dropped:
         report.append(f"  {dropped:,} dropped: with {room:,} new tokens longer than data.seq_len={cfg.seq_len:,}")
+    if unwritten:
+        report.append(f"  warning: the reasoning of {unwritten:,} messages {UNRENDERED}")
     return found
 
 
@@ -174,7 +178,8 @@ def _as_prompts(source: Source) -> Source:
     return source if column is None else replace(source, format="prompt", columns={**source.columns, "prompt": column})
 
 
-def _prompt(row: Any, cfg: Section, tokenizer: Tokenizer, tools: list | None) -> Prompt:
+def _prompt(row: Any, cfg: Section, tokenizer: Tokenizer, tools: list | None) -> tuple[Prompt, int]:
+    """A row's prompt, and how many of its messages reason in words that the template leaves out."""
     messages, columns = list(no_weights(row, NO_WEIGHTS).messages or ()), dict(row.extra)
     while messages and messages[-1]["role"] == "assistant":  # the answer to imitate is here one to compare with
         columns.setdefault("answer", messages.pop()["content"])
@@ -183,8 +188,9 @@ def _prompt(row: Any, cfg: Section, tokenizer: Tokenizer, tools: list | None) ->
     if cfg.system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": cfg.system})
     tools = row.tools or tools
-    ids = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True)
-    return Prompt(messages, ids, columns, row.where, tools)
+    text = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True, tokenize=False)
+    prompt = Prompt(messages, tokenizer.encode(text), columns, row.where, tools)
+    return prompt, thinking.unwritten(messages, Rendered(text, []))
 
 
 def _hold_out(sources: list[list[Prompt]], amount: float, seed: int) -> tuple[list[list[Prompt]], list[Prompt]]:

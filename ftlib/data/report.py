@@ -12,10 +12,8 @@ from ftlib.data.documents import Documents
 UNTRAINED = "no trained token"
 BROKEN = "a broken row (data.on_bad_row)"
 LISTED = 1000  # bad rows that are kept by name
-UNWRITTEN = (
-    "is not in what the template renders, so it is not learned: "
-    "take a data.template that writes it, or say data.thinking=drop"
-)
+UNRENDERED = "is not in what the template renders, so it is not learned: take a data.template that writes it"
+UNWRITTEN = f"{UNRENDERED}, or say data.thinking=drop"
 
 
 @dataclass

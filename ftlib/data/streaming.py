@@ -8,16 +8,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from ftlib.data import sources
-from ftlib.data.collect import find_shape
+from ftlib.data.collect import CHUNK, TEMPLATE_FREE, Job, find_shape
 from ftlib.data.documents import Documents
+from ftlib.data.examples import Shape
 from ftlib.data.files import stem
 from ftlib.data.loader import AHEAD
 from ftlib.data.loading import load
 from ftlib.data.masks import Tokenizer
-from ftlib.data.report import LoadReport, SourceReport, describe
+from ftlib.data.report import UNWRITTEN, LoadReport, SourceReport, describe
 from ftlib.data.stream_rows import Packed, StreamPlan, StreamSource
 from ftlib.data.stream_workers import Counts, Workers, known, make_lanes, next_rows
 from ftlib.errors import UserError
@@ -89,11 +92,12 @@ def open_stream(
     held_out = int(data.eval) if isinstance(data.eval, (int, float)) else 0
     for i, source in enumerate(data.sources):
         files = sources.files_of(source)
-        shape, _ = find_shape(source, data, files, tokenizer, f"data.sources[{i}]")
+        shape, places = find_shape(source, data, files, tokenizer, f"data.sources[{i}]")
         name = _name(source, files)
         found.append(StreamSource(name, tuple(files), shape, source.weight, held_out))
         total = sum(s.weight for s in data.sources)
         reports.append(_Opened(name, source.path, shape.format, shape.evidence, len(files), source.weight / total))
+        reports[-1].unwritten = _unwritten(shape, data, tokenizer, files, places)
     names = [source.name for source in found]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two sources are called {double!r}", where="data.sources", fix="give one another `name`")
@@ -121,7 +125,20 @@ class _Opened(SourceReport):
     def lines(self) -> list[str]:
         """Human lines."""
         files = f"{self.files:,} file{'s' if self.files != 1 else ''}"
-        return [f"{self.name}: {files}, read while training, format {self.format} ({self.evidence}), {self.share:.1%}"]
+        how = f"{files}, read while training, format {self.format} ({self.evidence}), {self.share:.1%}"
+        lost = f"  warning: the reasoning of {self.unwritten:,} messages in its first {CHUNK} rows {UNWRITTEN}"
+        return [f"{self.name}: {how}", *([lost] if self.unwritten else [])]
+
+
+def _unwritten(
+    shape: Shape, data: Data, tokenizer: Tokenizer, files: list[Path], places: Iterator[sources.Place]
+) -> int:
+    """Messages in the first rows of a source whose reasoning the template leaves out."""
+    if shape.format in TEMPLATE_FREE:
+        return 0
+    job = Job(shape, tokenizer, replace(data, overlong="split"), files, keep_examples=False)
+    first = [(0, place.row.line, place.row.value) for place in islice(places, CHUNK)]
+    return sum(done.unwritten for done in job.rows(first))
 
 
 def _name(source: Source, files: list | None = None) -> str:

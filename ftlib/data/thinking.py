@@ -32,11 +32,11 @@ def apply(example: Example, mode: str) -> None:
                 message.pop(field, None)
 
 
-def unwritten(example: Example, rendered: Any) -> int:
-    """Answers whose reasoning is not in what the template made of the conversation (its text, its spans)."""
+def unwritten(messages: list[dict[str, Any]], rendered: Any) -> int:
+    """Answers whose reasoning is not in what the template made of a conversation (its text; its spans, where known)."""
     spans = {span.message_index: span for span in rendered.spans}
     count = before = 0
-    for number, message in enumerate(example.messages):
+    for number, message in enumerate(messages):
         span = spans.get(number)
         reasoning, content = _told(message) if message["role"] == "assistant" else ("", "")
         if reasoning:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ftlib.data.prompts import Prompt
 from ftlib.errors import UserError
 from ftlib.rl.rewards.worker import Failed, TooSlow, Worker, find
 from ftlib.rl.samples import Sample
@@ -100,6 +101,15 @@ def schemas(cfg: Dialogue) -> list[dict[str, Any]] | None:
     """What a chat template shows the model of the tools: names, docstrings, arguments; None without tools."""
     found = [_schema(find("tools", ref)) for ref in cfg.tools]
     return found or None
+
+
+def hidden(prompt: Prompt, tokenizer: Tokenizer) -> list[str]:
+    """A line to say where the chat template does not show the model the tools of a prompt."""
+    bare = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True)
+    if not prompt.tools or bare != prompt.ids:
+        return []
+    mend = "take a data.template that does, or describe them in data.system"
+    return [f"warning: the chat template does not show the model its tools: {mend}"]
 
 
 def check(cfg: Dialogue) -> None:

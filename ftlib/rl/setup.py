@@ -39,7 +39,9 @@ def check(cfg: Any, world: int = 1) -> None:
 def load_prompts(cfg: Any, tokenizer: Tokenizer) -> asked.PromptSets:
     """Training and held-out prompts of a config."""
     tools = environments.schemas(cfg.dialogue)
-    return asked.load(cfg.data, tokenizer, cfg.rollout.max_new_tokens, cfg.seed, tools)
+    sets = asked.load(cfg.data, tokenizer, cfg.rollout.max_new_tokens, cfg.seed, tools)
+    sets.report += environments.hidden(next(p for source in sets.train.sources for p in source), tokenizer)
+    return sets
 
 
 def fingerprint(cfg: Any, sets: asked.PromptSets) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from fake_tokenizer import FakeTokenizer
 
 from ftlib.cli import doctor
 from ftlib.data import load
+from ftlib.data.streaming import open_stream
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
+from ftlib.sections.stream import Stream
 from ftlib.tokenizers.spans import render_with_spans
 
 ASKED = {"role": "user", "content": "2+2?"}
@@ -63,6 +65,19 @@ def test_reasoning_is_still_told_of_what_was_tokenised_before(tmp_path):
     for _ in range(2):
         said = told(tmp_path, [REASONED], cache=str(tmp_path / "cache"))
     assert "tokenised before" in said and "the reasoning of 1 messages" in said
+
+
+def test_reasoning_that_is_left_out_of_a_stream_is_told_of_its_beginning(tmp_path):
+    def streamed(tokenizer, **changes):
+        data = Data(sources=(write(tmp_path / "a.jsonl", [REASONED, THOUGHT, {"messages": 3}] * 100),), **changes)
+        plan = open_stream(data, Stream(), tokenizer, rows=1, seed=0, vocab=1 << 20)
+        return "\n".join(plan.report.lines())
+
+    said = streamed(FakeTokenizer())
+    assert "the reasoning of 86 messages in its first 256 rows is not in what the template renders" in said
+    assert "data.thinking=drop" in said
+    for quiet in (streamed(FakeTokenizer(), thinking="drop"), streamed(Writing())):
+        assert "read while training" in quiet and "reasoning" not in quiet
 
 
 def test_a_source_that_repeats_another_is_told(tmp_path):

@@ -82,3 +82,13 @@ def test_preview_shows_prompts_and_their_columns(capsys):
     assert "none trained; for rewards: {'answer':" in said and "<|im_start|>assistant" in said
     assert cli.main(["prepare", *words]) == 2
     assert "nothing to prepare" in capsys.readouterr().err
+
+
+def test_reasoning_that_the_template_leaves_out_is_told(tmp_path, tokenizer):
+    """Of the turns that are shown: what an answer behind them thinks is no part of the prompt."""
+    thought = {"role": "assistant", "content": "10", "reasoning_content": "five twice"}
+    asked, more = ({"role": "user", "content": text} for text in ("5 + 5", "6 + 6"))
+    path = write(tmp_path, {"messages": [asked, thought, more]}, {"messages": [asked, thought]}, {"messages": [asked]})
+    sets = load(Prompts(sources=(Source(path=path),), seq_len=64), tokenizer, 10, seed=0)
+    (told,) = (line for line in sets.report if "the reasoning of" in line)
+    assert "the reasoning of 1 messages is not in what the template renders" in told and "data.template" in told
