@@ -80,7 +80,7 @@ def test_tools_that_the_template_does_not_show_are_told(made):
     tokenizer, cfg, prompt = made
     assert hidden(prompt, tokenizer) == []
     plain = tokenizers.from_pretrained(hub.resolve("ftlib:demo/model"))
-    plain.chat_template = tokenizers.load_template("chatml")
+    plain.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     sets = prompts.load(Prompts(sources=(Source(path=prompt.where.rpartition(":")[0]),)), plain, 9, 0, schemas(cfg))
     (line,) = hidden(sets.train.sources[0][0], plain)
     assert "does not show the model its tools" in line and "data.template" in line
