@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ftlib.adapters import setup as adapters
 from ftlib.adapters.fuse import fuse
 from ftlib.checkpoint import exchange
 from ftlib.data import streaming
-from ftlib.errors import Problems, UserError
+from ftlib.errors import Problems, UserError, about
 from ftlib.layers.attention import choose_backend
 from ftlib.models import LanguageModel, heads, hub, initial, load, mtp, own, resize
 from ftlib.models.load import DTYPES
@@ -44,8 +45,8 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     A config with a `lora` section gets a frozen model with trainable adapters; else every parameter trains that its
     `train` section, if it has one, leaves. `reference`: a run that continues an adapter also holds it frozen.
     """
-    folder, dtype = hub.resolve(cfg.model.path), DTYPES[cfg.dtype]
-    built = load.build(folder, dtype, own.find(cfg.model.code), _head(cfg))
+    folder, built = _shapes(cfg)
+    dtype = DTYPES[cfg.dtype]
     weights = None if from_scratch(cfg) else load.check_weights(built, folder)
     quant.attach(built, cfg)
     trained, fresh = new_tokens(cfg, built)
@@ -86,6 +87,15 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
 
 
 def frozen(cfg: Any, run: Run, path: str, head: heads.Head | None = None) -> LanguageModel:
+def _shapes(cfg: Any) -> tuple[Path, LanguageModel]:
+    """The folder of a config's model, and the model on meta."""
+    with about("model.code"):
+        decoder = own.find(cfg.model.code)
+    with about("model.path"):
+        folder = hub.resolve(cfg.model.path)
+        return folder, load.build(folder, DTYPES[cfg.dtype], decoder, _head(cfg))
+
+
     """A model that a run looks at and never trains: a teacher, what a full fine-tune began with; with `head` scores."""
     folder, dtype = hub.resolve(path), DTYPES[cfg.dtype]
     built = load.build(folder, dtype, own.decoder(cfg.model, path), head)
@@ -176,11 +186,11 @@ def check_data(cfg: Any) -> list[str]:
 
 
 def _check_model(cfg: Any) -> LanguageModel:
-    folder = hub.resolve(cfg.model.path)
-    built = load.build(folder, DTYPES[cfg.dtype], own.find(cfg.model.code), _head(cfg))
+    folder, built = _shapes(cfg)
     _backend(cfg, built, default_device())
     if not from_scratch(cfg):
-        load.check_weights(built, folder)
+        with about("model.path"):
+            load.check_weights(built, folder)
     quant.check(cfg)
     quant.attach(built, cfg)
     trained, fresh = new_tokens(cfg, built)
@@ -225,7 +235,7 @@ def _check_parallel(cfg: Any, world: int) -> int:
         raise UserError(
             f"batch.rows {cfg.batch.rows} is no multiple of batch.micro_rows {cfg.batch.micro_rows} x "
             f"{replicate * shard} data-parallel processes (parallel.dp_replicate x parallel.dp_shard)",
-            where="batch",
+            where="batch.rows, batch.micro_rows",
             fix=_rows_fix(cfg.batch.rows, cfg.batch.micro_rows, replicate * shard),
         )
     in_backward.check(cfg, per_forward, shape)
@@ -306,7 +316,8 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
 
 def tokenizer(cfg: Any) -> Tokenizer:
     """The tokenizer of a recipe's config, with the chat template its data asks for."""
-    found = tokenizers.from_pretrained(hub.resolve(cfg.tokenizer.path or cfg.model.path))
+    with about("tokenizer.path" if cfg.tokenizer.path else "model.path"):
+        found = tokenizers.from_pretrained(hub.resolve(cfg.tokenizer.path or cfg.model.path))
     found.add_tokens(cfg.tokenizer.add_tokens)
     if cfg.tokenizer.pad_token is not None:
         found.set_pad(cfg.tokenizer.pad_token)

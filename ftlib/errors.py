@@ -1,7 +1,8 @@
 """The one family of errors a user can meet. The command line prints them as one message, never a traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -28,6 +29,17 @@ class Problems(UserError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
+
+
+@contextmanager
+def about(key: str) -> Iterator[None]:
+    """An error inside that says no place is about the config key `key`."""
+    try:
+        yield
+    except UserError as error:
+        if error.where is None and not isinstance(error, Problems):
+            error.where = key
+        raise
 
 
 class Stopped(Exception):

@@ -38,12 +38,13 @@ def launch(schema: type[Schema], main: Callable[[Schema], object], argv: Sequenc
     warnings.formatwarning = plain_warning
     cfg = None
     try:
-        cfg = config.load(schema, argv)
+        cfg, places = config.read(schema, argv)
         folder = getattr(cfg, "output_dir", None)
         if _world() > 1 and folder is not None:
             logs.begin(Path(folder) / "logs", _rank(), end)
             _leave_note("logs", str(Path(folder).absolute() / "logs"))
-        main(cfg)
+        with places.told():
+            main(cfg)
     except (UserError, Stopped) as error:
         code = _report(error)
     except Hung as error:

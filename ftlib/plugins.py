@@ -56,8 +56,8 @@ def load_file(path: str | Path) -> ModuleType:
     """
     file = Path(os.path.expanduser(path)).resolve()
     if not file.is_file():
-        raise UserError(f"no such file: {path}", where=f"working directory {Path.cwd()}")
-    name = f"ftlib_file_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+        raise UserError(f"no such file: {path} (working directory {Path.cwd()})")
+    name = f"{_package(file.parent)}.{file.stem.replace('.', '_')}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

@@ -15,7 +15,7 @@ from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
 from ftlib.data import teacher_store
-from ftlib.errors import UserError
+from ftlib.errors import UserError, about
 from ftlib.evaluation.evaluate import Evaluation
 from ftlib.launch import launch
 from ftlib.layers.batch import Batch as Packed
@@ -69,7 +69,8 @@ class Config:
 def check(cfg: Config, world: int = 1) -> None:
     """What can be known before anything is loaded: also that both models speak of the same tokens."""
     build.check(cfg, world)
-    known = [own.arch(cfg.model, path).vocab for path in (cfg.model.path, cfg.distill.teacher)]
+    with about("distill.teacher"):
+        known = [own.arch(cfg.model, path).vocab for path in (cfg.model.path, cfg.distill.teacher)]
     if known[0] != known[1]:
         what = f"the student has {known[0]:,} tokens, the teacher {known[1]:,}"
         raise UserError(what, where="model.path, distill.teacher", fix="take models with one vocabulary")

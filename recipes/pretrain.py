@@ -16,7 +16,7 @@ from ftlib.config import OutputDir
 from ftlib.data import Step
 from ftlib.data.positions import seed_of, skip_positions
 from ftlib.data.streaming import StreamStep
-from ftlib.errors import UserError
+from ftlib.errors import UserError, about
 from ftlib.evaluation.evaluate import Evaluation
 from ftlib.launch import launch, script
 from ftlib.loop import Boundary
@@ -84,7 +84,8 @@ def shaped(cfg: Config) -> Config:
     if (cfg.sizes.changed or cfg.context.ssmax) and not cfg.from_scratch:
         what = "weights have the sizes and the attention they have"
         raise UserError(what, where="sizes, context.ssmax", fix="set from_scratch=true")
-    source = hub.resolve(cfg.model.path)
+    with about("model.path"):
+        source = hub.resolve(cfg.model.path)
     folder = sizes.write(source, cfg.output_dir, cfg.sizes, cfg.context, not cfg.from_scratch, own.find(cfg.model.code))
     tokenizer = replace(cfg.tokenizer, path=cfg.tokenizer.path or cfg.model.path)
     return replace(cfg, model=replace(cfg.model, path=str(folder)), tokenizer=tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ftlib.adapters import lora, peft_format, token_rows
-from ftlib.errors import UserError
+from ftlib.errors import UserError, about
 from ftlib.models import hub
 from ftlib.sections import Lora
 
@@ -25,7 +25,8 @@ def attach(model: nn.Module, cfg: Lora, reference: bool = False, tokens: Sequenc
     """
     where = token_rows.everywhere(model, tokens)
     if cfg.start_from is not None:
-        cfg = _continued(model, cfg, where)
+        with about("lora.start_from"):
+            cfg = _continued(model, cfg, where)
         if reference:
             lora.attach_section(model, dataclasses.replace(cfg, dropout=0.0), name=REFERENCE, tokens=where)
     lora.attach_section(model, cfg, tokens=where)

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ftlib import config
 from ftlib.cli import recipe
@@ -27,9 +28,15 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0].startswith("-"):
         raise UserError("tune prepare: the recipe comes first", fix="tune prepare RECIPE --config FILE [key=value …]")
     path = recipe.find(argv[0], "prepare")
-    cfg = config.load(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
+    cfg, places = config.read(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
     if not hasattr(cfg, "model") or not hasattr(getattr(cfg, "data", None), "cache"):
         raise UserError(f"{path}: its config has no model and no data that are kept, so there is nothing to prepare")
+    with places.told():
+        _prepare(cfg)
+    return 0
+
+
+def _prepare(cfg: Any) -> None:
     if cfg.data.cache == "none":
         what = "data.cache is none, so nothing would be kept"
         raise UserError(what, where="data.cache", fix="name a folder, or auto")
@@ -46,4 +53,3 @@ def main(argv: Sequence[str]) -> int:
     seconds = time.monotonic() - start
     speed = f"{seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
     print(f"ready in {cache.folder_of(cfg.data)}: {tokens:,} tokens, {speed}")
-    return 0

@@ -35,15 +35,21 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0].startswith("-"):
         raise UserError("tune preview: the recipe comes first", fix="tune preview RECIPE --config FILE [key=value …]")
     path = recipe.find(argv[0], "preview")
-    cfg = config.load(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
+    cfg, places = config.read(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
     if not hasattr(cfg, "data") or not hasattr(cfg, "model"):
         raise UserError(f"{path}: its config has no model and data, so there is nothing to show")
+    with places.told():
+        _preview(cfg, count)
+    return 0
+
+
+def _preview(cfg: Any, count: int) -> None:
     from ftlib import build, data  # imports torch
 
     tokenizer = build.tokenizer(cfg)
     if hasattr(cfg, "rollout"):
         print("\n".join(prompts(cfg, tokenizer, count)))
-        return 0
+        return
     asked = build.wanted(cfg)
     rows = data.load(_beginning(cfg.data), tokenizer, seed=getattr(cfg, "seed", 0), wanted=asked)
     train = rows.train if asked.kind == "train" else data.Preferences(rows.train)
@@ -53,7 +59,6 @@ def main(argv: Sequence[str]) -> int:
             print("\n".join(show(document, tokenizer, COLOURS if colours else PLAIN)))
     print("\n".join(rows.report.lines()))
     print(f"These are the first {READ} rows of each source, and nothing is held out; a run reads all of them.")
-    return 0
 
 
 def show(document: "Document", tokenizer: "Tokenizer", marks: tuple[str, str, str]) -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 import ast
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ftlib import config, plugins
 from ftlib.cli import assets
@@ -75,10 +76,14 @@ def check(path: Path, argv: Sequence[str], world: int) -> list[str]:
 
     `world` is the number of processes. Raises `UserError`; returns what a run would say of its rows.
     """
-    said: list[str] = []
     module = load(path)
-    cfg = config.load(module.Config, argv)
-    own_check = getattr(module, "check", None)
+    cfg, places = config.read(module.Config, argv)
+    with places.told():
+        return _check(cfg, getattr(module, "check", None), world)
+
+
+def _check(cfg: Any, own_check: Callable[..., None] | None, world: int) -> list[str]:
+    said: list[str] = []
     if own_check is not None:
         own_check(cfg, world=world)
     elif hasattr(cfg, "model"):  # what has no model has nothing that the library could check

@@ -18,12 +18,15 @@ import yaml
 from ftlib.config.build import build
 from ftlib.config.docs import KeyDoc, describe
 from ftlib.config.layers import read_layers, split_arguments
+from ftlib.config.places import Places
 from ftlib.config.secrets import redact, redact_tree
 from ftlib.config.tree import scalar
 from ftlib.config.types import LocalOrHub, MaybeFile, OutputDir, known_keys
 from ftlib.errors import Problems
 
-__all__ = ["KeyDoc", "LocalOrHub", "MaybeFile", "OutputDir", "describe", "dump", "load", "redact", "to_dict"]
+__all__ = [
+    "KeyDoc", "LocalOrHub", "MaybeFile", "OutputDir", "Places", "describe", "dump", "load", "read", "redact", "to_dict",
+]  # fmt: skip
 
 Schema = TypeVar("Schema")
 
@@ -34,13 +37,18 @@ def load(schema: type[Schema], argv: Sequence[str] | None = None) -> Schema:
     Raises `ftlib.errors.Problems` with every problem found, each starting with its place: `file:line` or
     `command line: key=value`.
     """
+    return read(schema, argv)[0]
+
+
+def read(schema: type[Schema], argv: Sequence[str] | None = None) -> tuple[Schema, Places]:
+    """As `load`, and where each key was set: `with places.told(): main(cfg)` has later errors say it too."""
     arguments = split_arguments(sys.argv[1:] if argv is None else argv)
     tree, problems = read_layers(arguments, known_keys(schema))
     cfg, found = build(schema, tree)
     problems += found
     if problems:
         raise Problems(sorted(dict.fromkeys(problems), key=_by_line))
-    return cfg
+    return cfg, Places.of(tree)
 
 
 def _by_line(problem: str) -> tuple[str, int]:

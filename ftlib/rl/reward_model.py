@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ftlib import build, tokenizers
 from ftlib.data.packing import pack
-from ftlib.errors import UserError
+from ftlib.errors import UserError, about
 from ftlib.layers.batch import IGNORED, from_documents
 from ftlib.models import heads, hub, load, own
 from ftlib.models.load import DTYPES
@@ -63,7 +63,9 @@ def check(cfg: Any) -> None:
     for i, reward in enumerate(cfg.rewards):
         if reward.model is None:
             continue
-        where, folder = f"rewards[{i}].model", hub.resolve(reward.model)
+        where = f"rewards[{i}].model"
+        with about(where):
+            folder = hub.resolve(reward.model)
         name = (hub.read_config(folder).get("architectures") or ["no model"])[0]
         if not name.endswith(heads.SEQUENCE.task):
             what, fix = f"{name} gives no scores", f"name a …{heads.SEQUENCE.task}, such as recipes/reward.py writes"
