@@ -289,7 +289,7 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
         "dtype": cfg.dtype,
     }
     if code := own.mark(cfg.model.code):
-        found["model.code"] = code["sha256"]
+        found["model.code"] = code.sha256
     if getattr(cfg, "qat", None) is not None:
         found["qat"] = dataclasses.asdict(cfg.qat)
     for key in ("quantize", "fp8"):

@@ -4,6 +4,7 @@
 own. Only what holds a `:` is ever imported by path: a bare dotted name in a shared config runs nothing.
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -12,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +51,8 @@ def find(group: str, ref: str, builtin: Mapping[str, Callable]) -> Callable:
 
 
 def load_file(path: str | Path) -> ModuleType:
-    """Import a Python file by its path, once per process; its folder is importable while it loads.
+    """Import a Python file by its path, once per process; what lies beside it is importable while it loads, as `x` and
+    as `.x`.
 
     Raises `UserError` with the file and line of whatever goes wrong in it.
     """
@@ -77,11 +79,32 @@ def load_file(path: str | Path) -> ModuleType:
     return module
 
 
-def digest(ref: str, found: Callable) -> str:
-    """SHA-256 of the file in which `ref` found `found`, as it is now."""
+def files(ref: str, found: Callable) -> dict[str, bytes]:
+    """The file in which `ref` found `found`, first, and what it imports, directly or not, from its own folder and below
+    (by the import statements, ftlib left out): path within that folder -> content."""
     place = ref.rpartition(":")[0]
-    file = os.path.expanduser(place) if place.endswith(".py") else sys.modules[found.__module__].__file__
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    if place.endswith(".py"):
+        main = Path(os.path.expanduser(place)).resolve()
+        root = main.parent
+    else:
+        main = Path(sys.modules[found.__module__].__file__).resolve()
+        root = (main.parent if main.name == "__init__.py" else main).parents[found.__module__.count(".")]
+    known, waiting = {}, [main]
+    while waiting:
+        file = waiting.pop()
+        key = file.relative_to(main.parent).as_posix()
+        if key not in known:
+            known[key] = file
+            waiting += [one for one in _imported(file, root) if one.is_relative_to(main.parent)]
+    return {name: file.read_bytes() for name, file in ({main.name: main} | dict(sorted(known.items()))).items()}
+
+
+def digest(code: Mapping[str, bytes]) -> str:
+    """SHA-256 of what `files` gave: of the one content, or of the names and contents of several; the first one's name
+    does not count."""
+    each = [hashlib.sha256(content).hexdigest() for content in code.values()]
+    named = "".join(f"{name} {sha256}\n" for name, sha256 in zip(["", *list(code)[1:]], each, strict=True))
+    return each[0] if len(each) == 1 else hashlib.sha256(named.encode()).hexdigest()
 
 
 def check_call(fn: Callable, required: Iterable[str], kwargs: Mapping[str, object], where: str | None = None) -> None:
@@ -106,6 +129,43 @@ def check_call(fn: Callable, required: Iterable[str], kwargs: Mapping[str, objec
             where=where,
             fix=f"it is called with ({', '.join([*required, *(f'{key}=…' for key in kwargs)])})",
         ) from None
+
+
+def _package(folder: Path) -> str:
+    """The package that stands for a folder, so that its files can import each other as `.x`."""
+    name = f"ftlib_file_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = [str(folder)]
+    return name
+
+
+def _imported(file: Path, root: Path) -> Iterator[Path]:
+    """The files that a file's import statements name; absolute names start from `root`."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:  # nothing has imported it yet
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (one for alias in node.names for one in _modules(root, alias.name))
+        elif isinstance(node, ast.ImportFrom):
+            start = file.parents[node.level - 1] if node.level else root
+            if node.level and (start / "__init__.py").is_file():
+                yield start / "__init__.py"
+            for alias in node.names:
+                yield from _modules(start, f"{node.module}.{alias.name}" if node.module else alias.name)
+
+
+def _modules(start: Path, name: str) -> Iterator[Path]:
+    """The files that importing `name` runs, as far as they are below `start`; its last part may be no module."""
+    for part in [] if name.split(".")[0] == "ftlib" else name.split("."):
+        if (start / f"{part}.py").is_file() and not (start / part / "__init__.py").is_file():
+            yield start / f"{part}.py"
+            return
+        start = start / part
+        if (start / "__init__.py").is_file():
+            yield start / "__init__.py"
 
 
 def _import(place: str, ref: str) -> ModuleType:

@@ -76,7 +76,7 @@ def save(
     config = _config(model, layers, one, modules) | {"base_model_name_or_path": base, "revision": revision}
     config["trainable_token_indices"] = tokens or None
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    own.record(folder, {"model.quantize": kept_in(model), "model.code": getattr(model, "code", None)})
+    own.record(folder, {"model.quantize": kept_in(model)}, getattr(model, "code", None))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -158,7 +158,7 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "policy", trainabl
 
 def base_form(folder: str | Path) -> str | None:
     """`quant.kept_in` of the model that the adapter in `folder` was trained on. None: plain, or not known."""
-    return own.recorded(Path(folder), "model.quantize")
+    return own.noted(Path(folder), "model.quantize")
 
 
 def tokens(folder: str | Path) -> token_rows.Where:

@@ -91,7 +91,7 @@ def code(folder: Path) -> own.Mark | None:
     file = folder.absolute().parent.parent / "config.yaml"
     said = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     sha256 = json.loads((folder / "state.json").read_text(encoding="utf-8"))["fingerprint"].get("model.code")
-    return {"code": Path(said["model"]["code"]).name, "sha256": sha256} if sha256 and said else None
+    return own.Mark(Path(said["model"]["code"]).name, sha256) if sha256 and said else None
 
 
 def added(folder: Path, tokenizer: Tokenizer) -> list[int]:

@@ -36,6 +36,6 @@ def main(argv: Sequence[str]) -> int:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder} is an adapter", fix=f"merge it first: tune merge MODEL {folder} OUT")
     if code := own.recorded(folder):
-        print(f"note: {folder} was trained with {code['code']}, which no GGUF can hold", file=sys.stderr)
+        print(f"note: {folder} was trained with {code.code}, which no GGUF can hold", file=sys.stderr)
     print(f"{size(gguf.export(folder, out, args.dtype, args.pre))} -> {out}")
     return 0

@@ -20,10 +20,11 @@ PREFERENCES = ("pairs", "rated")  # of answers
 
 
 def main(argv: Sequence[str]) -> int:
-    """`tune init DATA [--model M] [--recipe R] [--out FILE] [--force]`"""
+    """`tune init DATA [--model M] [--code C] [--recipe R] [--out FILE] [--force]`"""
     parser = Parser("init", __doc__)
     parser.add_argument("data", metavar="DATA", help="a file of rows: JSON lines, JSON or text")
     parser.add_argument("--model", default="ftlib:demo/model", help="a folder, a Hub id or ftlib:demo/model (default)")
+    parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of the run")
     parser.add_argument("--recipe", choices=RATES, help="default: dpo for pairs and for rated answers, else lora_sft")
     parser.add_argument("--out", metavar="FILE", help="default: the data's name with .yaml, in this folder")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
@@ -35,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{out} exists and stays as it is", fix="name another file with --out, or add --force")
     from ftlib.cli import sizing  # imports torch
 
-    model = sizing.look_at(args.model)
+    model = sizing.look_at(args.model, args.code)
     kinds = ("train", *PREFERENCES) if args.recipe is None else PREFERENCES if args.recipe == "dpo" else ("train",)
     rows = sizing.measure(args.data, model, kinds)
     recipe = args.recipe or ("lora_sft" if rows.kind == "train" else "dpo")
     plan = sizing.plan(model, rows, full=recipe in ("full_sft", "pretrain"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_text(args.data, args.model, recipe, out, rows, plan), encoding="utf-8")
+    out.write_text(_text(args.data, args.model, args.code, recipe, out, rows, plan), encoding="utf-8")
     for line in [*rows.lines, *plan.notes]:
         print(line)
     print(f"wrote {out}; next:")
@@ -50,11 +51,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _text(data: str, model: str, recipe: str, out: Path, rows: "sizing.Rows", plan: "sizing.Plan") -> str:  # noqa: F821
+def _text(
+    data: str, model: str, code: str | None, recipe: str, out: Path, rows: "sizing.Rows", plan: "sizing.Plan"  # noqa: F821
+) -> str:
+    own = f", code: {_scalar(_code(out, code))}" if code else ""
     lines = [
         assets.schema_line(recipe),
         f"# {recipe} of {model} on {Path(data).name}: {rows.summary}",
-        f"model: {{path: {_scalar(_from(out, model))}}}",
+        f"model: {{path: {_scalar(_from(out, model))}{own}}}",
         "data:",
         f"  sources: [{{path: {_scalar(_from(out, data))}}}]",
         f"  seq_len: {plan.seq_len}",
@@ -79,6 +83,12 @@ def _from(out: Path, name: str) -> str:
         return name
     path = os.path.relpath(local.resolve(), out.parent.resolve())
     return path if "/" in path else f"./{path}" if local.is_dir() else path
+
+
+def _code(out: Path, code: str) -> str:
+    """`FILE.py:CLASS` as a YAML beside `out` has to write it."""
+    file, colon, name = code.rpartition(":")
+    return f"{_from(out, file)}{colon}{name}" if file.endswith(".py") else code
 
 
 def _scalar(text: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from ftlib import data, preflight, tokenizers
 from ftlib.data import sources
 from ftlib.errors import UserError
-from ftlib.models import LanguageModel, hub, load, remote
+from ftlib.models import LanguageModel, hub, load, own, remote
 from ftlib.models.remote import size
 from ftlib.sections import Data, Source
 
@@ -54,8 +54,12 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def look_at(name: str) -> Known:
-    """Config and tokenizer of a model: local, cached or fetched (small files only). Unsupported models raise."""
+def look_at(name: str, code: str | None = None) -> Known:
+    """Config and tokenizer of a model: local, cached or fetched (small files only). Unsupported models raise.
+
+    `code`: as `model.code`.
+    """
+    decoder = own.find(code)
     try:
         is_id = hub.HUB_ID.fullmatch(name) and not Path(name).expanduser().exists()
         folder = remote.fetch(name, weights=False) if is_id else hub.resolve(name)
@@ -63,7 +67,7 @@ def look_at(name: str) -> Known:
         if "cannot be reached" not in error.what:
             raise
         return Known(None, _Guess(), f"{name} cannot be reached: lengths are guessed, 4 characters a token")
-    return Known(load.build(folder, torch.bfloat16), tokenizers.from_pretrained(folder))
+    return Known(load.build(folder, torch.bfloat16, decoder), tokenizers.from_pretrained(folder))
 
 
 class _Guess:

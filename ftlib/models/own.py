@@ -1,11 +1,14 @@
 """A decoder class of the user's own (`model.code` of a config): which models it reads, and the record that it did.
 
 Weights say nothing of the code around them: what was trained with a user's class and is loaded by the library's may be
-another function. So `ftlib.json` beside the weights names the file and the SHA-256 of its content.
+another function. So `ftlib.json` beside the weights names the file and a SHA-256 of it and of what it imports from its
+own folder, and `code/` has a copy of these files.
 """
 
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,16 @@ from ftlib.models.arch import Arch
 from ftlib.sections import Model
 
 ABOUT = "ftlib.json"  # beside weights or an adapter: what else they were trained with
-Mark = dict[str, str]  # {"code": "my_model.py:Decoder", "sha256": of the file}
+COPIES = "code"  # a folder beside it
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The record of a `model.code`."""
+
+    code: str  # `my_model.py:Decoder`: the file's name, without the folder
+    sha256: str  # of what was in it, and in the files it imports from its folder
+    files: Mapping[str, bytes] = field(default_factory=dict, compare=False)  # these, by path there, where at hand
 
 
 def find(code: str | None) -> type[nn.Module] | None:
@@ -46,33 +58,48 @@ def arch(run: Model, path: str | Path) -> Arch:
 
 
 def mark(code: str | None) -> Mark | None:
-    """The record of a `model.code`: its file's name, without the folder, and what is in it now."""
+    """The record of a `model.code`, its files as they are now."""
     if code is None:
         return None
     place, colon, name = code.rpartition(":")
-    return {"code": f"{Path(place).name}{colon}{name}", "sha256": plugins.digest(code, find(code))}
+    files = plugins.files(code, find(code))
+    return Mark(f"{Path(place).name}{colon}{name}", plugins.digest(files), files)
 
 
-def record(folder: Path, about: dict[str, Any]) -> None:
+def record(folder: Path, about: dict[str, Any], code: Mark | None) -> None:
     """Write what else the weights or the adapter in `folder` were trained with: all that is not None."""
-    if about := {key: value for key, value in about.items() if value is not None}:
+    about = {key: value for key, value in about.items() if value is not None}
+    if code is not None:
+        about["model.code"] = {"code": code.code, "sha256": code.sha256}
+        for name, content in code.files.items():
+            copy = folder / COPIES / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(content)
+    if about:
         (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
-def recorded(folder: Path, key: str = "model.code") -> Any:
-    """An entry of the record beside the weights or the adapter in `folder`, of `model.code` a Mark. None: the library's
-    own way, or not known."""
+def noted(folder: Path, key: str) -> Any:
+    """An entry of the record beside the weights or the adapter in `folder`; None where it has none."""
     file = folder / ABOUT
     return json.loads(file.read_text(encoding="utf-8")).get(key) if file.is_file() else None
 
 
+def recorded(folder: Path) -> Mark | None:
+    """The `model.code` that the weights or the adapter in `folder` were trained with. None: the library's own way, or
+    not known."""
+    found, copies = noted(folder, "model.code"), folder / COPIES
+    files = {file.relative_to(copies).as_posix(): file.read_bytes() for file in sorted(copies.rglob("*.py"))}
+    return Mark(found["code"], found["sha256"], files) if found else None
+
+
 def compare(what: Path | str, was: Mark | None, now: Mark | None, fix: str = "--code FILE.py:CLASS") -> None:
     """Say on stderr where what was trained with one class is loaded by another; `fix`: how to name a class here."""
-    if was is None or (now and now["sha256"] == was["sha256"]):
+    if was is None or (now and now.sha256 == was.sha256):
         return
-    said = f"note: {what} was trained with model.code {was['code']} (sha256 {was['sha256'][:12]})"
+    said = f"note: {what} was trained with model.code {was.code} (sha256 {was.sha256[:12]})"
     if now is None:
         said += f"; the library's own class runs it here: {fix} names yours"
     else:
-        said += f", and {now['code']} has another content (sha256 {now['sha256'][:12]})"
+        said += f", and {now.code} has another content (sha256 {now.sha256[:12]})"
     print(said, file=sys.stderr)

@@ -57,7 +57,7 @@ def save_pretrained(
     if packed is not None:
         config["quantization_config"] = packed[1]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    own.record(folder, {"model.code": getattr(model, "code", None)})
+    own.record(folder, {}, getattr(model, "code", None))
     source = getattr(model, "source", None)
     if source is not None and (source / "generation_config.json").exists():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")

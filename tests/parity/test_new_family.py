@@ -132,6 +132,41 @@ def test_a_file_that_was_edited_does_not_continue_a_run(qwen9, monkeypatch, caps
     assert "was made with other settings:\n    model.code: '" in capsys.readouterr().err
 
 
+def test_what_a_file_imports_from_its_folder_belongs_to_it(qwen9, monkeypatch, capsys):
+    monkeypatch.chdir(qwen9)
+    Path("split").mkdir()
+    Path("split/family9.py").write_text(Path("qwen9.py").read_text() + "import more9\nfrom .parts9 import MARK\n")
+    Path("split/parts9.py").write_text("MARK = 1\n")
+    Path("split/more9.py").write_text("")
+    where = TRAINED.index("model.code=./qwen9.py:Decoder")
+    split = [*TRAINED[:where], "model.code=./split/family9.py:Decoder", "output_dir=apart"]
+    assert tune(split) == 0
+    kept = {file.name: file.read_text() for file in Path("apart/final/code").iterdir()}
+    assert kept == {file.name: file.read_text() for file in Path("split").glob("*.py")} and len(kept) == 3
+    capsys.readouterr()
+    ask = ["--prompt", "say red", "--max-new-tokens", "2", "--device", "cpu"]
+    assert tune(["generate", "apart/final", "--code", "apart/final/code/family9.py:Decoder", *ask]) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert tune(["merge", "model", "apart/final", "apart_merged", "--code", "split/family9.py:Decoder"]) == 0
+    assert {file.name for file in Path("apart_merged/code").iterdir()} == kept.keys()
+    Path("split/parts9.py").write_text("MARK = 2\n")
+    assert tune(["generate", "apart/final", "--code", "split/family9.py:Decoder", *ask]) == 0
+    assert "has another content" in capsys.readouterr().err
+    assert tune(split) == 2
+    assert "was made with other settings:\n    model.code: '" in capsys.readouterr().err
+
+
+def test_init_takes_a_family_of_one_s_own(qwen9, monkeypatch, capsys):
+    monkeypatch.chdir(qwen9)
+    Path("sub").mkdir()
+    asked = ["init", "rows.jsonl", "--model", "model", "--out", "sub/made.yaml"]
+    assert tune(asked) == 2
+    assert "model_type 'qwen9' is not supported" in capsys.readouterr().err
+    assert tune([*asked, "--code", "qwen9.py:Decoder"]) == 0
+    assert "code: '../qwen9.py:Decoder'" in Path("sub/made.yaml").read_text()
+    assert tune(["validate", "lora_sft", "--config", "sub/made.yaml"]) == 0
+
+
 def edit(file, old, new):
     Path(file).write_text(Path(file).read_text().replace(old, new))
 

@@ -50,6 +50,36 @@ def test_files_that_fail_name_their_line(tmp_path, text, place):
             plugins.load_file(tmp_path / "bad.py")
 
 
+def test_a_file_and_what_it_imports_from_its_folder(tmp_path, monkeypatch):
+    texts = {
+        "m/main7.py": "import near7\nimport ftlib.errors\nfrom .beside7 import f\nfrom pack7 import inner7\n",
+        "m/near7.py": "import os\nfrom pack7.deep7 import g\n", "m/beside7.py": "import main7_not\nf = len\n",
+        "m/main7_not.py": "", "m/pack7/__init__.py": "", "m/pack7/inner7.py": "from . import deep7\n",
+        "m/pack7/deep7.py": "g = 1\n", "m/unused7.py": "", "m/ftlib/__init__.py": "",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    ref = f"{tmp_path}/m/main7.py:f"
+    assert plugins.find("rewards", ref, BUILTIN) is len
+    found = plugins.files(ref, len)
+    names = ["beside7.py", "main7_not.py", "near7.py", "pack7/__init__.py", "pack7/deep7.py", "pack7/inner7.py"]
+    assert list(found) == ["main7.py", *names]
+    before = plugins.digest(found)
+    assert plugins.digest({"other.py": found["main7.py"]} | {name: found[name] for name in names}) == before
+    (tmp_path / "m" / "unused7.py").write_text("x = 1")
+    assert plugins.digest(plugins.files(ref, len)) == before
+    (tmp_path / "m" / "pack7" / "deep7.py").write_text("g = 2\n")
+    assert plugins.digest(plugins.files(ref, len)) != before
+    # As a module of a package: absolute names start from where the package is found, what lies outside is left out.
+    (tmp_path / "m" / "pack7" / "ours7.py").write_text(
+        "import near7\nimport pack7.deep7\nfrom .inner7 import deep7\ndef h():\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "m")
+    found = plugins.files("pack7.ours7:h", plugins.find("rewards", "pack7.ours7:h", BUILTIN))
+    assert list(found) == ["ours7.py", "__init__.py", "deep7.py", "inner7.py"]
+
+
 def test_modules(tmp_path, monkeypatch):
     (tmp_path / "user_pkg").mkdir()
     (tmp_path / "user_pkg/__init__.py").write_text("")
