@@ -1,5 +1,6 @@
 """What every training loop does between two steps, in one order: go back, evaluate, save, stop."""
 
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from ftlib.observe.profile import StepProfile
 from ftlib.optim import schedule_free
 from ftlib.parallel import pulse
 from ftlib.parallel.apply import reshard
+from ftlib.sections import Schedule
 
 
 def check(cfg: Any) -> None:
@@ -21,6 +23,9 @@ def check(cfg: Any) -> None:
         raise UserError(f"{steps} steps are none", where="steps", fix="1 or more, or null to count epochs")
     if steps is None and getattr(cfg, "epochs", 1) <= 0:
         raise UserError(f"{cfg.epochs:g} epochs are none", where="epochs", fix="above 0, a fraction too, or set steps")
+    schedule = getattr(cfg, "schedule", None)
+    if steps is not None and schedule is not None and schedule.warmup_steps >= steps:
+        _warn_of_warmup(schedule.warmup_steps, steps)
     log, evaluation, checkpoint = (getattr(cfg, name, None) for name in ("log", "eval", "checkpoint"))
     if log is not None:
         sinks.check(log.to)
@@ -35,6 +40,12 @@ def check(cfg: Any) -> None:
             where="data.eval",
             fix="name files, or a share of the training rows: data.eval=0.05",
         )
+
+
+def _warn_of_warmup(warmup: int, steps: int) -> None:
+    if warmup != Schedule().warmup_steps:  # else nobody asked for it
+        what = f"schedule.warmup_steps is {warmup} and steps {steps}: the learning rate would never reach its peak, so"
+        warnings.warn(f"{what} the warm-up is shortened to {steps // 10} steps", stacklevel=3)
 
 
 class Boundary:

@@ -27,6 +27,11 @@ from ftlib.parallel.run import reseed
 from ftlib.sections import Checkpoint
 
 FINISHED, LOCK = ".finished.json", ".lock"  # in output_dir; hidden, as neither is a result
+DIGESTS = {
+    "data": "other rows than then (data, tokenizer)",
+    "model": "other weights or another config.json than then (model.path)",
+}  # entries of a fingerprint whose values say nothing to a reader
+ROWS_FOLLOW = frozenset({"seed", "data.seq_len", "tokenizer.add_tokens"})  # which are held out, how they are cut
 SAVE = "SAVE"  # a file of this name in output_dir asks for a checkpoint after the step that is running
 
 
@@ -298,12 +303,7 @@ class Saver:
         self._lock = handle
 
     def _compare(self, name: str, saved: dict[str, Any]) -> None:
-        mine = self.fingerprint
-        drift = [
-            f"{key}: {saved.get(key)!r} then, {mine.get(key)!r} now"
-            for key in sorted(saved.keys() | mine.keys())
-            if saved.get(key) != mine.get(key)
-        ]
+        drift = _drift(saved, self.fingerprint)
         if drift:
             raise UserError(
                 f"{name} was made with other settings:\n    " + "\n    ".join(drift),
@@ -351,6 +351,15 @@ class Saver:
 
 def _intact(folder: Path) -> bool:
     return verify(folder) is None
+
+
+def _drift(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints, a line each; rows that differ because a key does are not listed too."""
+    keys = [key for key in sorted(saved.keys() | mine.keys()) if saved.get(key) != mine.get(key)]
+    if not ROWS_FOLLOW.isdisjoint(keys):
+        keys = [key for key in keys if key != "data"]
+    values = {key: f"{saved.get(key)!r} then, {mine.get(key)!r} now" for key in keys} | DIGESTS
+    return [f"{key}: {values[key]}" for key in keys]
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:

@@ -1,12 +1,14 @@
 """Schedules, clipping and parameter groups."""
 
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from ftlib import optim
+from ftlib import loop, optim
 from ftlib.optim.schedule import learning_rate
 from ftlib.sections import Optim, Schedule
 from ftlib.sections.optim import Group
@@ -32,6 +34,16 @@ def test_linear_and_constant():
 def test_short_runs_reach_the_peak_early_and_never_train_at_zero(steps):
     r = rates(steps, name="constant", warmup_steps=1000)
     assert max(r) == 1.0 and min(r) > 0
+
+
+def test_a_warmup_that_leaves_no_step_is_warned_of_when_a_run_is_planned():
+    planned = lambda warmup, steps: loop.check(SimpleNamespace(steps=steps, schedule=Schedule(warmup_steps=warmup)))  # noqa: E731
+    for warmup, steps in ((100, 50), (50, 50)):
+        with pytest.warns(UserWarning, match=rf"schedule\.warmup_steps is {warmup} and steps {steps}: .* to 5 steps"):
+            planned(warmup, steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planned(49, 50), planned(100, None), planned(Schedule().warmup_steps, 8)  # the last is nobody's wish
 
 
 def test_clip_scales_to_the_norm_and_reports_the_norm_before():
