@@ -46,7 +46,6 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     `train` section, if it has one, leaves. `reference`: a run that continues an adapter also holds it frozen.
     """
     folder, built = _shapes(cfg)
-    dtype = DTYPES[cfg.dtype]
     weights = None if from_scratch(cfg) else load.check_weights(built, folder)
     quant.attach(built, cfg)
     trained, fresh = new_tokens(cfg, built)
@@ -60,7 +59,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     elif hasattr(cfg, "train"):
         freeze.apply(built, cfg.train)
     lisa.attach(built, cfg)
-    apply(built, run, cfg.memory, dtype)
+    apply(built, run, cfg.memory, DTYPES[cfg.dtype])
     built.to_empty(device=run.device)
     built.tie()
     start = getattr(cfg, "init", Init())
@@ -86,7 +85,6 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     return built.train()
 
 
-def frozen(cfg: Any, run: Run, path: str, head: heads.Head | None = None) -> LanguageModel:
 def _shapes(cfg: Any) -> tuple[Path, LanguageModel]:
     """The folder of a config's model, and the model on meta."""
     with about("model.code"):
@@ -96,6 +94,7 @@ def _shapes(cfg: Any) -> tuple[Path, LanguageModel]:
         return folder, load.build(folder, DTYPES[cfg.dtype], decoder, _head(cfg))
 
 
+def frozen(cfg: Any, run: Run, path: str, head: heads.Head | None = None) -> LanguageModel:
     """A model that a run looks at and never trains: a teacher, what a full fine-tune began with; with `head` scores."""
     folder, dtype = hub.resolve(path), DTYPES[cfg.dtype]
     built = load.build(folder, dtype, own.decoder(cfg.model, path), head)
@@ -353,7 +352,8 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
 
 def _known_tokens(cfg: Any, tokenizer: Tokenizer) -> int:
     """How many tokens the model has an embedding for."""
-    known = own.arch(cfg.model, cfg.model.path).vocab
+    with about("model.code"):
+        known = own.arch(cfg.model, cfg.model.path).vocab
     return max([known, *(tokenizer.special_tokens[token] + 1 for token in cfg.tokenizer.add_tokens)])
 
 

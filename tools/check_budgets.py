@@ -250,6 +250,17 @@ def arrows(root: Path) -> Iterator[Breach]:
         yield Breach(path, line, "a circle of imports: " + " -> ".join(circle))
 
 
+def file_circles(root: Path) -> Iterator[Breach]:
+    """Files of one package that import each other, round any number of corners, in functions too."""
+    graph: dict[str, dict[str, tuple[Path, int]]] = {}
+    for module, target, path, line in module_edges(root):
+        if room(module) == room(target):
+            graph.setdefault(module, {}).setdefault(target, (path, line))
+    for circle in circles({module: set(targets) for module, targets in graph.items()}):
+        path, line = graph[circle[0]][circle[1]]
+        yield Breach(path, line, "files import each other: " + " -> ".join(circle))
+
+
 def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
     """For every node that can reach itself, its shortest way round, each circle once."""
     seen: set[frozenset[str]] = set()
@@ -272,7 +283,8 @@ def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
 
 def check(root: Path) -> list[Breach]:
     """Every breach below `root`."""
-    return [breach for rule in (sizes, repeats, imports_and_calls, top_level, arrows) for breach in rule(root)]
+    rules = (sizes, repeats, imports_and_calls, top_level, arrows, file_circles)
+    return [breach for rule in rules for breach in rule(root)]
 
 
 def main() -> int:

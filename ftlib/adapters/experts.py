@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from ftlib.adapters.lora import LoraFactors
+from ftlib.adapters.factors import LoraFactors
 from ftlib.errors import UserError
 from ftlib.kernels.grouped_linear import grouped_linear
 from ftlib.layers.moe import ExpertLinear

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ftlib.adapters.lora import LoraFactors
+from ftlib.adapters.factors import LoraFactors
 from ftlib.kernels.fp8_linear import fp8_frozen_linear
 from ftlib.kernels.lora_linear import lora_project
 from ftlib.layers.attention import Attention

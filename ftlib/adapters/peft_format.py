@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ftlib.adapters import hf_layers, initial, lora, saved_modules, token_rows
+from ftlib.adapters.factors import LoraFactors
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
-from ftlib.models import own
+from ftlib.models import own, shards
 from ftlib.models.resize import resize_embeddings
+from ftlib.models.shards import unsharded
 from ftlib.quant import kept_in
 from ftlib.sections import Lora
 
@@ -35,6 +37,7 @@ REFUSED = {
 }
 
 
+@torch.no_grad()
 def save(
     model: nn.Module,
     folder: str | Path,
@@ -53,7 +56,7 @@ def save(
     """
     tensors, given, one = {}, {}, None
     for layer, _, one in lora.adapted(model, name):
-        magnitude = None if one.magnitude is None else _plain(lora.whole(one.stored("magnitude")))
+        magnitude = None if one.magnitude is None else _plain(unsharded(one.stored("magnitude")))
         given[layer] = hf_layers.Factors(*map(_plain, _full_factors(one)), one.scale, magnitude)
     if one is None:
         raise UserError(f"the model carries no adapter named {name!r}")
@@ -64,10 +67,10 @@ def save(
     modules = []
     for hf, _, copies in saved_modules.saved(model, name):
         modules.append(hf)
-        tensors |= {f"{PREFIX}{hf}.{key}": _plain(lora.whole(p)) for key, p in copies.named_parameters()}
+        tensors |= {f"{PREFIX}{hf}.{key}": _plain(unsharded(p)) for key, p in copies.named_parameters()}
     tokens = {}
     for hf, _, rows in token_rows.held(model, name):
-        tensors[f"{PREFIX}{hf}.{ROWS}"] = _plain(lora.whole(rows.rows))
+        tensors[f"{PREFIX}{hf}.{ROWS}"] = _plain(unsharded(rows.rows))
         tokens[hf.rpartition(".")[2]] = list(rows.ids)
     if not write:
         return
@@ -80,11 +83,11 @@ def save(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _full_factors(factors: lora.LoraFactors) -> tuple[Tensor, Tensor]:
+def _full_factors(factors: LoraFactors) -> tuple[Tensor, Tensor]:
     """`factors.factors()` of whole tensors, though the trained ones may be sharded. Collective."""
-    a, b = lora.whole(factors.stored("lora_A")), lora.whole(factors.stored("lora_B"))
+    a, b = unsharded(factors.stored("lora_A")), unsharded(factors.stored("lora_B"))
     if factors.start_A is not None:
-        start_a, start_b = lora.whole(factors.stored("start_A")), lora.whole(factors.stored("start_B"))
+        start_a, start_b = unsharded(factors.stored("start_A")), unsharded(factors.stored("start_B"))
         a, b = torch.cat((a, start_a)), torch.cat((b, -start_b), 1)
     return a, b
 
@@ -96,7 +99,7 @@ def _plain(tensor: Tensor) -> Tensor:
 def _config(
     model: nn.Module,
     layers: dict[str, tuple[hf_layers.Place, hf_layers.Factors]],
-    one: lora.LoraFactors,
+    one: LoraFactors,
     modules: list[str],
 ) -> dict[str, Any]:
     """adapter_config.json: the commonest rank and alpha, and patterns for the layers that have others."""
@@ -248,7 +251,7 @@ def fill(model: nn.Module, folder: str | Path, *, name: str = "policy") -> None:
                     where=str(file),
                     fix="use the base model this adapter was trained on",
                 )
-            lora.fill(target, value)
+            shards.fill(target, value)
 
 
 def read_config(folder: Path) -> dict:

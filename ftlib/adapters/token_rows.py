@@ -10,12 +10,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ftlib.adapters import saved_modules
 from ftlib.errors import UserError
 from ftlib.models.keys import piece
-from ftlib.models.shards import fill
+from ftlib.models.shards import fill, local, local_index, unsharded
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"  # as the end of their Hugging Face names
 Where = Mapping[str, Sequence[int]]  # module -> ids of the tokens whose rows train
@@ -99,18 +98,18 @@ def held(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, TokenRow
 def reset(model: nn.Module, name: str) -> None:
     """Begin with the base's rows. Collective."""
     for _, module, rows in held(model, name):
-        base = module._parameters["weight"].detach()
-        base = base.full_tensor() if isinstance(base, DTensor) else base
-        fill(rows.rows, base[list(rows.ids)])
+        fill(rows.rows, unsharded(module._parameters["weight"].detach())[list(rows.ids)])
 
 
 @torch.no_grad()
 def merge_into(model: nn.Module, name: str) -> int:
-    """Write the rows into the base and remove them; returns how many weights had some."""
+    """Write the rows into the base and remove them; returns how many weights had some. Collective."""
     found = list(held(model, name))
     for _, module, rows in found:
         weight = module._parameters["weight"]
-        weight[list(rows.ids)] = rows.rows.to(weight.dtype)
+        of, whole = local_index(weight)[0], unsharded(rows.rows).to(weight.dtype)
+        here = [i for i, token in enumerate(rows.ids) if of.start <= token < of.stop]
+        local(weight)[[rows.ids[i] - of.start for i in here]] = whole[here]
     for module in model.modules():
         if isinstance(_adapter(module, name), TokenRows):
             del module.adapters[name]

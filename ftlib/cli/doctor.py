@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if args.seq_len < 2:
         raise UserError(f"tune doctor: --seq-len must be at least 2, got {args.seq_len}")
     from ftlib import tokenizers  # imports what a wrong argument does not need
-    from ftlib.data import doctor
+    from ftlib.data import doctor, doctor_page
     from ftlib.models import hub
 
     tokenizer = tokenizers.from_pretrained(hub.resolve(args.model))
@@ -37,5 +37,5 @@ def main(argv: Sequence[str]) -> int:
     found = doctor.examine(args.data, tokenizer, seq_len=args.seq_len, format=args.format, held_out=args.eval)
     print("\n".join(found.lines()))
     if args.out:
-        print(f"wrote {doctor.write(found, args.out)}")
+        print(f"wrote {doctor_page.write(found, args.out)}")
     return 0

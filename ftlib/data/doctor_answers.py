@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ftlib.data import preference
-from ftlib.data.doctor import Findings, Row
+from ftlib.data.doctor_findings import Findings, Row
 from ftlib.data.examples import Example, Shape
 from ftlib.data.formats import kind, read_examples
 from ftlib.data.masks import Tokenizer

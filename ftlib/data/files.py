@@ -11,8 +11,10 @@ import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
+from ftlib.data import json_list
+from ftlib.data.rows import Row, as_object, bad_json, not_utf8
 from ftlib.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
@@ -27,13 +29,6 @@ _SIGNS = (
     (b"\xfe\xff", "UTF-16, not UTF-8", "convert it: iconv -f UTF-16 -t UTF-8 {path} > utf8-{path}"),
     (b"pk\x03\x04", "a zip archive", "unpack it first: unzip {path}"),
 )
-
-
-class Row(NamedTuple):
-    """One row of a file and the line it starts at (from 1), or what is wrong with that line."""
-
-    line: int
-    value: dict | UserError
 
 
 def stem(file: Path) -> str:
@@ -68,8 +63,6 @@ def read_file(file: Path) -> Iterator[Row]:
             elif name.endswith(CSV_SUFFIXES):
                 yield from _csv_rows(file, stream, "\t" if name.endswith(".tsv") else ",")
             elif head[:1] == b"[":
-                from ftlib.data import json_list
-
                 yield from json_list.read(file, stream)
             elif head[:1] == b"{" or not head:
                 yield from _line_rows(file, stream)
@@ -113,18 +106,6 @@ def _decode(file: Path, raw: bytes, line: int) -> str:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise not_utf8(file, error, line - 1, 0) from None
-
-
-def not_utf8(file: Path, error: UnicodeDecodeError, lines: int, column: int) -> UserError:
-    """A byte that is no text. `lines`, `column`: line breaks before what was decoded, and bytes since the last one."""
-    raw = error.object
-    before, breaks = raw.rfind(b"\n", 0, error.start), raw.count(b"\n", 0, error.start)
-    column = error.start - before if before >= 0 else column + error.start + 1
-    return UserError(
-        f"not UTF-8: byte 0x{raw[error.start]:02x}",
-        where=f"{file}:{lines + 1 + breaks}:{column}",
-        fix=f"convert the file, for example: iconv -f LATIN1 -t UTF-8 {file.name} > utf8-{file.name}",
-    )
 
 
 def _line_rows(file: Path, stream: BinaryIO) -> Iterator[Row]:
@@ -182,27 +163,6 @@ def _csv_rows(file: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
             what = f"{len(cells)} cells, but the file has {len(names)} columns"
             yield Row(line, UserError(what, where=f"{file}:{line}", fix=f"put texts that hold {marks} in quotes"))
         line = reader.line_num + 1
-
-
-def bad_json(file: Path, line: int, text: str, error: Exception) -> UserError:
-    """What is wrong with a row's JSON. `line`: where the row begins, for errors that know no position of their own."""
-    if not isinstance(error, json.JSONDecodeError):  # nested too deeply, or a number of thousands of digits
-        return UserError(f"invalid JSON: {error}", where=f"{file}:{line}", fix="mend or remove this row")
-    near = text[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ")
-    line = error.lineno if "\n" in text else line
-    return UserError(
-        f"invalid JSON: {error.msg}, near `{near}`",
-        where=f"{file}:{line}:{error.colno}",
-        fix="mend or remove this row",
-    )
-
-
-def as_object(file: Path, line: int, value: object) -> dict:
-    """A value that is a row. UserError if it is none."""
-    if isinstance(value, dict):
-        return value
-    kind = {list: "a list", str: "a string", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
-    raise UserError(f"a row must be an object with named columns, this one is {kind}", where=f"{file}:{line}")
 
 
 def _text_rows(file: Path, stream: BinaryIO) -> Iterator[Row]:

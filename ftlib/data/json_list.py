@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ftlib.data.files import Row, as_object, bad_json, not_utf8
+from ftlib.data.rows import Row, as_object, bad_json, not_utf8
 from ftlib.errors import UserError
 
 CHUNK = 1 << 20  # bytes read at a time, or as much as is held: long rows are not read again and again

@@ -7,10 +7,11 @@ import numpy as np
 
 from ftlib.data import cache, sources, store
 from ftlib.data.collect import Job, collect, find_shape
-from ftlib.data.documents import Documents, Part, SourceInfo
+from ftlib.data.documents import Documents, SourceInfo
 from ftlib.data.files import stem
 from ftlib.data.masks import Tokenizer
 from ftlib.data.packing import shuffled
+from ftlib.data.parts import Part
 from ftlib.data.preference import Wanted
 from ftlib.data.report import BROKEN, UNTRAINED, LoadReport, SourceReport, by_source, describe, mixture, repeats, spread
 from ftlib.errors import UserError

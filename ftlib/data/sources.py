@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftlib.data import remote
-from ftlib.data.files import PACKED, SUFFIXES, Row, read_file, stem
+from ftlib.data.files import PACKED, SUFFIXES, read_file, stem
+from ftlib.data.rows import Row
 from ftlib.errors import UserError
 from ftlib.sections import Source
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ftlib.data.documents import Part, Weights
 from ftlib.data.examples import Example
+from ftlib.data.parts import Part, Weights
 
 _COLUMNS = {"lengths": np.int32, "targets": np.int32, "hashes": np.uint64, "lines": np.int32, "file_ids": np.int32}
 Pieces = tuple[float, float, float]  # tokens of the prompt, of the first answer, and a number (ftlib.data.preference)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ftlib.data.files import Row
+from ftlib.data.rows import Row
 from ftlib.errors import UserError
 
 ROWS = 1024  # read at a time

@@ -89,11 +89,21 @@ def dequantize(
 ) -> Tensor:
     """The matrix [out, in] that the parts stand for, computed in float32; into `out`, if there is one."""
     if codes.device.type == "cuda":
-        from ftlib.kernels.nf4_triton import dequantize_nf4  # Triton is there where there is a GPU
+        from ftlib.kernels.nf4_triton import dequantize_blocks  # Triton is there where there is a GPU
 
-        return dequantize_nf4(codes, scales, steps, mean, dtype, out)
+        return dequantize_blocks(codes, scales, steps, mean, _levels(codes.device), group(scales, steps), dtype, out)
     whole = dequantize_reference(codes, scales, steps, mean, dtype)
     return whole if out is None else out.copy_(whole)
+
+
+_LEVELS: dict[torch.device, Tensor] = {}
+
+
+def _levels(device: torch.device) -> Tensor:
+    """`LEVELS` on a device, copied there once."""
+    if device not in _LEVELS:
+        _LEVELS[device] = torch.tensor(LEVELS, device=device)
+    return _LEVELS[device]
 
 
 def dequantize_reference(codes: Tensor, scales: Tensor, steps: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,33 +5,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftlib.kernels.nf4 import BLOCK, LEVELS, group
-
 BLOCKS = 64  # of one program
 
 
-def dequantize_nf4(
-    codes: Tensor, scales: Tensor, steps: Tensor, mean: Tensor, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """As `ftlib.kernels.nf4.dequantize_reference`. `out` may be a part of a wider matrix: [out, in], its rows apart."""
+def dequantize_blocks(
+    codes: Tensor, scales: Tensor, steps: Tensor, mean: Tensor, levels: Tensor, group: int, dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The matrix [out, in] of 4-bit codes of `levels` float32 [16], in blocks that share a scale, `group` of which
+    share a step: mean + scale * step. `out` may be a part of a wider matrix, its rows apart."""
     if out is None:
         out = torch.empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype, device=codes.device)
-    levels = _levels(codes.device)
-    blocks = codes.numel() * 2 // BLOCK
+    blocks = len(scales)
+    block = codes.numel() * 2 // blocks
     _dequantize[(triton.cdiv(blocks, BLOCKS),)](
         codes, scales, steps, mean, levels, out, blocks, out.stride(0),
-        ROW=out.shape[1] // BLOCK, BLOCKS=BLOCKS, BLOCK=BLOCK, GROUP=group(scales, steps),
+        ROW=out.shape[1] // block, BLOCKS=BLOCKS, BLOCK=block, GROUP=group,
     )  # fmt: skip
     return out
-
-
-_LEVELS: dict[torch.device, Tensor] = {}
-
-
-def _levels(device: torch.device) -> Tensor:
-    if device not in _LEVELS:
-        _LEVELS[device] = torch.tensor(LEVELS, device=device)
-    return _LEVELS[device]
 
 
 @triton.jit

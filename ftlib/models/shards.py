@@ -1,5 +1,6 @@
 """Which part of a whole tensor this process holds."""
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -18,6 +19,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
 def fill(parameter: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into a parameter, of which this process may hold only a part."""
     local(parameter).copy_(whole[local_index(parameter)])

@@ -4,7 +4,8 @@ import re
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from ftlib.models.shards import unsharded
 
 LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 
@@ -30,5 +31,4 @@ def statistics(model: nn.Module) -> dict[str, float]:
 def _squared(x: Tensor | None, like: Tensor) -> Tensor:
     if x is None:
         return torch.zeros((), device=like.device)
-    total = x.detach().float().square().sum()
-    return total.full_tensor() if isinstance(total, DTensor) else total
+    return unsharded(x.detach().float().square().sum())

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from ftlib.adapters.experts import ExpertFactors
-from ftlib.adapters.lora import LoraFactors
+from ftlib.adapters.factors import LoraFactors
 from ftlib.adapters.saved_modules import waits
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear

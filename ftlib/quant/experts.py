@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ftlib.kernels.grouped_linear import grouped_linear
 from ftlib.layers.moe import ExpertLinear
-from ftlib.quant.frozen import FORMATS, FrozenWeight, OnFrozenWeight
+from ftlib.quant.formats import FORMATS
+from ftlib.quant.frozen import FrozenWeight, OnFrozenWeight
 
 
 class QuantizedExperts(OnFrozenWeight, ExpertLinear):

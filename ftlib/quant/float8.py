@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from ftlib.kernels.fp8_linear import MULTIPLE, fp8_frozen_linear, fp8_linear
 from ftlib.layers.linear import Linear
-from ftlib.quant.frozen import QuantizedLinear, replace
+from ftlib.quant.convert import replace
+from ftlib.quant.frozen import QuantizedLinear
 
 
 class Float8Linear(Linear):

@@ -1,9 +1,7 @@
 """Linear layers whose frozen weight is stored in fewer bits and made whole for each product, forward and backward."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -11,36 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from ftlib.errors import UserError
-from ftlib.kernels import nf4
+from ftlib.kernels.nf4 import Piece
 from ftlib.layers.linear import Linear
-from ftlib.layers.moe import ExpertLinear
 from ftlib.models.shards import fill, local, unsharded
-from ftlib.quant import rowwise
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a matrix [out, in] is kept; `in` must be a multiple of `block`."""
-
-    empty: Callable[[tuple[int, int], torch.device | str], dict[str, Tensor]]
-    quantize: Callable[[Tensor], dict[str, Tensor]]
-    dequantize: Callable[..., Tensor]  # (*parts, dtype, out=None)
-    cut: Callable[[dict[str, Tensor], Sequence[int], nf4.Piece], dict[str, Tensor]]  # parts of a piece
-    block: int = 1
-
-
-def _rowwise(kind: torch.dtype) -> Format:
-    quantize = partial(rowwise.quantize, kind=kind)
-    return Format(partial(rowwise.empty, kind=kind), quantize, rowwise.dequantize, rowwise.cut)
-
-
-FORMATS = {
-    "nf4": Format(nf4.empty, nf4.quantize, nf4.dequantize, nf4.cut, nf4.BLOCK),
-    "int8": _rowwise(torch.int8),
-    "fp8": _rowwise(torch.float8_e4m3fn),
-    "fp8_turned": Format(rowwise.empty_turned, rowwise.quantize_turned, rowwise.dequantize_turned, rowwise.cut_turned),
-}
+from ftlib.quant.formats import FORMATS
 
 
 class FrozenWeight(nn.Module):
@@ -54,7 +26,7 @@ class FrozenWeight(nn.Module):
     def __init__(self, shape: torch.Size, form: str, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.form, self.dtype = shape, form, dtype
-        self.piece: nf4.Piece | None = None
+        self.piece: Piece | None = None
         self.mesh: DeviceMesh | None = None  # of the processes that keep the other pieces
         self.flat: dict[str, tuple[torch.dtype, torch.Size]] = {}  # parts that are parameters, and what they are
         parts = FORMATS[form].empty((shape[:-1].numel(), shape[-1]), device)
@@ -174,59 +146,6 @@ class QuantizedLinear(OnFrozenWeight, Linear):
     def product(self, x: Tensor) -> Tensor:
         """x W^T."""
         return torch.ops.ftlib.frozen_linear(x, self.base.parts, self.base.form)
-
-
-def replace(
-    model: nn.Module, make: Callable[[Any], nn.Module], fits: Callable[[Any], bool], kind: type[nn.Module] = Linear
-) -> int:
-    """Put `make(layer)` in place of each layer of `kind` in the blocks that `fits`; returns how many."""
-    found = [(name, m) for name, m in model.model.layers.named_modules() if isinstance(m, kind) and fits(m)]
-    for name, linear in found:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.model.layers.get_submodule(parent), leaf, make(linear))
-    return len(found)
-
-
-def hold(model: nn.Module, form: str) -> int:
-    """Put quantized layers in place of every linear layer and stack of experts in the blocks; returns how many. Load
-    weights afterwards.
-
-    `form`: a name in FORMATS. The model may be on the meta device; adapters come after.
-    """
-    from ftlib.quant.experts import QuantizedExperts  # built on this module
-
-    for name, layer in model.model.layers.named_modules():
-        if not isinstance(layer, Linear | ExpertLinear):
-            continue
-        width, block = layer.weight.shape[-1], FORMATS[form].block
-        if width % block:
-            what = f"layers.{name} has {width} inputs, {form} needs a multiple of {block}"
-            raise UserError(what, where="model.quantize", fix="int8 or fp8")
-
-    def plain(layer: nn.Module) -> bool:
-        return not hasattr(layer, "base")
-
-    count = replace(model, lambda linear: QuantizedLinear(linear, form), plain)
-    return count + replace(model, lambda stack: QuantizedExperts(stack, form), plain, ExpertLinear)
-
-
-def kept_in(model: nn.Module) -> str | None:
-    """What matrices in the blocks are kept in: as `round_through` takes it where all are; "fp8 in some layers" (say)
-    where others are plain, as `model.fp8` leaves small ones and experts; None where all are."""
-    layers = [m for m in model.model.layers.modules() if isinstance(m, Linear | ExpertLinear)]
-    forms = {layer.base.form.removesuffix("_turned") if hasattr(layer, "base") else None for layer in layers}
-    named = " and ".join(sorted(forms - {None}))
-    return named + " in some layers" * (None in forms) if named else None
-
-
-@torch.no_grad()
-def round_through(model: nn.Module, form: str | None) -> None:
-    """Give every linear layer in the blocks of a model with plain weights those that `form`, if there is one, keeps of
-    them: the base that an adapter saw, where it was trained on a quantized one."""
-    for linear in model.model.layers.modules():
-        if form is not None and isinstance(linear, Linear | ExpertLinear):
-            rows = linear._parameters["weight"].flatten(0, -2)  # the attribute may be what an adapter trains instead
-            rows.copy_(FORMATS[form].dequantize(*FORMATS[form].quantize(rows).values(), rows.dtype))
 
 
 @torch.library.custom_op("ftlib::frozen_linear", mutates_args=())

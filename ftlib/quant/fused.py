@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftlib.kernels.lora_linear import kinds, lora_project, low_product, split_factors
-from ftlib.quant.frozen import FORMATS
+from ftlib.quant.formats import FORMATS
 
 
 def stack(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
 from ftlib.layers.moe import ExpertLinear
-from ftlib.quant.frozen import replace
+from ftlib.quant.convert import replace
 from ftlib.quant.schemes import SCHEMES
 from ftlib.sections import Qat, Rounding
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
-from ftlib.quant import float8, frozen, qat
+from ftlib.quant import convert, float8, qat
 
 
 def attach(model: nn.Module, cfg: Any) -> None:
@@ -24,7 +24,7 @@ def attach(model: nn.Module, cfg: Any) -> None:
         if section.quantize is None:
             return
     if section.quantize is not None:
-        frozen.hold(model, section.quantize)
+        convert.hold(model, section.quantize)
 
 
 def check(cfg: Any) -> None:

@@ -17,7 +17,7 @@ def main(cases):
     lines = [
         "# Every mesh against one process",
         "",
-        "Largest relative difference from the same three AdamW steps on one process: loss, every gradient, gradient",
+        "Largest relative difference from the same two AdamW steps on one process: loss, every gradient, gradient",
         "norm, weights after the last step. Limits: 1e-10 in float64, 1e-5 in float32.",
         f"torch {torch.__version__}, gloo on CPU.",
         "Written by `python tests/parallel/table.py`.",

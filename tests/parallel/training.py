@@ -1,4 +1,4 @@
-"""Three steps of training on a mesh, and the same three steps on one process."""
+"""Steps of training on a mesh, and the same steps on one process."""
 
 import dataclasses
 from pathlib import Path
@@ -18,10 +18,11 @@ from ftlib.data import Documents, Loader
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import ssmax
 from ftlib.models.save import hf_tensors
+from ftlib.models.shards import fill
 from ftlib.parallel import run as processes
 from ftlib.sections import Batch, Checkpoint, Lora, Memory, Model, Optim, Parallel
 
-SEQ_LEN, ROWS, STEPS, SEED = 32, 8, 3, 7
+SEQ_LEN, ROWS, STEPS, SEED = 32, 8, 2, 7
 NAMES = {
     "qwen3": "qwen3-0.6b", "qwen2": "qwen2.5-7b", "olmo2": "olmo-2-1b", "llama": "llama-3.1-8b",
     "mixtral": "mixtral-8x7b", "qwen3_moe": "qwen3-30b-a3b", "gpt_oss": "gpt-oss-20b", "wide": "llama-3.1-8b",
@@ -175,7 +176,7 @@ def randomise(model: nn.Module) -> None:
     for _, _, factors in lora.adapted(model):
         for name in ("lora_A", "lora_B"):
             target = factors.stored(name)
-            lora.fill(target, 0.2 * torch.randn(target.shape, generator=generator, dtype=torch.float64))
+            fill(target, 0.2 * torch.randn(target.shape, generator=generator, dtype=torch.float64))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

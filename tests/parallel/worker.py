@@ -30,19 +30,16 @@ def main(rank, world, store, models, out, cases):
     dist.init_process_group(
         backend, store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
-    wanted, report = {}, []
-    for settings, leg in cases:
-        case = Case(**settings)
-        alone = training.one_process(case)
+    work, report = [(Case(**settings), leg) for settings, leg in cases], []
+    wanted = references(work, models, out, rank, world)
+    for case, leg in work:
         try:
             if leg is None:
-                if alone not in wanted:
-                    wanted[alone] = training.train(alone, models, training.alone())
-                result = training.compare(training.train(case, models, training.start(case)), wanted[alone])
+                found = training.train(case, models, training.start(case))
             else:
-                folder, *steps = leg
-                found = training.leg(case, models, training.start(case), Path(folder), *steps)
-                result = training.compare(found, training.train(alone, models, training.alone(), *steps))
+                found = training.leg(case, models, training.start(case), Path(leg[0]), *leg[1:])
+            alone = torch.load(wanted[reference(case, leg)], "cuda" if gpus else "cpu", weights_only=True)
+            result = training.compare(found, alone)
         except Exception:
             result = {"error": traceback.format_exc()}
         report.append(result)
@@ -51,6 +48,25 @@ def main(rank, world, store, models, out, cases):
             break  # the others may be waiting in a collective
     (out / f"report_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
+
+
+def reference(case, leg):
+    """What one process does instead: the case, and from and to which step."""
+    from parallel import training
+
+    return training.one_process(case), tuple(leg[1:]) if leg else (0, training.STEPS)
+
+
+def references(work, models, out, rank, world):
+    """The numbers of one process in files, each made by one of the processes for all."""
+    from parallel import training
+
+    keys = list(dict.fromkeys(reference(case, leg) for case, leg in work))
+    files = {key: out / f"alone_{i}.pt" for i, key in enumerate(keys)}
+    for case, steps in keys[rank::world]:
+        torch.save(training.train(case, models, training.alone(), *steps), files[case, steps])
+    dist.barrier()
+    return files
 
 
 if __name__ == "__main__":

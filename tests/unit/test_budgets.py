@@ -63,6 +63,7 @@ BREACHES = {
     "models": ("ftlib/models/__init__.py", "def f():\n    from ..parallel import run\n", "models imports parallel"),
     "cli": ("ftlib/data/__init__.py", "from ftlib.cli import x\n", "data imports cli"),
     "circle": ("ftlib/data/__init__.py", "def f():\n    from ftlib.rl import x\n", "data -> rl -> data"),
+    "files": ("ftlib/models/decoder.py", "import ftlib.models.keys\n", "decoder -> ftlib.models.keys"),
 }
 
 
@@ -98,6 +99,8 @@ def test_breach(tmp_path, name):
     if name == "circle":
         (tmp_path / "ftlib" / "rl").mkdir()
         (tmp_path / "ftlib" / "rl" / "__init__.py").write_text("from ftlib import data\n")
+    if name == "files":
+        (tmp_path / "ftlib" / "models" / "keys.py").write_text("import ftlib.models.decoder\n")
     code, said = run(tmp_path)
     assert code == 1 and want in said, said
     assert said.endswith("2 breaches\n" if name == "kernels" else "1 breach\n"), said  # there also a circle

@@ -103,17 +103,21 @@ def test_nf4():
         """
         import torch
         from ftlib.kernels import nf4
-        from ftlib.kernels.nf4_triton import dequantize_nf4
+        from ftlib.kernels.nf4_triton import dequantize_blocks
+        levels = torch.tensor(nf4.LEVELS)
+        def kernel(codes, scales, steps, mean, dtype, out=None):
+            run = nf4.group(scales, steps)
+            return dequantize_blocks(codes, scales, steps, mean, levels, run, dtype, out)
         for shape in ((3, 64), (40, 192), (64, 320)):
             for dtype in (torch.float32, torch.float16):
                 parts = nf4.quantize(torch.randn(*shape)).values()
                 exact = nf4.dequantize_reference(*parts, dtype)
-                assert torch.equal(dequantize_nf4(*parts, dtype), exact), shape
+                assert torch.equal(kernel(*parts, dtype), exact), shape
                 wider = torch.zeros(shape[0] + 2, shape[1] + 6, dtype=dtype)
-                dequantize_nf4(*parts, dtype, out=wider[1:-1, 2:-4])
+                kernel(*parts, dtype, out=wider[1:-1, 2:-4])
                 assert torch.equal(wider[1:-1, 2:-4], exact) and wider.count_nonzero() == exact.count_nonzero()
                 rows = shape[0] // 2  # what one process of two keeps: a step is shared by fewer scales
                 piece = nf4.cut(nf4.quantize(torch.randn(*shape)), shape, (0, rows, rows)).values()
-                assert torch.equal(dequantize_nf4(*piece, dtype), nf4.dequantize_reference(*piece, dtype)), shape
+                assert torch.equal(kernel(*piece, dtype), nf4.dequantize_reference(*piece, dtype)), shape
         """
     )

@@ -16,7 +16,8 @@ from fake_tokenizer import FakeTokenizer
 
 from ftlib.cli import preview as shown
 from ftlib.data import Documents, Loader, eval_batches, examples, load, prompts
-from ftlib.data.doctor import examine, write
+from ftlib.data.doctor import examine
+from ftlib.data.doctor_page import write
 from ftlib.data.formats import choose_shape, read_example
 from ftlib.data.masks import tokenize
 from ftlib.data.preference import Wanted
