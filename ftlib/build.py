@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ftlib import budget, data, loop, preflight, quant, tokenizers
-from ftlib.adapters import freeze, token_rows
+from ftlib.adapters import freeze, relora, token_rows
 from ftlib.adapters import setup as adapters
 from ftlib.adapters.fuse import fuse
 from ftlib.checkpoint import exchange
@@ -56,6 +56,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     section: Lora | None = getattr(cfg, "lora", None)
     if section is not None:
         adapters.attach(built, section, reference, trained)
+        relora.attach(built, cfg)
     elif hasattr(cfg, "train"):
         freeze.apply(built, cfg.train)
     lisa.attach(built, cfg)
@@ -196,6 +197,7 @@ def _check_model(cfg: Any) -> LanguageModel:
     mtp.attach(built, getattr(cfg, "mtp", Mtp()))
     if getattr(cfg, "lora", None) is not None:
         adapters.attach(built, cfg.lora, tokens=trained)
+        relora.attach(built, cfg)
     elif hasattr(cfg, "train"):
         freeze.apply(built, cfg.train)
     lisa.attach(built, cfg)
@@ -301,7 +303,7 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
     if cfg.tokenizer.add_tokens:
         found["tokenizer.add_tokens"] = list(cfg.tokenizer.add_tokens)
     if getattr(cfg, "lora", None) is not None:
-        found |= adapters.fingerprint(cfg.lora)
+        found |= adapters.fingerprint(cfg.lora) | relora.fingerprint(cfg)
     if hasattr(cfg, "dpo"):
         found["dpo"] = dataclasses.asdict(cfg.dpo)
     if isinstance(section := getattr(cfg, "reward", None), Reward):

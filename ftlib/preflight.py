@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftlib.adapters import relora
 from ftlib.errors import UserError
 from ftlib.kernels.linear_cross_entropy import TILE_BYTES
 from ftlib.layers.moe import Moe
@@ -86,6 +87,7 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     asleep, optim = {id(p) for p in lisa.asleep(model, 1)}, cfg.optim if hasattr(cfg, "optim") else Optim()
     active = [p for p in parameters if p.requires_grad and id(p) not in asleep]
     trained, final = sum(map(_bytes, active)), sum(_bytes(p) for p in parameters if p.requires_grad)
+    below = sum(map(_bytes, relora.merged_into(model)))  # once they changed, a checkpoint holds them
     each = [int(p.numel() * optim.state_bytes(p.element_size())) for p in active]
     states, at_a_time = sum(each), min(sum(each), STEPPED * max(each, default=0))
     parked = cfg.memory.offload or cfg.memory.budget_gib is not None  # which offloads where it has to
@@ -100,8 +102,8 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
         gradients=(largest if optim.in_backward else trained) // shards,
         optimizer=(at_a_time if optim.offload else states) // shards,
         host=states // shards if optim.offload else 0,
-        checkpoint=final + states,
-        final=final,
+        checkpoint=final + states + below,
+        final=sum(map(_bytes, parameters)) if below else final,
         gathered=_gathered(model, cfg, shards // mesh.tp) // mesh.tp,
         adds_up=not optim.in_backward and getattr(cfg.batch, "rows", 2 * rows) > rows,
         **_activations(model, cfg, mesh, parked),

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ftlib import build, optim, quant
-from ftlib.adapters import peft_format
+from ftlib.adapters import relora, result
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
@@ -18,7 +18,6 @@ from ftlib.evaluation.evaluate import Evaluation
 from ftlib.launch import launch, script
 from ftlib.loop import Boundary
 from ftlib.losses.language_modelling import next_token_loss
-from ftlib.models import hub
 from ftlib.models.noise import add_noise
 from ftlib.observe.output import Output, trained_share
 from ftlib.optim.schedule import learning_rate
@@ -36,6 +35,7 @@ from ftlib.sections import (
     Optim,
     Parallel,
     Qat,
+    Relora,
     Schedule,
     Tokenizer,
 )
@@ -46,6 +46,7 @@ class Config:
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     lora: Lora = Lora()
+    relora: Relora = Relora()
     data: Data
     batch: Batch = Batch()
     steps: int | None = None  # optimizer steps; wins over epochs
@@ -95,10 +96,11 @@ def main(cfg: Config) -> list[dict]:
         output.say(f"adapters: {trained_share(model)}")
 
         for step in range(done + 1, steps + 1):
+            relora.at(step, model, optimizer)  # where `relora` says so, the adapter is merged and begins anew
             quant.at(step, model)  # where `qat` says so, layers are rounded from here on
             with output.waiting():
                 batch = next(loader)
-            lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
+            lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps, cfg.relora))
             loss = torch.zeros((), dtype=torch.float64, device=run.device)  # wide: sums alike in any order
             for micro in batch.micro_batches:
                 micro = micro.to(run.device, non_blocking=True)
@@ -115,14 +117,14 @@ def main(cfg: Config) -> list[dict]:
 
         boundary.finish()
         with final_folder(run, cfg.output_dir) as folder:
-            base, revision = hub.origin(cfg.model.path)
-            peft_format.save(model, folder, base=base, revision=revision, write=run.is_main)
+            result.save(model, folder, cfg.model.path, write=run.is_main)
             if run.is_main:
                 tokenizer.save(folder)
         saver.finish(steps)
+        merge = () if cfg.relora.every else (f"tune merge {cfg.model.path} {cfg.output_dir}/final MERGED",)
         output.finish(
             f"tune generate {cfg.output_dir}/final --prompt '…'",
-            f"tune merge {cfg.model.path} {cfg.output_dir}/final MERGED",
+            *merge,
             f"tune run {script(__file__)} --config {cfg.output_dir}/config.yaml steps={2 * steps}",
         )
     return output.rows()

@@ -21,8 +21,8 @@ def merge_into(model: nn.Module, name: str = "policy") -> int:
     layers, modules = list(adapted(model, name)), list(saved_modules.saved(model, name))
     if any("weight" not in linear._parameters for _, linear, _ in layers):
         raise UserError("a quantized base takes no adapter in", fix="merge it into the model the base was made from")
-    for _, linear, factors in layers:
-        linear.weight.copy_(factors.merged(linear.weight))
+    fold(model, name)
+    for _, linear, _ in layers:
         del linear.adapters[name]
         linear.active = None
     if any(hf.endswith(("embed_tokens", "lm_head")) for hf, _, _ in modules):
@@ -33,6 +33,14 @@ def merge_into(model: nn.Module, name: str = "policy") -> int:
         del module.adapters[name]
         module.active = None
     return len(layers) + len(modules) + token_rows.merge_into(model, name)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, name: str = "policy") -> None:
+    """W <- what W and the adapter do together, for every adapted layer; the adapter stays as it is. Computed in float32
+    at least, rounded to the weight's dtype once. Every process of a sharded model must call this."""
+    for _, linear, factors in adapted(model, name):
+        linear.weight.copy_(factors.merged(linear.weight))
 
 
 def _untie(model: nn.Module) -> None:

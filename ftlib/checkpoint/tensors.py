@@ -1,6 +1,7 @@
 """The tensors of a training state under stable names, into files and back.
 
-`model.<name>` are the trainable parameters (all of them in a full fine-tune) and persistent buffers,
+`model.<name>` are the trainable parameters (all of them in a full fine-tune), persistent buffers, and once adapters
+were merged while training (ftlib.adapters.relora) the weights below them;
 `optim.state.<name>.<slot>` what the optimizer keeps for each parameter. Sharded tensors are written and read by their
 owners; any other mesh, or none, reads the same files.
 """
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ftlib.adapters import relora
 from ftlib.errors import UserError
 from ftlib.optim import lisa
 
@@ -29,7 +31,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """`model.<name>` -> the live tensor: trainable parameters and persistent buffers, a tied one once."""
     every = {_plain(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     some_sleep = getattr(model, "lisa", None) is not None  # and train at other times
-    kept = {_plain(name) for name, parameter in model.named_parameters() if parameter.requires_grad or some_sleep}
+    changed = {id(parameter) for parameter in relora.changed(model)}
+    kept = {
+        _plain(name)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or some_sleep or id(parameter) in changed
+    }
     state = get_model_state_dict(model)
     return {f"model.{name}": value for name, value in state.items() if name in kept or name not in every}
 
@@ -80,8 +87,9 @@ def targets(
 
     Raises a UserError naming every tensor that is missing, left over, or of another shape or dtype: torch would cast.
     """
-    lisa.wake(model)
     saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    lisa.wake(model)
+    relora.expect(model, saved)
     stepped = any(name.startswith("optim.state.") for name in [*saved, *numbers])
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)

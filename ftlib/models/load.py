@@ -1,5 +1,6 @@
 """Checkpoint -> parameters, one at a time: each process reads only the slice it keeps."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -35,10 +36,15 @@ def build(
     return model.to(dtype)
 
 
+def open_weights(model: LanguageModel, folder: Path) -> Weights:
+    """The weight files of the folder a model was built from, read as plain numbers whatever they are kept in."""
+    packed = model.config.get("quantization_config") or model.config.get("text_config", {}).get("quantization_config")
+    return dequantized(open_folder(folder), packed, folder)
+
+
 def check_weights(model: LanguageModel, folder: Path) -> Weights:
     """Headers of every weight file against the model: names and shapes. Raises UserError listing what differs."""
-    packed = model.config.get("quantization_config") or model.config.get("text_config", {}).get("quantization_config")
-    weights = dequantized(open_folder(folder), packed, folder)
+    weights = open_weights(model, folder)
     if model.lm_head.out_features != model.arch.vocab:
         weights = heads.WithHead(weights, model)
     state = base_state(model)
@@ -104,11 +110,12 @@ def base_state(model: LanguageModel) -> dict[str, Tensor | Stored]:
 
 
 @torch.no_grad()
-def load_weights(model: LanguageModel, weights: Weights) -> None:
-    """Fill the model's (already materialised) parameters from a checkpoint, casting to their dtype."""
+def load_weights(model: LanguageModel, weights: Weights, only: Collection[str] | None = None) -> None:
+    """Fill the model's (already materialised) parameters from a checkpoint, casting to their dtype; `only`: of these
+    names."""
     pieces = plan(base_state(model), model.table)
     for name, tensor in base_state(model).items():
-        if model.arch.tied and name == "lm_head.weight":
+        if (model.arch.tied and name == "lm_head.weight") or (only is not None and name not in only):
             continue
         if not isinstance(tensor, Tensor):
             whole = tuple(slice(0, size) for size in tensor.shape)

@@ -2,14 +2,19 @@
 
 import math
 
-from ftlib.sections import Schedule
+from ftlib.sections import Relora, Schedule
 
 
-def learning_rate(cfg: Schedule, peak: float, step: int, steps: int) -> float:
+def learning_rate(cfg: Schedule, peak: float, step: int, steps: int, restarts: Relora = Relora()) -> float:
     """Rate of step 1 … `steps`: linear warm-up to `peak`, then the named decay to `min_ratio * peak` at the last step.
 
-    Warm-up shortens itself to a tenth of the run, so that a run of few steps trains at its peak too.
+    Warm-up shortens itself to a tenth of the run, so that a run of few steps trains at its peak too. After each of its
+    merges `restarts` brings the rate back from 0 linearly (arXiv 2307.05695, "jagged cosine").
     """
+    if restarts.every and step > restarts.every:
+        since = (step - 1) % restarts.every + 1
+        if since <= restarts.warmup_steps:
+            return learning_rate(cfg, peak, step, steps) * since / restarts.warmup_steps
     warmup = min(cfg.warmup_steps, steps // 10)
     if step <= warmup:
         return peak * step / warmup

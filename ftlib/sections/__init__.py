@@ -4,7 +4,7 @@ from ftlib.sections.data import Batch, Data, Source
 from ftlib.sections.diffusion import Diffusion
 from ftlib.sections.distill import Distill
 from ftlib.sections.dpo import Dpo
-from ftlib.sections.lora import Lora
+from ftlib.sections.lora import Lora, Relora
 from ftlib.sections.loss import Loss, Mtp
 from ftlib.sections.model import Model, Tokenizer
 from ftlib.sections.optim import Optim, Schedule
@@ -17,6 +17,6 @@ from ftlib.sections.train import Lisa, Train
 
 __all__ = [
     "Batch", "Checkpoint", "Context", "Data", "Diffusion", "Distill", "Dpo", "Eval", "Init", "Lisa", "Log", "Lora",
-    "Loss", "Memory", "Model", "Mtp", "Optim", "Parallel", "Qat", "Reward", "Rounding", "Schedule", "Sizes", "Source",
-    "Stream", "Tokenizer", "Train",
+    "Loss", "Memory", "Model", "Mtp", "Optim", "Parallel", "Qat", "Relora", "Reward", "Rounding", "Schedule", "Sizes",
+    "Source", "Stream", "Tokenizer", "Train",
 ]

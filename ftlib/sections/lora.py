@@ -38,3 +38,21 @@ class Lora:
             raise ValueError("init: loftq is for plain adapters, not for dora")
         if self.lr_ratio <= 0:
             raise ValueError("lr_ratio: must be above 0; 1 is plain LoRA")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relora:
+    """Merge the adapter into the base now and then and begin a new one, so that all of them together reach a rank that
+    one does not (arXiv 2307.05695). `final/` is then a whole model."""
+
+    every: int = 0  # steps between two merges; 0: never, which is plain LoRA
+    warmup_steps: int = 50  # after each, over which the learning rate rises from 0 back to its schedule
+    keep: float = 0.01  # share of AdamW's moments of the adapter, the largest, that outlasts a merge; 0: none
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.warmup_steps) < 0:
+            raise ValueError("every and warmup_steps: must not be negative")
+        if self.every and self.warmup_steps >= self.every:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} must be fewer than the {self.every} of every")
+        if not 0 <= self.keep < 1:
+            raise ValueError("keep: must be in [0, 1)")

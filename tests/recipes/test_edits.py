@@ -68,7 +68,7 @@ EDITS = {
                 output.evaluation(step, {"eval_adapter_norm": norm}, [])
 """)],
     "a save hook": [(REPORT, REPORT + """            if step in (1, 3):
-                peft_format.save(model, cfg.output_dir / f"adapter_{step}", base=cfg.model.path, write=run.is_main)
+                result.save(model, cfg.output_dir / f"adapter_{step}", cfg.model.path, write=run.is_main)
 """)],
     "gradient noise": [(STEP, """            for parameter in (p for p in model.parameters() if p.grad is not None):
                 parameter.grad.add_(torch.randn_like(parameter.grad), alpha=cfg.noise)

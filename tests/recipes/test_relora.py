@@ -1,0 +1,369 @@
+"""ReLoRA: adapters merged while training, against a plain script; ranks, checkpoints, results, and what is refused."""
+
+import json
+import math
+import shutil
+import zlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from parity.shrink import relative
+from safetensors.torch import load_file
+from tiny_model import ROOT, losses, probe, steps, train, tune, write_config, write_model
+from torch import nn
+
+from ftlib import build, cli, config, models, optim, plugins, preflight
+from ftlib.adapters import lora, merge, relora
+from ftlib.checkpoint import tensors
+from ftlib.errors import UserError
+from ftlib.optim.schedule import learning_rate
+from ftlib.quant import qat
+from ftlib.sections import Lora, Model, Optim, Qat, Relora, Schedule
+
+SETTINGS = {
+    "schedule": {"name": "cosine", "warmup_steps": 1, "min_ratio": 0.5},
+    "checkpoint": {"every": 1, "keep": 9},
+    "optim": {"lr": 1e-2},
+    "lora": {"rank": 2},
+    "relora": {"every": 3, "warmup_steps": 1},
+    "steps": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def lab(tiny, tmp_path_factory):
+    """`.run(name, *words)`: the rows of a run of eight steps, merged after the third and the sixth, in `.at / name`."""
+    at = tmp_path_factory.mktemp("relora")
+    file = tiny.config(at, **SETTINGS)
+    run = lambda name, *words: train("lora_sft", "--config", file, f"output_dir={at / name}", *words)  # noqa: E731
+    return SimpleNamespace(at=at, file=file, run=run, rows=run("whole"), whole=at / "whole", base=tiny.model)
+
+
+def adapted(folder, dtype=torch.float64):
+    """A model with an adapter that does something, and `relora` of every three steps."""
+    model = models.from_pretrained(folder, dtype=dtype).train()
+    wide = dtype if dtype == torch.float64 else torch.float32
+    lora.attach_section(model, Lora(rank=2), dtype=wide)
+    lora.reset(model, 5)
+    section = Relora(every=3, warmup_steps=2)
+    relora.attach(model, SimpleNamespace(relora=section, seed=5, model=Model(path="."), optim=Optim(), steps=9))
+    return model
+
+
+class Logits(nn.Module):
+    """What `functional_call` can call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model.logits(ids)
+
+
+def test_steps_are_those_of_a_plain_script(tiny):
+    """Adam by hand on W + s B A, merged, drawn, pruned and warmed up again as the paper says, in float64."""
+    model, section = adapted(tiny.model), Relora(every=3, warmup_steps=2, keep=0.1)
+    model.relora.section = section
+    schedule, last = Schedule(warmup_steps=0, min_ratio=0.1), 8
+    optimizer = optim.build(model, Optim(betas=(0.9, 0.95), eps=1e-4))  # a large eps: no rounding is made a step
+    plain = models.from_pretrained(tiny.model).double()
+    layers = [name for name, _, _ in lora.adapted(model)]
+    weights, moments, factors = dict(plain.named_parameters()), {}, {}
+    for p in weights.values():
+        p.requires_grad_(False)
+
+    def draw(name, text):
+        out, inside = weights[f"{name}.weight"].shape
+        dice = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        a = nn.init.kaiming_uniform_(torch.empty(2, inside), a=math.sqrt(5), generator=dice).double()
+        factors[name] = [a.requires_grad_(), torch.zeros(out, 2, dtype=torch.float64, requires_grad=True)]
+
+    def pruned(x):
+        return torch.where(x.abs() > torch.quantile(x.abs(), 0.9), x, 0.0)
+
+    for name in layers:
+        draw(name, f"5:{name}")
+    for step in range(1, last + 1):
+        ids = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(step))
+        relora.at(step, model, optimizer)
+        optim.set_rate(optimizer, learning_rate(schedule, 1e-2, step, last, section))
+        model.logits(ids).square().mean().backward()
+        optim.step(optimizer, None)
+
+        if step in (4, 7):
+            for name in layers:
+                a, b = factors[name]
+                weights[f"{name}.weight"] += 16.0 * (b @ a).detach()
+                draw(name, f"5:{name}:{step // 3}")
+                for i in (0, 1):
+                    first, second = (pruned(x) for x in moments[name, i])
+                    moments[name, i] = [torch.where(second > 0, first, 0.0), second]
+        rate = 1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / last)) / 2)
+        rate *= {4: 0.5, 7: 0.5}.get(step, 1.0)
+        used = {f"{name}.weight": weights[f"{name}.weight"] + 16.0 * b @ a for name, (a, b) in factors.items()}
+        found = torch.func.functional_call(Logits(plain), {f"model.{key}": w for key, w in used.items()}, (ids,))
+        every = [part for name in layers for part in factors[name]]
+        gradients = torch.autograd.grad(found.square().mean(), every)
+        for number, g in enumerate(gradients):
+            key = layers[number // 2], number % 2
+            m, v = moments.get(key, [torch.zeros_like(g)] * 2)
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            moments[key] = [m, v]
+            every[number].data -= rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-4)
+    for name, linear, mine in lora.adapted(model):
+        torch.testing.assert_close(linear.weight, weights[f"{name}.weight"], rtol=1e-9, atol=1e-11, msg=name)
+        for ours, theirs in zip((mine.lora_A, mine.lora_B), factors[name], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_the_largest_moments_stay():
+    generator = torch.Generator().manual_seed(0)
+    for keep, shape in ((0.01, (40, 50)), (0.25, (7, 9)), (0.0, (4, 4))):
+        m, v = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
+        first, second = (torch.where(x.abs() > torch.quantile(x.abs(), 1 - keep), x, 0.0) for x in (m, v))
+        relora.prune(m, v, keep)
+        assert torch.equal(v, second) and int((v != 0).sum()) == math.ceil(keep * (v.numel() - 1)), keep
+        assert torch.equal(m, torch.where(second > 0, first, 0.0)), "none that would be divided by nothing"
+
+
+def test_the_rate_comes_back_from_nothing_after_each_merge():
+    """The cosine of the whole run, with teeth (the paper's figure 2)."""
+    schedule, section = Schedule(warmup_steps=5, min_ratio=0.1), Relora(every=20, warmup_steps=4)
+    plain = [learning_rate(schedule, 1.0, step, 100) for step in range(1, 101)]
+    found = [learning_rate(schedule, 1.0, step, 100, section) for step in range(1, 101)]
+    teeth = {20 * k + i: i / 4 for k in range(1, 5) for i in range(1, 5)}
+    assert found == [rate * teeth.get(step, 1.0) for step, rate in enumerate(plain, 1)]
+    assert found == pytest.approx(plain) if not teeth else min(found) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "limit"),
+    [
+        ("llama-3.2-1b", torch.float32, 1e-5),
+        ("llama-3.2-1b", torch.bfloat16, 2e-2),  # the sum of W and B A is rounded to 8 bits
+        ("gpt-oss-20b", torch.float32, 1e-5),
+        ("qwen3-30b-a3b", torch.float32, 1e-5),
+    ],
+)
+def test_a_merge_leaves_the_function_as_it_was(name, dtype, limit, tmp_path):
+    model = adapted(write_model(tmp_path, name), dtype)
+    generator, optimizer = torch.Generator().manual_seed(3), optim.build(model, Optim())
+    for _, _, factors in lora.adapted(model):
+        factors.lora_B.data = 0.02 * torch.randn(factors.lora_B.shape, generator=generator)
+    with lora.use(model, None):
+        base = probe(model.logits)
+    before = probe(model.logits)
+    a = next(iter(lora.adapted(model)))[2].lora_A.clone()
+    relora.at(3, model, optimizer)
+    assert not relora.changed(model) and torch.equal(probe(model.logits), before), "not yet"
+    relora.at(4, model, optimizer)
+    assert relative(probe(model.logits), before) <= limit < relative(base, before)
+    for _, linear, factors in lora.adapted(model):
+        assert not factors.lora_B.any() and linear.weight.dtype == dtype
+    assert not torch.equal(next(iter(lora.adapted(model)))[2].lora_A, a), "drawn again, not the same"
+
+
+def test_a_merge_under_rounding_changes_no_bit(tiny):
+    """What `qat` rounds is the merged matrix already."""
+    model = models.from_pretrained(tiny.model, dtype=torch.bfloat16)
+    qat.attach(model, Qat(scheme="fp8"), "qat")
+    lora.attach(model, "all-linear", rank=2)
+    lora.reset(model, 0)
+    generator = torch.Generator().manual_seed(3)
+    for _, _, factors in lora.adapted(model):
+        factors.lora_B.data = 0.02 * torch.randn(factors.lora_B.shape, generator=generator)
+    qat.switch(model, True)
+    before = probe(model.logits)
+    merge.fold(model)
+    lora.reset(model, 1)
+    assert torch.equal(probe(model.logits), before)
+
+
+def test_the_sum_of_adapters_has_a_rank_that_none_has(lab):
+    """Three adapters of rank 2: the weights of `final/` have moved in six directions."""
+    before, after = models.from_pretrained(lab.base), models.from_pretrained(lab.whole / "final")
+    lab.run("plain", "relora.every=0")
+    assert cli.main(["merge", str(lab.base), str(lab.at / "plain" / "final"), str(lab.at / "merged")]) == 0
+    plain = models.from_pretrained(lab.at / "merged")
+    for name, layer, _ in lora.adapted(adapted(lab.base)):
+        ranks = []
+        for model in (after, plain):
+            moved = model.get_submodule(name).weight - before.get_submodule(name).weight
+            values = torch.linalg.svdvals(moved.detach())
+            ranks.append(int((values > 1e-3 * values[0]).sum()))
+        assert ranks == [6, 2], (name, layer, ranks)
+
+
+def test_the_result_is_a_whole_model(lab):
+    """Whose logits are those of the last state: others load it, and a checkpoint of the run merges into the same."""
+    from transformers import AutoModelForCausalLM
+
+    final = lab.whole / "final"
+    assert (final / "config.json").is_file() and not (final / "adapter_config.json").exists()
+    ours = probe(models.from_pretrained(final).logits)
+    theirs = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32).eval()
+    assert relative(ours, probe(lambda ids: theirs(ids).logits)) <= 1e-5
+    again = train("lora_sft", "--config", lab.file, f"output_dir={lab.at / 'look'}", f"model.path={final}", "steps=5")
+    assert again[0]["eval_loss"] == pytest.approx(lab.rows[-1]["eval_loss"], rel=1e-5)
+    checkpoint = lab.whole / "checkpoints" / "step_000008"
+    assert cli.main(["merge", str(lab.base), str(checkpoint), str(lab.at / "from_checkpoint")]) == 0
+    written = [load_file(folder / "model.safetensors") for folder in (final, lab.at / "from_checkpoint")]
+    assert written[0].keys() == written[1].keys()
+    assert all(torch.equal(written[0][key], written[1][key]) for key in written[0])
+
+
+def test_a_checkpoint_has_the_base_once_it_has_changed(lab):
+    held = {}
+    for folder in (lab.whole / "checkpoints").iterdir():
+        names = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+        held[folder.name] = "model.model.layers.0.mlp.up_proj.weight" in names
+        assert "model.model.embed_tokens.weight" not in names, "only what adapters were merged into"
+    assert held == {f"step_{step:06}": step > 3 for step in range(1, 9)}
+
+
+def cut(lab, name, step):
+    """A copy of the whole run's folder, as if it had been killed after `step`."""
+    out = shutil.copytree(lab.whole, lab.at / name)
+    shutil.rmtree(out / "final")
+    (out / ".finished.json").unlink()
+    for folder in (out / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+    return out
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 6])
+def test_resumed_to_the_bit(step, lab):
+    """Inside the first period, where a merge is due, right after one, where the second is due."""
+    out = cut(lab, f"cut{step}", step)
+    again = lab.run(out.name)
+    assert losses(again) == losses(lab.rows) and again[-1]["eval_loss"] == lab.rows[-1]["eval_loss"]
+    files = [(folder / "final" / "model.safetensors").read_bytes() for folder in (lab.whole, out)]
+    assert files[0] == files[1]
+
+
+def test_off_is_what_it_was_and_on_changes_what_follows_a_merge(lab):
+    off, on = losses(lab.run("plain", "relora.every=0")), losses(lab.rows)
+    assert off[:3] == on[:3] and all(a != b for a, b in zip(off[4:], on[4:], strict=True))
+    assert steps(lab.rows)[-1] < 0.9 * steps(lab.rows)[0] and lab.rows[-1]["eval_loss"] < lab.rows[0]["eval_loss"]
+
+
+def test_going_back_to_before_the_first_merge_gives_the_old_base(lab, tmp_path):
+    """As `spike: rollback` and `keep_best` do: that checkpoint has no base, so its files are read again."""
+    model = adapted(lab.base, torch.float32)
+    model.source = lab.base
+    optimizer, start = optim.build(model, Optim(lr=1e-2)), probe(model.logits)
+    saved = {}
+    for step in range(1, 6):
+        relora.at(step, model, optimizer)
+        model.logits(torch.arange(5, 25)[None]).square().mean().backward()
+        optim.step(optimizer, None)
+        if step in (2, 4):
+            slots, numbers = tensors.optimizer_state(model, [optimizer])
+            (folder := tmp_path / str(step)).mkdir()
+            tensors.write(folder, {k: t.clone() for k, t in (tensors.model_tensors(model) | slots).items()}, 1)
+            saved[step] = folder, numbers, probe(model.logits)
+    assert relative(start, saved[2][2]) > 1e-3
+    for step in (2, 4, 2):
+        folder, numbers, logits = saved[step]
+        wanted = tensors.targets(folder, model, [optimizer], numbers)
+        tensors.fill(folder, wanted, model, [optimizer], numbers)
+        assert torch.equal(probe(model.logits), logits) and model.relora.merged == (step > 3)
+
+
+def test_two_processes_merge_what_one_merges_and_go_on_to_the_bit(lab):
+    """Base, adapters and moments in shards (FSDP2), and a norm that trains whole beside them."""
+    saved = "lora.modules_to_save=[norm]"
+    words = ("--config", lab.file, saved, "parallel.dp_shard=2", "batch.micro_rows=2")
+    command = ("run", "--nproc-per-node", 2, ROOT / "recipes" / "lora_sft.py", *words)
+    code, _, errors = tune(*command, f"output_dir={lab.at / 'two'}")
+    assert code == 0, errors
+    whole = rows_of(lab.at / "two")
+    assert steps(whole) == pytest.approx(steps(lab.run("norm", saved)), rel=1e-5)
+    out = cut(SimpleNamespace(whole=lab.at / "two", at=lab.at), "two_cut", 4)
+    code, said, errors = tune(*command, f"output_dir={out}")
+    assert code == 0 and "resuming from step_000004" in said, errors
+    assert losses(rows_of(out)) == losses(whole)
+    files = [(folder / "final" / "model.safetensors").read_bytes() for folder in (lab.at / "two", out)]
+    assert files[0] == files[1]
+    alone = cut(SimpleNamespace(whole=lab.at / "two", at=lab.at), "two_alone", 4)
+    assert steps(lab.run(alone.name, saved)) == pytest.approx(steps(whole), rel=1e-5), "shards read by one process"
+    one, two = (load_file(lab.at / name / "final" / "model.safetensors") for name in ("norm", "two"))
+    assert one.keys() == two.keys()
+    assert all(relative(two[key], one[key]) < 1e-4 for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llama-3.2-1b", ["parallel.tp=2"]),
+        ("gpt-oss-20b", ["parallel.dp_shard=2", "batch.micro_rows=2"]),
+        ("gpt-oss-20b", ["parallel.tp=2"]),
+        ("llama-3.2-1b", ["parallel.dp_replicate=2", "batch.micro_rows=2"]),
+        ("llama-3.2-1b", ["parallel.dp_shard=2", "batch.micro_rows=2", 'tokenizer.add_tokens=["<x>"]']),
+        ("llama-3.2-1b", ["parallel.dp_shard=2", "batch.micro_rows=2", "optim.offload=true", "memory.compile=true"]),
+    ],
+    ids=str,
+)
+def test_on_every_kind_of_shard(name, words, tiny, tmp_path):
+    """Last result (2026-11-22): passed."""
+    model = write_model(tmp_path / "model", name, **({"intermediate_size": 64} if "gpt" in name else {}))
+    file = write_config(tmp_path / "c.yaml", model, tiny.rows, **SETTINGS | {"checkpoint": {"every": 0}})
+    more = [word for word in words if word.startswith("tokenizer")]
+    one = train("lora_sft", "--config", file, f"output_dir={tmp_path / 'one'}", *more)
+    run = ("run", "--nproc-per-node", 2, ROOT / "recipes" / "lora_sft.py", "--config", file)
+    code, _, errors = tune(*run, f"output_dir={tmp_path / 'two'}", *words)
+    assert code == 0, errors
+    assert steps(rows_of(tmp_path / "two")) == pytest.approx(steps(one), rel=1e-5)
+    written = [load_file(tmp_path / which / "final" / "model.safetensors") for which in ("one", "two")]
+    assert written[0].keys() == written[1].keys()
+    assert all(relative(written[1][key], written[0][key]) < 1e-3 for key in written[0])
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["model.quantize=int8"], r"rounded anew.*relora\.every, model\.quantize"),
+        (["optim.name=muon"], "AdamW's moments"),
+        (["optim.states=int8"], "in 16 bits at least"),
+        (["lora.dora=true"], r"lora\.dora: the length"),
+        (["lora.init=pissa"], "pissa begins inside W"),
+        (["steps=3"], "nothing is merged in 3 steps"),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_what_it_does_not_go_with_is_refused(lab, words, named):
+    recipe = plugins.load_file(ROOT / "recipes" / "lora_sft.py")
+    cfg = config.load(recipe.Config, ["--config", str(lab.file), *words])
+    with pytest.raises(UserError, match=f"(?s){named}"):
+        build.check(cfg)
+
+
+def test_sizes_that_mean_nothing_are_refused():
+    for wrong, named in (({"every": 50}, "fewer than the 50"), ({"keep": 1.0}, "keep"), ({"every": -1}, "negative")):
+        with pytest.raises(ValueError, match=named):
+            Relora(**wrong)
+
+
+def test_a_run_goes_on_with_the_merges_it_began_with(lab):
+    for words, named in ((["relora.every=4"], "relora.every: 3 then, 4 now"), (["relora.keep=0"], "relora.keep")):
+        with pytest.raises(UserError, match=named):
+            lab.run("whole", "steps=10", *words)
+
+
+def test_the_plan_counts_the_base_on_disk(lab):
+    recipe, least = plugins.load_file(ROOT / "recipes" / "lora_sft.py"), {}
+    for every in (0, 3):
+        cfg = config.load(recipe.Config, ["--config", str(lab.file), f"relora.every={every}"])
+        least[every] = preflight.need(build._check_model(cfg), cfg, 1)
+    written = (lab.whole / "final" / "model.safetensors").stat().st_size
+    assert least[3].final == pytest.approx(written, rel=0.05) and least[0].final < 0.5 * written
+    held = sum(file.stat().st_size for file in (lab.whole / "checkpoints" / "step_000008").glob("*.safetensors"))
+    assert least[3].checkpoint == pytest.approx(held, rel=0.1) and least[3].memory == least[0].memory
