@@ -1,10 +1,10 @@
 """The command line: verbs, mistakes, exit codes, and recipes run here and in several processes."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -76,11 +76,15 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv", [["--help"], ["ls"]])
 def test_answers_within_a_third_of_a_second(tmp_path, argv):
+    def processor_time():  # not the clock's: other tests run beside this one
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     times = []
-    while len(times) < 3 or (min(times) > 0.3 and len(times) < 10):  # other tests run beside this one
-        start = time.perf_counter()
+    for _ in range(3):
+        start = processor_time()
         assert tune(*argv, cwd=tmp_path).returncode == 0
-        times.append(time.perf_counter() - start)
+        times.append(processor_time() - start)
     assert min(times) < 0.3, times
 
 
