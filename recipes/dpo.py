@@ -70,7 +70,7 @@ def backward(
     model: models.LanguageModel,
     micro_batches: list[AnswerBatch],
     objective: Objective,
-    refer: reference.Reference,
+    reference_logprobs: reference.Reference,
     baseline: torch.Tensor | float,
     units: int,
     run: processes.Run,
@@ -80,10 +80,10 @@ def backward(
     sums = torch.zeros(len(FIGURES), 2, dtype=torch.float64, device=run.device)
     for micro in micro_batches:
         micro = micro.to(run.device, non_blocking=True)
-        before = refer(model, micro)  # log-probabilities of the answers under the reference; None without one
+        before = reference_logprobs(model, micro)  # of each answer; None where the loss has no reference
         hidden, head, terms = model(micro), model.lm_head.weight, model.logit_terms
         policy = answer_logprobs(hidden, head, micro.answers, length_alpha=objective.length_alpha, **terms)
-        weights = policy_weights(hidden, head, micro.answers, **terms) if objective.on_policy else None
+        weights = policy_weights(hidden, head, micro.answers, **terms) if objective.on_policy else None  # wpo
         values, counted = objective(micro.answers, policy, before, baseline, weights)
         # Each micro-batch on each device adds its part of one mean over the step's pairs, or rated answers.
         part = values.sum() / units
@@ -125,9 +125,9 @@ def main(cfg: Config) -> list[dict]:
             with output.waiting():
                 batch = next(loader)
             lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))
-            units = sum(map(len, batch.packs))  # of the step over all devices
-            baseline = output.counters.get("mean_reward", 0.0) if objective.shifted else 0.0
-            if objective.mismatched:
+            units = sum(map(len, batch.packs))  # pairs, or rated answers, of the step over all devices
+            baseline = output.counters.get("mean_reward", 0.0) if objective.shifted else 0.0  # bco: of all steps so far
+            if objective.mismatched:  # kto: of answers to other prompts, in this step
                 baseline = reference.divergence(model, batch.micro_batches, references["train"], objective, run)
             loss, sums = backward(model, batch.micro_batches, objective, references["train"], baseline, units, run)
             grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)

@@ -77,24 +77,25 @@ def draw(
     cfg: Config, step: int, prompts: PromptLoader, rollouts: Rollouts | Ahead, rewards: Rewards, run: Run, note: StepLog
 ) -> tuple[list[Sample], list[Sample]]:
     """(samples to learn from, all samples). With dynamic sampling, groups that all earn the same are replaced."""
-    algorithm, share = presets.resolve(cfg.algorithm), cfg.rollout.prompts // run.data_ranks
+    algorithm = presets.resolve(cfg.algorithm)
+    share = cfg.rollout.prompts // run.data_ranks  # prompts of each process
+    own = slice(run.data_rank * share, (run.data_rank + 1) * share)
     kept: list[Sample] = []
     drawn: list[Sample] = []
     for number in range(cfg.rollout.max_rounds if algorithm.dynamic_sampling else 1):
-        asked = next(prompts)[run.data_rank * share : (run.data_rank + 1) * share]
         with note.clock("generate"):
-            fresh = rollouts(asked, cfg.rollout.group, (cfg.seed, step, number, run.data_rank))
+            fresh = rollouts(next(prompts)[own], cfg.rollout.group, (cfg.seed, step, number, run.data_rank))
         with note.clock("reward"):
             scoring.give_rewards(fresh, rewards, algorithm, cfg.rollout.max_new_tokens)
         for sample in fresh:
-            sample.group += number * share
+            sample.group += number * share  # prompts of later rounds are further groups
         drawn += fresh
         kept += scoring.differing(fresh, rewards, algorithm.advantage) if algorithm.dynamic_sampling else fresh
         note.staleness = rollouts.age
         if scoring.enough(kept, cfg.rollout.group * share, run):
             break
-    following = prompts.peek()[run.data_rank * share : (run.data_rank + 1) * share]
-    rollouts.begin(following, cfg.rollout.group, (cfg.seed, step + 1, 0, run.data_rank))
+    # With rollout.staleness another process draws for the next step while this one learns; else nothing begins.
+    rollouts.begin(prompts.peek()[own], cfg.rollout.group, (cfg.seed, step + 1, 0, run.data_rank))
     return kept[: cfg.rollout.group * share], drawn
 
 
@@ -106,7 +107,7 @@ def learn(
     algorithm = presets.resolve(cfg.algorithm)
     loss, grad_norm = torch.zeros((), device=run.device), torch.zeros(())
     for number, part in enumerate(scoring.split(samples, cfg.rollout.minibatches)):
-        # The weights of tokens hold one denominator for all micro-batches of all processes.
+        # Each token's weight holds the one denominator of this optimizer step, over all micro-batches of all processes.
         trained, tokens = scoring.give_weights(part, algorithm, cfg.rollout.max_new_tokens, run)
         for micro in setup.micro_batches(cfg, trained, pad_id, run):
             new, entropy = setup.score_tokens(model, micro, cfg.rollout.temperature, entropy=True)
@@ -116,7 +117,7 @@ def learn(
             if micro.samples:
                 note.tokens(micro, new.detach(), entropy, logs, first=number == 0)
         if number == 0:
-            pages.check(note, run)
+            pages.check(note, run)  # that the trainer gives what was drawn the engine's probabilities
         if pages.learns(tokens):  # else every group earned the same, on every process
             setup.fill_gradients(model, run)
             grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
@@ -139,7 +140,8 @@ def main(cfg: Config) -> list[dict]:
     optimizer = optim.build(model, cfg.optim)
 
     output = Output(cfg, run, model, steps)
-    rewards, dialogues = Rewards(cfg.rewards, output.say, reward_model.load_all(cfg, run)), Dialogues(cfg.dialogue)
+    rewards = Rewards(cfg.rewards, output.say, reward_model.load_all(cfg, run))
+    dialogues = Dialogues(cfg.dialogue)
     state = State(model, optimizer, prompts, extra=output.counters)
     saver = Saver(cfg.checkpoint, cfg.output_dir, run, setup.fingerprint(cfg, sets), output.say)
     if saver.finished() == steps:
@@ -149,7 +151,8 @@ def main(cfg: Config) -> list[dict]:
     rollouts = Rollouts(cfg.rollout, engine, tokenizer, dialogues)
     evaluate = Held(cfg.eval, sets.eval, rollouts, rewards, algorithm, run)
     drawing = ahead.rollouts(cfg, rollouts, model, output.counters, run)
-    pages, boundary = Pages(cfg, run, output, done), Boundary(cfg, run, steps, evaluate, output, saver, state)
+    pages = Pages(cfg, run, output, done)
+    boundary = Boundary(cfg, run, steps, evaluate, output, saver, state)
 
     said = [*sets.report, f"training: {trained_share(model)}", *presets.formula(cfg.algorithm, cfg.rollout)]
     with rewards, dialogues, drawing, output.begin(done, said), boundary:
@@ -160,7 +163,7 @@ def main(cfg: Config) -> list[dict]:
             note = StepLog()
             samples, drawn = draw(cfg, step, prompts, drawing, rewards, run, note)
             engine.release()  # the update has the memory of keys and values
-            with note.clock("logprobs"):
+            with note.clock("logprobs"):  # of the policy before the update and of the reference, where they are needed
                 setup.look_back(cfg, samples, model, reference, tokenizer.filler_id, run)
             scoring.give_advantages(samples, scoring.gather(samples, rewards, run), algorithm, run)
             lr = optim.set_rate(optimizer, learning_rate(cfg.schedule, cfg.optim.lr, step, steps))

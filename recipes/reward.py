@@ -81,9 +81,9 @@ def main(cfg: Config) -> list[dict]:
     done = saver.resume(state)
 
     with output.begin(done, rows.report.lines()), Boundary(cfg, run, steps, evaluate, output, saver, state) as boundary:
+        output.say(trained_share(model))
         if done == 0:
             boundary.score(0)
-        output.say(trained_share(model))
 
         for step in range(done + 1, steps + 1):
             with output.waiting():
@@ -92,7 +92,7 @@ def main(cfg: Config) -> list[dict]:
             # Pairs or steps over all devices: each micro-batch adds its part of one mean over them.
             count = sum(map(len, batch.packs)) if cfg.reward.kind == "pairs" else batch.target_tokens
             loss = torch.zeros((), dtype=torch.float64, device=run.device)
-            sums = torch.zeros(len(reward.FIGURES) + 1, dtype=torch.float64, device=run.device)
+            sums = torch.zeros(len(reward.FIGURES) + 1, dtype=torch.float64, device=run.device)  # for the log
             for micro in batch.micro_batches:
                 micro = micro.to(run.device, non_blocking=True)
                 values, counted = reward.loss(reward.scores(model, micro, cfg.reward), micro, cfg.reward)

@@ -13,7 +13,10 @@ from ftlib.losses.preference import LOSSES, Pairs, Rated, Settings
 from ftlib.sections import Dpo, methods
 from ftlib.sections.dpo import CONSTANTS
 
-FIGURES = ("rewards_chosen", "rewards_rejected", "accuracy", "logps_chosen", "logps_rejected")
+FIGURES = (
+    "rewards_chosen", "rewards_rejected", "accuracy", "logps_chosen", "logps_rejected",
+    "token_logps_chosen", "token_logps_rejected", "length_chosen", "length_rejected",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Objective:
         if weights is not None:
             values = values * weights.view(-1, 2).prod(1)
         rewards = self._rewards(policy, reference, answers.lengths)
-        return values, _paired_figures(rewards.detach(), policy.detach())
+        return values, _paired_figures(rewards.detach(), policy.detach(), answers.lengths)
 
     def _rated(
         self, answers: Answers, policy: Tensor, reference: Tensor, baseline: Tensor | float
@@ -96,7 +99,8 @@ class Objective:
         rewards, policy = self._rewards(policy, reference, answers.lengths).detach(), policy.detach()
         zero = baseline * term.settings.beta if self.mismatched else baseline
         right = torch.where(rewards == zero, 0.5, ((rewards > zero) == good).to(rewards.dtype))
-        sides = [[(x * side).sum(), side.sum()] for x in (rewards, policy) for side in (good, ~good)]
+        columns = (rewards, policy, policy / answers.lengths, answers.lengths)
+        sides = [[(x * side).sum(), side.sum()] for x in columns for side in (good, ~good)]
         sides.insert(2, [right.sum(), right.new_tensor(len(right))])
         return values, torch.stack([torch.stack([n.to(rewards.dtype) for n in pair]) for pair in sides])
 
@@ -153,7 +157,8 @@ def _sides(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(-1, 2).unbind(1)
 
 
-def _paired_figures(rewards: Tensor, policy: Tensor) -> Tensor:
-    (won, lost), (chosen, rejected) = _sides(rewards), _sides(policy)
-    sums = torch.stack([x.sum() for x in (won, lost, better(won, lost), chosen, rejected)])
+def _paired_figures(rewards: Tensor, policy: Tensor, lengths: Tensor) -> Tensor:
+    won, lost = _sides(rewards)
+    columns = (won, lost, better(won, lost), *_sides(policy), *_sides(policy / lengths), *_sides(lengths))
+    sums = torch.stack([x.sum().to(rewards.dtype) for x in columns])
     return torch.stack((sums, torch.full_like(sums, len(won))), 1)

@@ -67,6 +67,9 @@ def test_first_loss_is_ln_2_and_the_preference_is_learnt(toy, tmp_path, capsys):
     assert abs(rows[0]["eval_loss"] - LN2) < 1e-6 and rows[-1]["eval_loss"] < 0.5
     assert trained[-1]["margin"] == pytest.approx(trained[-1]["rewards_chosen"] - trained[-1]["rewards_rejected"])
     assert trained[-1]["accuracy"] == 1.0 and trained[-1]["logps_chosen"] > trained[-1]["logps_rejected"]
+    per_token = [row[f"logps_{side}"] / row[f"length_{side}"] for row in trained for side in ("chosen", "rejected")]
+    found = [row[f"token_logps_{side}"] for row in trained for side in ("chosen", "rejected")]
+    assert found == pytest.approx(per_token, rel=0.05), "answers of nearly one length"
 
 
 def test_shuffled_labels_teach_nothing(toy, tmp_path):

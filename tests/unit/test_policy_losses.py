@@ -41,6 +41,8 @@ def test_whitened_advantages():
     each = [advantages(scores(FIRST[at : at + 4]), "center_whiten") for at in (0, 4)]
     assert each[0].tolist() == pytest.approx([0.865875, -0.865875, -0.865875, 0.865875], abs=1e-6)
     assert each[1].tolist() == pytest.approx([-0.4999, -0.4999, -0.4999, 1.4997], abs=1e-6)
+    both = advantages(scores(FIRST), "center_whiten").tolist()
+    assert both == pytest.approx([0.9998, -0.9998, -0.9998, 0.9998, -0.4999, -0.4999, -0.4999, 1.4997], abs=1e-6)
     plain = advantages(scores(FIRST), "whiten")
     assert float(plain.mean()) == pytest.approx(0, abs=1e-12) and float(plain.std()) == pytest.approx(1, abs=1e-3)
     long = advantages(scores([1, 0, 0, 1], lengths=[3, 1, 1, 1]), "whiten")  # a token counts once
