@@ -133,7 +133,6 @@ def main(cfg: Config) -> list[dict]:
     sets = setup.load_prompts(cfg, tokenizer)
     prompts = PromptLoader(sets.train, cfg.rollout.prompts, cfg.seed)
     steps = cfg.steps or max(1, round(cfg.epochs * prompts.steps_per_epoch()))
-
     algorithm = presets.resolve(cfg.algorithm)
     model = build.model(cfg, run, reference=algorithm.needs_reference)
     reference = setup.Reference(cfg, model, algorithm, run)
@@ -153,7 +152,6 @@ def main(cfg: Config) -> list[dict]:
     drawing = ahead.rollouts(cfg, rollouts, model, output.counters, run)
     pages = Pages(cfg, run, output, done)
     boundary = Boundary(cfg, run, steps, evaluate, output, saver, state)
-
     said = [*sets.report, f"training: {trained_share(model)}", *presets.formula(cfg.algorithm, cfg.rollout)]
     with rewards, dialogues, drawing, output.begin(done, said), boundary:
         if done == 0:

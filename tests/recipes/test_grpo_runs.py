@@ -151,6 +151,25 @@ def test_drawing_ahead_learns_from_weights_one_update_old_and_resumes_to_the_bit
     assert "drawn_ahead" not in (state.parents[1] / "step_000008/state.json").read_text()
 
 
+def test_adapters_learn_on_a_base_of_four_bits_that_is_drawn_from_as_it_is(toy, tmp_path, monkeypatch):
+    """One copy of it, for engine, trainer and reference."""
+    module, engines = plugins.load_file(ROOT / "recipes" / "grpo.py"), []
+
+    def kept(model, **options):
+        engines.append(Engine(model, **options))
+        return engines[0]
+
+    monkeypatch.setattr(module, "Engine", kept)
+    sections = {"model": {"quantize": "nf4"}, "lora": {"rank": 4}, "algorithm": {"kl_coef": 0.01}, "steps": 6}
+    sections |= {"optim": {"lr": 1e-2}, "rollout": {"prompts": 6, "group": 6}}
+    values = rl_toys.settings(toy, "length", tmp_path / "out", **sections)
+    rows = [row for row in rl_toys.learn(values, module) if "loss" in row]
+    assert max(row["mismatch/max"] for row in rows) < 1e-4 and rows[0]["kl"] == 0 < rows[-1]["kl"]
+    (engine,) = engines
+    linear = engine.model.model.layers[0].self_attn.q_proj
+    assert engine.merged is None and "weight" not in linear._parameters and linear.adapters["policy"].lora_B.any()
+
+
 def on_two(toy, out, mesh, **sections):
     """Rows of two steps on two processes."""
     values = rl_toys.settings(toy, "length", out, steps=2, **sections)
@@ -210,10 +229,10 @@ def test_every_preset_learns(toy, tmp_path, preset):
     assert last >= first + 0.4, (first, last)
 
 
-@pytest.mark.slow
 def test_sums_get_right_after_a_little_imitation(toy, tmp_path):
-    """60 steps of imitation, then 150 of rewards: 0.62 -> 0.95 (2026-11-22; 20 s of one core)."""
-    values = rl_toys.settings(toy, "sum", tmp_path / "rl", steps=150, optim={"lr": 1e-3})
+    """60 steps of imitation, then 80 of rewards."""
+    rollout = {"prompts": 24, "group": 8, "minibatches": 4}
+    values = rl_toys.settings(toy, "sum", tmp_path / "rl", steps=80, optim={"lr": 1e-3}, rollout=rollout)
     imitate = {key: values[key] for key in ("model", "memory", "checkpoint", "dtype")}
     imitate |= {"data": {"sources": [{"path": str(toy / "sum_sft.jsonl")}], "seq_len": 32}, "optim": {"lr": 3e-3}}
     imitate |= {"batch": {"rows": 16, "micro_rows": 16}, "steps": 60, "output_dir": str(tmp_path / "sft")}
@@ -221,11 +240,18 @@ def test_sums_get_right_after_a_little_imitation(toy, tmp_path):
     train("full_sft", "--config", tmp_path / "sft.yaml")
     values["model"] = {"path": str(tmp_path / "sft/final")}
     first, last = rl_toys.rewards(rl_toys.learn(values))
-    assert first < 0.75 and last >= 0.88
+    assert first < 0.75 and last >= 0.85
+
+
+def test_copying_is_found_from_nothing(toy, tmp_path):
+    """Three digits from random weights: their length and some of them soon, all of them after long (the slow test)."""
+    values = rl_toys.settings(toy, "copy", tmp_path / "out", steps=60, algorithm={"preset": "dr_grpo"})
+    first, last = rl_toys.rewards(rl_toys.learn(values))
+    assert first < 0.15 and last >= 0.25
 
 
 @pytest.mark.slow
-def test_copying_is_found_from_nothing(toy, tmp_path):
+def test_copying_is_found_whole(toy, tmp_path):
     """Three digits from random weights in 400 steps: 0.07 -> 0.999 (2026-11-22; 45 s of one core)."""
     sections = {"steps": 400, "algorithm": {"preset": "dr_grpo"}, "optim": {"lr": 1.5e-3}}
     first, last = rl_toys.rewards(rl_toys.learn(rl_toys.settings(toy, "copy", tmp_path / "out", **sections)))
