@@ -163,6 +163,20 @@ def test_neftune_noise_is_uniform_and_shrinks_with_length():
     assert not still.model.embed(batch).any()
 
 
+def test_neftune_noise_is_that_of_transformers():
+    """Its hook, from the authors' code, of rows that are one document each, from the same dice."""
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    batch = SimpleNamespace(layout=SimpleNamespace(lengths=torch.full((3, 40), 40)))
+    ours, theirs = Embeds(), SimpleNamespace(training=True, neftune_noise_alpha=torch.tensor(7.0))
+    add_noise(ours, 7.0)
+    torch.manual_seed(1)
+    found = ours.model.embed(batch)
+    torch.manual_seed(1)
+    wanted = neftune_post_forward_hook(theirs, None, torch.zeros(3, 40, 16))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
 def test_statistics_sum_up_to_the_whole_norm():
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))})
     model["layers"][0].bias.requires_grad_(False)
