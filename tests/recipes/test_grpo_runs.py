@@ -200,9 +200,22 @@ def test_two_processes_learn_alike_whether_they_share_a_model_or_not(how, toy, t
     assert shared[-1]["eval_reward"] == pytest.approx(apart[-1]["eval_reward"], abs=1e-6)
 
 
-def test_gsm8k_runs_whole(tmp_path):
-    """Rows as published, through the shipped model: nothing to learn for it, but every part is met."""
-    file = shared("math/gsm8k_test.jsonl")
+def like_gsm8k(folder):
+    """Rows of its form in words of our own: a calculation in brackets, the number last, some with commas or a minus."""
+    rows = []
+    for i in range(1, 65):
+        each, sold = 37 * i, 40 - i
+        question = f"A mill has {i} sacks of {each} grains. It gives {sold} grains away. How many are left?"
+        whole = f"{i} * {each} = <<{i}*{each}={i * each}>>{i * each} grains.\nThen {i * each} - {sold} are left."
+        rows.append({"question": question, "answer": f"{whole}\n#### {i * each - sold:,}"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+@pytest.mark.parametrize("rows", ["alike", "published"])
+def test_gsm8k_runs_whole(rows, tmp_path):
+    """Through the shipped model: nothing to learn for it, but every part is met."""
+    file = like_gsm8k(tmp_path) if rows == "alike" else shared("math/gsm8k_test.jsonl")
     words = ["--config", str(ROOT / "configs/demo_grpo.yaml"), f"data.sources=[{{path: '{file}', split: '[:60]'}}]"]
     words += [f"data.eval=[{{path: '{file}', split: '[60:64]'}}]", "data.seq_len=1024", "steps=2"]
     words += ["rewards=[{fn: gsm8k}]"]

@@ -12,6 +12,7 @@ from tiny_model import write_model, write_tokenizer
 from ftlib import data, models, tokenizers
 from ftlib.data import Preferences, Wanted
 from ftlib.errors import UserError
+from ftlib.models import hub
 from ftlib.preference.answers import answer_logprobs
 from ftlib.sections import Data, Source
 
@@ -91,6 +92,19 @@ def test_only_what_differs_is_trained_in_a_long_conversation(tokenizer, tmp_path
     row = {"chosen": [*history, call, user("seen"), assistant("yes")], "rejected": [*history, assistant("no")]}
     chosen, rejected = texts(Preferences(load([row], tokenizer, tmp_path).train), 0, tokenizer)
     assert chosen[1] == "look<|im_end|>yes<|im_end|>" and rejected[1] == "no<|im_end|>"
+
+
+def test_calls_of_tools_are_trained_and_what_tools_say_is_not(tmp_path):
+    tokenizer = tokenizers.from_pretrained(hub.resolve("ftlib:demo/model"))
+    tool = {"name": "add", "description": "Sum.", "parameters": {"type": "object", "properties": {}}}
+    asks = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}]}
+    chosen = [{"role": "assistant", "content": None, **asks}, {"role": "tool", "content": "4"}, assistant("It is 4.")]
+    row = {"tools": [{"type": "function", "function": tool}], "prompt": [user("2+2?")], "chosen": chosen}
+    pair = load([row | {"rejected": [assistant("5")]}], tokenizer, tmp_path, seq_len=400).train
+    (whole, trained), (other, rejected) = texts(Preferences(pair), 0, tokenizer)
+    called = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 2}}</tool_call><|im_end|>'
+    assert trained == f"{called}It is 4.<|im_end|>"
+    assert rejected == "5<|im_end|>" and all('"description": "Sum."' in text for text in (whole, other))
 
 
 def test_answers_that_begin_alike_are_trained_from_their_first_token(tokenizer, tmp_path):
