@@ -165,7 +165,7 @@ def here(tmp_path, monkeypatch):
 def imported(text, capsys):
     """(our parsed config, output) of a file of another library."""
     Path("their.yaml").write_text(text)
-    code = cli.main(["import", "their.yaml", "--out", "deep/my.yaml"])
+    code = cli.main(["import", "their.yaml", "--out", "deep/my.yaml", "--force"])
     out, err = capsys.readouterr()
     assert code == 0, err
     recipe = out.split("recipes/")[1].split(".py")[0]
@@ -206,6 +206,35 @@ def test_axolotl(here, capsys):
     assert (cfg.eval.patience, cfg.data.train_on, cfg.data.train_on_end) == (3, ("assistant", "user"), "last")
     assert "note: batch.rows 8 is for one device" in out
     assert "# without an equivalent: frobnicate: not a key that is known here" in Path("deep/my.yaml").read_text()
+
+
+RESTARTS = """
+base_model: Qwen/Qwen3-0.6B
+adapter: lora
+datasets: [{path: rows.jsonl, type: chat_template}]
+max_steps: 500
+relora: true
+jagged_restart_steps: 150
+jagged_restart_anneal_steps: 5
+relora_cpu_offload: true
+"""
+
+
+def test_axolotl_merges_while_training_and_layers_that_sleep(here, capsys):
+    cfg, out = imported(RESTARTS, capsys)
+    assert (cfg.relora.every, cfg.relora.warmup_steps, cfg.relora.keep) == (150, 10, 0.1)
+    assert lost_in(out) == {"jagged_restart_anneal_steps"}
+    more = "relora_prune_ratio: 0.99\njagged_restart_warmup_steps: 20\n"
+    cfg, _ = imported(RESTARTS + more, capsys)
+    assert (cfg.relora.warmup_steps, cfg.relora.keep) == (20, 0.01)
+    cfg, _ = imported(RESTARTS + "relora_prune_method: reset\n", capsys)
+    assert cfg.relora.keep == 0
+    assert "relora_prune_method" in lost_in(imported(RESTARTS + "relora_prune_method: random\n", capsys)[1])
+    cfg, out = imported(RESTARTS.replace("relora: true", "relora: false"), capsys)
+    assert cfg.relora.every == 0 and "jagged_restart_steps" in lost_in(out)
+    sleepers = RESTARTS.split("relora: true")[0].replace("adapter: lora\n", "")
+    cfg, _ = imported(sleepers + "lisa_n_layers: 2\nlisa_step_interval: 30\n", capsys)
+    assert (cfg.lisa.layers, cfg.lisa.every) == (2, 30)
 
 
 def test_torchtune(here, capsys):

@@ -42,6 +42,11 @@ RULES = {
     "peft_init_lora_weights": to(
         "lora.init", choice(true="kaiming", **{name: name for name in ("pissa", "olora", "loftq", "gaussian")})
     ),
+    "relora_cpu_offload": holds("matrices are merged one after the other, where they are"),
+    "jagged_restart_anneal_steps": lost("the rate stays on its schedule up to a merge"),
+    "lisa_n_layers": to("lisa.layers"),
+    "lisa_step_interval": to("lisa.every"),
+    "lisa_layers_attribute": holds("the blocks are known"),
     "unfrozen_parameters": to("train.only", listed),
     "sequence_len": to("data.seq_len"),
     "sample_packing": to("data.pack"),
@@ -169,6 +174,11 @@ TOGETHER = {
     "gradient_accumulation_steps": "batch.rows = micro_batch_size x gradient_accumulation_steps x devices",
     "batch_size": "batch.rows",
     "optimizer": "optim.name; AdamW of 8 or 4 bits: optim.states",
+    "relora": "with jagged_restart_steps: relora.every",
+    "jagged_restart_steps": "relora.every",
+    "jagged_restart_warmup_steps": "relora.warmup_steps; left out it is 10 there",
+    "relora_prune_ratio": "relora.keep = 1 - relora_prune_ratio; left out it is 0.9 there",
+    "relora_prune_method": "magnitude; reset is relora.keep=0",
     "adam_beta1": "optim.betas[0]",
     "adam_beta2": "optim.betas[1]",
     "rl": "picks the recipe: dpo, ipo, simpo, orpo, kto are recipes/dpo.py with dpo.loss",
@@ -222,6 +232,7 @@ def finish(theirs: dict[str, Any], made: Imported) -> None:
     rows_of(made, theirs.get("micro_batch_size"), theirs.get("gradient_accumulation_steps"))
     optimizer(made, "optimizer", theirs.get("optimizer") or "adamw")
     _more(theirs, made)
+    _relora(theirs, made)
     shares(theirs, made, "warmup_ratio", "schedule.warmup_steps")
     _left_out(theirs, made)
     for key, ours in (("evals_per_epoch", "eval.every"), ("saves_per_epoch", "checkpoint.every")):
@@ -268,6 +279,22 @@ def _more(theirs: dict[str, Any], made: Imported) -> None:
             made.set("tokenizer.pad_token", token)
         else:
             made.lost.append((f"special_tokens.{name}", "the tokenizer's own is used; change its files"))
+
+
+def _relora(theirs: dict[str, Any], made: Imported) -> None:
+    """Merges while training; restarts of the rate without them have no equivalent."""
+    every = theirs.get("jagged_restart_steps")
+    if not (theirs.get("relora") and every):
+        alone = [key for key in ("relora", "jagged_restart_steps") if theirs.get(key)]
+        made.lost += [(key, "relora.every merges and restarts, never one without the other") for key in alone]
+        return
+    method = theirs.get("relora_prune_method") or "magnitude"
+    if method not in ("magnitude", "reset"):
+        made.lost.append(("relora_prune_method", f"{method!r}: moments are pruned by magnitude"))
+    ratio = 1.0 if method == "reset" else float(theirs.get("relora_prune_ratio") or 0.9)
+    made.set("relora.every", every)
+    made.set("relora.warmup_steps", theirs.get("jagged_restart_warmup_steps") or 10)
+    made.set("relora.keep", round(1 - ratio, 9))
 
 
 def shares(theirs: dict[str, Any], made: Imported, key: str, ours: str) -> None:
