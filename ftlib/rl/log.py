@@ -79,7 +79,17 @@ class StepLog:
             row |= {"clip_ratio/low": low, "clip_ratio/high": high, "clip_ratio/region": low + high}
             row |= {"ratio/min": -low_ratio, "ratio/mean": ratio, "ratio/max": high_ratio}
             row |= {"is_ratio/min": -low_trust, "is_ratio/mean": trust, "is_ratio/max": high_trust}
-        return row | self.mismatch(run) | {f"seconds/{name}": value for name, value in self.seconds.items()}
+        return row | self.mismatch(run) | self.times(run)
+
+    def times(self, run: Ranks) -> dict[str, float]:
+        """Seconds of each part of the step where it took longest; of several processes, `idle`: the share of the time
+        for drawing in which they waited for the last one. Collective."""
+        parts = exchange(run, self.seconds) if run.world > 1 else [self.seconds]
+        row = {f"seconds/{name}": max(part[name] for part in parts) for name in self.seconds}
+        if run.world > 1 and row["seconds/generate"] > 0:
+            drew = sum(part["generate"] for part in parts) / len(parts)
+            row["idle"] = 1 - drew / row["seconds/generate"]
+        return row
 
 
 def reward_row(everyone: Everyone, names: Sequence[str], algorithm: Resolved) -> dict[str, float | None]:

@@ -38,9 +38,11 @@ def test_a_run_learns_and_says_so(toy, tmp_path, capsys):
     assert first < 0.2 and last >= 0.75
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 31))
-    needed = "reward reward_std rewards/length/mean frac_zero_std entropy clip_ratio/region length/mean length/min "
-    needed += "length/terminated_mean truncated mismatch/mean mismatch/k3 is_ratio/max seconds/generate seconds/train "
-    needed += "seconds/reward reward_timeouts unscorable tool_calls staleness tokens tokens_per_s grad_norm lr"
+    needed = "reward reward_std rewards/length/mean rewards/length/std frac_zero_std entropy tokens tokens_per_s "
+    needed += "lr clip_ratio/low clip_ratio/high clip_ratio/region length/mean length/min length/max "
+    needed += "length/terminated_mean truncated mismatch/mean mismatch/k3 ratio/mean is_ratio/min is_ratio/mean "
+    needed += "is_ratio/max reward_timeouts reward_errors unscorable tool_calls tool_failures staleness "
+    needed += "seconds/generate seconds/reward seconds/logprobs seconds/train seconds/sync"
     assert all(key in row for row in steps for key in needed.split())
     assert max(row["mismatch/max"] for row in steps) < 1e-4
     said = capsys.readouterr().out
@@ -195,6 +197,7 @@ def test_two_processes_learn_alike_whether_they_share_a_model_or_not(how, toy, t
     assert [len(rows) for rows in steps] == [2, 2] and steps[0][0]["grad_norm"] > 0
     for one, other in zip(*steps, strict=True):
         assert other["mismatch/max"] < 1e-4 and one["mismatch/max"] < 1e-4
+        assert 0 <= one["idle"] < 1 and 0 <= other["idle"] < 1
         for key in ("loss", "reward", "grad_norm", "kl", "tokens", "entropy", "length/mean"):
             assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
     assert shared[-1]["eval_reward"] == pytest.approx(apart[-1]["eval_reward"], abs=1e-6)
