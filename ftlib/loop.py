@@ -44,8 +44,8 @@ def check(cfg: Any) -> None:
 
 def _warn_of_warmup(warmup: int, steps: int) -> None:
     if warmup != Schedule().warmup_steps:  # else nobody asked for it
-        what = f"schedule.warmup_steps is {warmup} and steps {steps}: the learning rate would never reach its peak, so"
-        warnings.warn(f"{what} the warm-up is shortened to {steps // 10} steps", stacklevel=3)
+        what = f"schedule.warmup_steps is {warmup} and steps {steps}, which leaves none for anything else"
+        warnings.warn(f"{what}: the warm-up is shortened to {steps // 10} steps", stacklevel=3)
 
 
 class Boundary:

@@ -18,6 +18,7 @@ from ftlib.adapters import lora, merge, relora
 from ftlib.adapters.fuse import fuse
 from ftlib.checkpoint import tensors
 from ftlib.errors import UserError
+from ftlib.observe import output
 from ftlib.optim.schedule import learning_rate
 from ftlib.quant import qat
 from ftlib.sections import Lora, Model, Optim, Qat, Relora, Schedule
@@ -274,6 +275,33 @@ def test_going_back_to_before_the_first_merge_gives_the_old_base(lab, tmp_path):
         wanted = tensors.targets(folder, model, [optimizer], numbers)
         tensors.fill(folder, wanted, model, [optimizer], numbers)
         assert torch.equal(probe(model.logits), logits) and model.relora.merged == (step > 3)
+
+
+@pytest.mark.parametrize("best", [2, 5])
+def test_the_best_evaluation_is_what_is_kept(best, lab, monkeypatch):
+    """Of a step before the first merge, whose base is in no checkpoint, and of one after it."""
+    scored = output.Output.evaluation
+
+    def better(self, step, row, samples):
+        scored(self, step, {"judge": float(step == best), **row}, samples)
+
+    monkeypatch.setattr(output.Output, "evaluation", better)
+    words = ("checkpoint.keep_best=true", "checkpoint.keep=1", "eval.every=1", "eval.metric=judge")
+    rows = lab.run(f"best{best}", *words)
+    monkeypatch.undo()
+    assert losses(rows) == losses(lab.rows)
+    final = lab.at / f"best{best}" / "final"
+    again = lab.run(f"look{best}", f"model.path={final}", "relora.every=0", "steps=1")
+    (wanted,) = [row["eval_loss"] for row in rows if row["step"] == best and "eval_loss" in row]
+    assert again[0]["eval_loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_adapter_that_is_continued_is_merged_too(lab):
+    adapter = lab.at / "plain" / "final"
+    lab.run("plain", "relora.every=0")
+    rows = lab.run("continued", f"lora={{start_from: {adapter}}}", "optim.lr=1e-9")
+    assert rows[-1]["eval_loss"] == pytest.approx(rows[0]["eval_loss"], rel=1e-5), "nothing is lost in two merges"
+    assert rows[0]["eval_loss"] != lab.rows[0]["eval_loss"]
 
 
 def test_two_processes_merge_what_one_merges_and_go_on_to_the_bit(lab):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from ftlib import tokenizers
+from ftlib import plugins, tokenizers
 from ftlib.tokenizers import render_chat_template
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +79,19 @@ def test_made_again_it_is_the_same(made):
         elif path.is_file():
             assert path.read_bytes() == shipped.read_bytes(), path.name
     assert {path.name for path in (made / "data").iterdir()} == {path.name for path in (DEMO / "data").iterdir()}
+
+
+@pytest.mark.slow
+def test_weights_trained_twice_are_the_same(tmp_path):
+    """Three steps of the run that made the shipped ones. Last result (2026-11-22): passed."""
+    tool = plugins.load_file(ROOT / "tools" / "demo" / "make_assets.py")
+    made = []
+    for name in ("one", "two"):
+        out = shutil.copytree(DEMO, tmp_path / name)
+        shipped = (out / "model" / "model.safetensors").read_bytes()
+        tool.train_model(out, tmp_path / f"work_{name}", 3)
+        made.append((out / "model" / "model.safetensors").read_bytes())
+    assert made[0] == made[1] != shipped and len(made[0]) == len(shipped)
 
 
 def test_it_is_small():

@@ -39,7 +39,7 @@ def test_short_runs_reach_the_peak_early_and_never_train_at_zero(steps):
 def test_a_warmup_that_leaves_no_step_is_warned_of_when_a_run_is_planned():
     planned = lambda warmup, steps: loop.check(SimpleNamespace(steps=steps, schedule=Schedule(warmup_steps=warmup)))  # noqa: E731
     for warmup, steps in ((100, 50), (50, 50)):
-        with pytest.warns(UserWarning, match=rf"schedule\.warmup_steps is {warmup} and steps {steps}: .* to 5 steps"):
+        with pytest.warns(UserWarning, match=rf"schedule\.warmup_steps is {warmup} and steps {steps}, .* to 5 steps"):
             planned(warmup, steps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

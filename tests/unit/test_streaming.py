@@ -4,7 +4,10 @@ import gzip
 import json
 import os
 import signal
+import threading
 from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import numpy as np
@@ -133,6 +136,30 @@ def test_resumed_on_any_number_of_processes_to_the_token(tmp_path, workers):
             at += 1
     for loader in now:
         loader.close()
+
+
+def test_files_from_elsewhere_give_the_rows_of_files_from_here(tmp_path, monkeypatch):
+    """Over HTTP, and through a file system of fsspec by a pattern; fetched once, so a restart needs neither."""
+    monkeypatch.setenv("FTLIB_CACHE", str(tmp_path / "cache"))
+    away = tmp_path / "away"
+    away.mkdir()
+    paths = [write(away / "a.jsonl.gz", 40, "A"), write(away / "b.jsonl", 40, "B", seed=1)]
+    names = ["first", "second"]
+
+    def first_steps(sources):
+        made = loaders(plan_of(sources, names=names).train)
+        return [rows_of(made) for _ in range(5)]
+
+    wanted = first_steps(paths)
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *words: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(away)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    remote = [f"http://127.0.0.1:{server.server_port}/a.jsonl.gz", f"file://{away}/b*.jsonl"]
+    found = first_steps(remote)
+    server.shutdown(), server.server_close()
+    for path in paths:
+        path.unlink()
+    assert found == wanted == first_steps(remote)
 
 
 def test_what_was_made_in_advance_is_not_lost(tmp_path):
