@@ -83,13 +83,14 @@ def test_what_transformers_writes_of_its_defaults_is_read(model_type):
     assert families.read(whole) == families.read(short)
 
 
+@pytest.mark.parametrize("null", [False, True], ids=["left out", "null"])
 @pytest.mark.parametrize("model_type", sorted(families.FAMILIES))
-def test_a_key_left_out_means_what_it_means_to_transformers(model_type):
+def test_a_key_left_out_or_null_means_what_it_means_to_transformers(model_type, null):
     """Or it is refused. Sizes are others than the defaults, so that a default shows."""
     name = next(name for name in MODELS if shrunk(name)["model_type"] == model_type)
     whole = as_written(shrunk(name))
     for key in whole.keys() - {"model_type", "max_position_embeddings"}:
-        config = {k: v for k, v in whole.items() if k != key}
+        config = {k: v for k, v in whole.items() if k != key} | ({key: None} if null else {})
         try:
             ours = families.read(config)
         except UserError:
@@ -151,6 +152,16 @@ def test_a_value_of_the_wrong_kind_is_one_message(tmp_path, name, changes, words
         changes = {"use_sliding_window": True, "sliding_window": 8} | changes
     said = refused(tmp_path, plain, **changes)
     assert words in said and "fix: " in said
+
+
+def test_no_window_and_as_many_keys_as_queries_are_said_by_null():
+    nemo = shrunk("mistral-nemo-12b") | {"num_key_value_heads": None}
+    assert nemo["sliding_window"] is None
+    mixer = families.read(nemo)[0].layers[0].mixer
+    assert (mixer.window, mixer.kv_heads) == (None, 4)
+    left_out = {k: v for k, v in nemo.items() if k not in ("sliding_window", "num_key_value_heads")}
+    mixer = families.read(left_out | {"num_attention_heads": 8})[0].layers[0].mixer
+    assert (mixer.window, mixer.kv_heads) == (4096, 8)
 
 
 @pytest.mark.parametrize(("name", "key"), [("olmo-3-7b", "rope_theta"), ("gemma-3-1b", "rope_local_base_freq")])

@@ -32,7 +32,7 @@ def qwen3_moe(config: dict) -> Arch:
         renormalize=config.get("norm_topk_prob", False),
     )
     bias, dense = config.get("attention_bias", False), config.get("mlp_only_layers") or ()
-    every = config.get("decoder_sparse_step", 1)
+    every = number(config, "decoder_sparse_step") if "decoder_sparse_step" in config else 1
     layers = []
     for i, window in enumerate(late_windows(config)):
         sparse = i not in dense and (i + 1) % every == 0
