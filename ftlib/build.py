@@ -354,9 +354,9 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
 
 def _known_tokens(cfg: Any, tokenizer: Tokenizer) -> int:
     """How many tokens the model has an embedding for."""
+    added = [tokenizer.special_tokens[token] + 1 for token in cfg.tokenizer.add_tokens]
     with about("model.code"):
-        known = own.arch(cfg.model, cfg.model.path).vocab
-    return max([known, *(tokenizer.special_tokens[token] + 1 for token in cfg.tokenizer.add_tokens)])
+        return max([own.arch(cfg.model, cfg.model.path).vocab, *added])
 
 
 def wanted(cfg: Any) -> data.Wanted:

@@ -1,6 +1,7 @@
 """The one family of errors a user can meet. The command line prints them as one message, never a traceback."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,27 @@ def about(key: str) -> Iterator[None]:
         if error.where is None and not isinstance(error, Problems):
             error.where = key
         raise
+    except OSError as error:
+        if (refused := of_system(error)) is None:
+            raise
+        raise UserError(refused.what, where=key, fix=refused.fix) from None
+
+
+_REFUSALS = {
+    errno.EACCES: "mend its permissions, or name another", errno.EPERM: "mend its permissions, or name another",
+    errno.EROFS: "name another place to write to", errno.ENAMETOOLONG: "name a file or folder",
+    errno.ENOSPC: "free some space, or name another place", errno.EDQUOT: "free some space, or name another place",
+    errno.ELOOP: "mend the links, or name another", errno.ENOTDIR: "name another: a part of this path is a file",
+}  # fmt: skip
+
+
+def of_system(error: BaseException) -> UserError | None:
+    """What the operating system refuses a user, such as a file without the right to read it; None for anything else."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSALS:
+        return None
+    name = str(error.filename or "")
+    what = f"{name if len(name) <= 200 else name[:200] + '…'}: {error.strerror}" if name else str(error.strerror)
+    return UserError(what, fix=_REFUSALS[error.errno])
 
 
 class Stopped(Exception):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from ftlib import config
-from ftlib.errors import Hung, Problems, Stopped, UserError, plain_warning
+from ftlib.errors import Hung, Problems, Stopped, UserError, of_system, plain_warning
 from ftlib.parallel import logs
 
 Schema = TypeVar("Schema")
@@ -107,6 +107,8 @@ def script(file: str) -> str:
 
 
 def _explained(error: BaseException, cfg: object) -> UserError | None:
+    if (refused := of_system(error)) is not None:
+        return refused
     if cfg is None or not isinstance(error, Exception):
         return None
     from ftlib.observe.diagnose import explain  # imports torch, which a recipe that failed has done already

@@ -26,6 +26,10 @@ def check(cfg: Any) -> None:
     schedule = getattr(cfg, "schedule", None)
     if steps is not None and schedule is not None and schedule.warmup_steps >= steps:
         _warn_of_warmup(schedule.warmup_steps, steps)
+    if not -(1 << 63) <= getattr(cfg, "seed", 0) < 1 << 63:
+        raise UserError("a seed has at most 63 bits", where="seed", fix="a smaller number, such as 0")
+    if getattr(cfg, "neftune", 0) < 0:
+        raise UserError(f"noise of {cfg.neftune:g} is none", where="neftune", fix="above 0 (5 is usual), or 0 for none")
     log, evaluation, checkpoint = (getattr(cfg, name, None) for name in ("log", "eval", "checkpoint"))
     if log is not None:
         sinks.check(log.to)

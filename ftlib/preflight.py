@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ftlib.adapters import relora
-from ftlib.errors import UserError
+from ftlib.errors import UserError, about
 from ftlib.kernels.linear_cross_entropy import TILE_BYTES
 from ftlib.layers.moe import Moe
 from ftlib.models.arch import Arch, Layer
@@ -173,7 +173,8 @@ def block_elements(arch: Arch, layer: Layer, seq_len: int, tile: float = 1.0, tp
 
 def check(model: nn.Module, cfg: Any, shards: int) -> None:
     """UserError when this machine cannot hold the run that `cfg` asks for, in memory or on disk."""
-    _writable(Path(cfg.output_dir))
+    with about("output_dir"):
+        _writable(Path(cfg.output_dir))
     least = need(model, cfg, shards)
     problems = [text for text in (_memory(least), _disk(least, Path(cfg.output_dir))) if text]
     if problems:

@@ -24,7 +24,10 @@ def find(model: nn.Module, targets: tuple[str, ...] | str) -> dict[str, Linear |
         except re.error as error:
             raise UserError(f"{targets!r} is no regular expression: {error}", where="lora.targets") from None
         if not found:
-            raise UserError(f"no linear layer matches {targets!r}", where="lora.targets", fix=_choices(linears))
+            leaf = any(name.endswith(f".{targets}") for name in linears)
+            named = f"a text is a pattern of whole names; a name goes into a list: [{targets}]"
+            fix = named if leaf else _choices(linears)
+            raise UserError(f"no linear layer matches {targets!r}", where="lora.targets", fix=fix)
         return found
     found = {}
     for target in targets:

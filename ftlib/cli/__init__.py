@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ftlib import __version__
-from ftlib.errors import UserError, did_you_mean, plain_warning
+from ftlib.errors import UserError, did_you_mean, of_system, plain_warning
 
 VERBS = {
     "init": "write a config for a file of rows and a model",
@@ -52,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `tune ls | head`: whoever read has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if (refused := of_system(error)) is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr)
+        return refused.exit_code
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -5,12 +5,16 @@ import re
 import types
 import typing
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from ftlib.config import advice
 from ftlib.config.secrets import redact
 from ftlib.config.suggest import unknown_key
 from ftlib.config.tree import Node
 from ftlib.config.types import (
+    LocalOrHub,
+    OutputDir,
     defaults_of,
     hints_of,
     is_mapping,
@@ -77,8 +81,13 @@ def _scalar(hint: Any, node: Node, key: str, report: Report) -> Any:
     if hint not in (int, float, bool, types.NoneType):  # text and paths, marked or not
         if node.shell and node.text and value is not None:
             value = node.text  # a shell eats the quotes that would say that 007 is text
+        if value == "" and hint in (Path, LocalOrHub, OutputDir):
+            return report.add(node, key, "an empty text is no path")
         if isinstance(value, str):
-            return resolve_path(hint, value, node.base)
+            try:
+                return resolve_path(hint, value, node.base)
+            except OSError as error:
+                return report.add(node, key, f"{value[:60]!r}… cannot be a path: {error.strerror}")
     return _mismatch(hint, node, key, report)
 
 
@@ -137,7 +146,8 @@ def _section(cls: type, node: Node, key: str, report: Report, default: Any) -> A
     """An instance of the dataclass `cls`; keys that are not set come from `default` (a recipe's own) or the class."""
     items = {} if node.value is None and node.text == "" else node.value  # `optim:` with nothing beneath
     if not isinstance(items, dict):
-        return report.add(node, key, f"expected a section with keys, got {_got(node)}")
+        meant = redact(advice.section(cls, node.value))
+        return report.add(node, key, f"expected a section with keys, got {_got(node)}{meant}")
     hints, fallbacks, prefix = hints_of(cls), defaults_of(cls, default), f"{key}." if key else ""
     for name, item in items.items():
         if name not in hints and "." in name:
@@ -187,18 +197,10 @@ def _construct(cls: type, values: dict, fallbacks: dict, node: Node, key: str, r
             values[name] = fallbacks[name]
 
 
-def _mismatch(hint: Any, node: Node, key: str, report: Report, advice: str = "") -> object:
+def _mismatch(hint: Any, node: Node, key: str, report: Report, hint_at: str = "") -> object:
     """Report a value of the wrong type, with how to write what was probably meant."""
-    value, kinds = node.value, members(hint)
-    if not advice and int in kinds and isinstance(value, float) and value.is_integer():
-        advice = f" (write {int(value)})"
-    elif not advice and bool in kinds and str(value).lower() in ("yes", "on", "no", "off"):
-        advice = f" (write {'true' if value.lower() in ('yes', 'on') else 'false'})"
-    elif not advice and any(is_sequence(kind) for kind in kinds) and isinstance(value, str):
-        advice = f" (write [{value}])"
-    elif not advice and any(type_name(kind).startswith(("text", "path")) for kind in kinds) and node.text:
-        advice = f" (write '{node.text}', in quotes)"
-    return report.add(node, key, f"expected {type_name(hint)}, got {_got(node)}{advice}")
+    meant = hint_at or redact(advice.value(hint, node, key))
+    return report.add(node, key, f"expected {type_name(hint)}, got {_got(node)}{meant}")
 
 
 def _got(node: Node) -> str:

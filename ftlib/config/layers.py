@@ -38,7 +38,7 @@ def split_arguments(argv: Iterable[str]) -> Arguments:
         elif word.startswith("--config="):
             result.files.append(word.removeprefix("--config="))
         elif word.startswith("-"):
-            fix = f"; keys are set as {word.lstrip('-')}" if "=" in word else ""
+            fix = f"; keys are set as {word.lstrip('-')}" + ("" if "=" in word else "=VALUE")
             result.problems.append(f"command line: unknown option {redact_override(word)!r}{fix}")
         elif "=" in word or word.startswith("~"):
             result.overrides.append(word)

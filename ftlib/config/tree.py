@@ -82,7 +82,7 @@ def parse(text: str, source: Source) -> Node:
             return Node(None, source.name, source.base, "")
         return _Converter(loader, source).convert(root)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark = _mark(error)
         raise YamlError(f"{source.where(mark.line if mark else 0)}: not valid YAML: {_reason(error, text)}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
@@ -94,13 +94,34 @@ def parse(text: str, source: Source) -> Node:
             loader.dispose()
 
 
+def _mark(error: yaml.MarkedYAMLError) -> yaml.Mark | None:
+    """Where the mistake is: where what is never closed begins, else where it was noticed."""
+    late = any(words in (error.problem or "") for words in ("end of stream", "could not find expected")) or _open(error)
+    return (late and error.context_mark) or error.problem_mark or error.context_mark
+
+
+def _open(error: yaml.MarkedYAMLError) -> bool:
+    """Whether a bracket or brace that was opened in an earlier line has no end."""
+    marks = error.context_mark, error.problem_mark
+    return "a flow " in (error.context or "") and None not in marks and marks[0].line < marks[1].line
+
+
 def _reason(error: yaml.MarkedYAMLError, text: str) -> str:
-    lines, mark = text.splitlines(), error.problem_mark
+    lines, mark = text.splitlines(), _mark(error)
     line = lines[mark.line] if mark and mark.line < len(lines) else ""
     if "\t" in line[: len(line) - len(line.lstrip())] or "'\\t'" in (error.problem or ""):
         return "indent with spaces, not with tabs"
     if "${" in line and isinstance(error, yaml.parser.ParserError):
         return f"inside {{…}} and […] a reference needs quotes, \"${{a.b}}\": {line.strip()[:80]!r}"
+    if _open(error):
+        until = f"before line {error.problem_mark.line + 1}, or a comma is missing"
+        return f"what is opened here is not closed {until}: {line.strip()[:80]!r}"
+    if "could not find expected ':'" in (error.problem or ""):
+        return f"a line is `key: value`, with a space behind the colon: {line.strip()[:80]!r}"
+    if "end of stream" in (error.problem or ""):
+        return f"the quote that begins here is never closed: {line.strip()[:80]!r}"
+    if "scanning an alias" in (error.context or ""):
+        return f"a text that begins with * needs quotes: {line.strip()[:80]!r}"
     reason = ", ".join(part for part in (error.context, error.problem) if part)
     return f"{reason}: {line.strip()[:80]!r}" if line.strip() else reason
 

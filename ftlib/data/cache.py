@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from ftlib import plugins
 from ftlib.data.formats import FORMATS
 from ftlib.data.preference import Wanted
 from ftlib.data.remote import cache_folder
-from ftlib.errors import UserError
+from ftlib.errors import UserError, about
 from ftlib.sections import Data, Source
 
 LARGE = 64 << 20  # bytes of a source from which on `auto` writes what it tokenised
@@ -27,7 +26,12 @@ def folder_of(cfg: Data) -> Path | None:
     """Where tokenised data are kept; None: nowhere."""
     if cfg.cache in ("none", ""):
         return None
-    return cache_folder() / "tokens" if cfg.cache == "auto" else Path(cfg.cache).expanduser()
+    folder = cache_folder() / "tokens" if cfg.cache == "auto" else Path(cfg.cache).expanduser()
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        key = "data.cache" if cfg.cache != "auto" else "FTLIB_CACHE in the environment"
+        raise UserError(f"{there} is a file, not a folder", where=key, fix="name a folder, or none")
+    return folder
 
 
 def writes(cfg: Data, files: list[Path]) -> bool:
@@ -64,17 +68,19 @@ def only_one(folder: Path) -> Iterator[None]:
     """Processes of one machine take turns: the first tokenises, the others find its work."""
     import fcntl
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+    with about("data.cache"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(f"{folder.name}.lock"), "w")  # noqa: SIM115 - closed with the block below
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _code(format: str) -> str | None:
-    """The file of a function of the user; None for a format of the library."""
+    """SHA-256 of the code of a function of the user; None for a format of the library."""
     if format == "auto" or format in FORMATS:
         return None
-    return _digest(Path(sys.modules[plugins.find("formats", format, {}).__module__].__file__))
+    return plugins.digest(plugins.files(format, plugins.find("formats", format, {})))
 
 
 def _digest(file: Path) -> str:

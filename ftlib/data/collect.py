@@ -173,8 +173,9 @@ def opened(
             raise seen[0].row.value
         shape = choose_shape(first, source.format, source.columns, source.roles, key, cfg.train_on)
     except UserError as error:
-        what = f"{files[0]}: {error.what}" if error.where == key else error.what  # of its columns
-        raise UserError(what, where=error.where or f"{key}.path", fix=error.fix) from None
+        if error.where == key:  # of its columns
+            error.what = f"{files[0]}: {error.what}"
+        raise sources.told(error, key) from None
     return shape, first, chain(seen, places)
 
 

@@ -14,7 +14,7 @@ from ftlib.data.packing import shuffled
 from ftlib.data.parts import Part
 from ftlib.data.preference import Wanted
 from ftlib.data.report import BROKEN, UNTRAINED, LoadReport, SourceReport, by_source, describe, mixture, repeats, spread
-from ftlib.errors import UserError
+from ftlib.errors import UserError, about
 from ftlib.sections import Data, Source
 
 HELD_OUT = "held_out"
@@ -87,12 +87,13 @@ def _source(
     """Documents of one source: from the cache if they are there, else tokenised, and kept if the config says so."""
     try:
         files = sources.files_of(source, again=prepare)
-    except UserError as error:
-        raise UserError(error.what, where=error.where or f"{key}.path", fix=error.fix) from None
+    except (UserError, OSError) as error:
+        raise sources.told(error, key) from None
     path = str(files[0]) if len(files) == 1 else source.path
     name = source.name or (stem(files[0]) if len(files) == 1 else Path(path.rstrip("/*")).name)
     root = cache.folder_of(cfg)
-    mark = cache.key(source, cfg, files, tokenizer, keep_examples, wanted) if root else None
+    with about(f"{key}.path"):
+        mark = cache.key(source, cfg, files, tokenizer, keep_examples, wanted) if root else None
     folder = root / mark if mark else None
     if folder and (found := _cached(folder, name, path, files)):
         return found
@@ -127,7 +128,8 @@ def _tokenise(
 ) -> SourceReport:  # fmt: skip
     shape, places = find_shape(source, cfg, files, tokenizer, key, wanted)
     report = SourceReport(name, path, shape.format, shape.evidence)
-    collect(Job(shape, tokenizer, cfg, files, keep_examples, wanted), places, report, writer)
+    with about(f"{key}.path"):
+        collect(Job(shape, tokenizer, cfg, files, keep_examples, wanted), places, report, writer)
     return report
 
 

@@ -16,10 +16,23 @@ from typing import NamedTuple
 from ftlib.data import remote
 from ftlib.data.files import PACKED, SUFFIXES, read_file, stem
 from ftlib.data.rows import Row
-from ftlib.errors import UserError
+from ftlib.errors import UserError, of_system
 from ftlib.sections import Source
 
 _SPLIT = re.compile(r"([\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+
+
+class SplitError(UserError):
+    """The part of a source that its `split` asks for is not there."""
+
+
+def told(error: UserError | OSError, key: str) -> UserError:
+    """The error of finding or opening the files of the source at `key`, which names its `path` or `split`."""
+    known = error if isinstance(error, UserError) else of_system(error)
+    if known is None:
+        raise error
+    where = f"{key}.split" if isinstance(error, SplitError) else f"{key}.path"
+    return UserError(known.what, where=known.where or where, fix=known.fix)
 
 
 class Place(NamedTuple):
@@ -77,7 +90,7 @@ def read_all(files: Sequence[Path], split: str | None = None) -> Iterator[Place]
     first = next(places, None)
     if first is None:
         if (start or stop is not None) and next(_places(files), None) is not None:
-            raise UserError(
+            raise SplitError(
                 f"the split {split} leaves no rows of {label}", fix="check the slice against the file's rows"
             )
         raise UserError(f"{label} is empty (0 rows)", fix="point the source at a file with rows")
@@ -91,7 +104,7 @@ def _places(files: Sequence[Path]) -> Iterator[Place]:
 def _parse(split: str | None, path: str) -> tuple[str, str | None, str | None]:
     match = _SPLIT.fullmatch(split or "")
     if not match:
-        raise UserError(
+        raise SplitError(
             f"split {split!r} of {path} is not understood", fix="write `train`, `[:90%]`, `[1000:]` or `[10:20]`"
         )
     return match.groups()
@@ -118,7 +131,7 @@ def _of_split(files: list[Path], name: str, path: str) -> list[Path]:
     chosen = [file for file, found in zip(files, words, strict=True) if name.lower() in found]
     if chosen or name == "train":
         return chosen or files
-    raise UserError(
+    raise SplitError(
         f"split {name!r} of {path} is not understood: no file of it is called so",
         fix="write `train`, `[:90%]`, `[1000:]` or `[10:20]`, or name the file in `path`",
     )

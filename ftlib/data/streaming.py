@@ -91,7 +91,10 @@ def open_stream(
     found, reports = [], []
     held_out = int(data.eval) if isinstance(data.eval, (int, float)) else 0
     for i, source in enumerate(data.sources):
-        files = sources.files_of(source)
+        try:
+            files = sources.files_of(source)
+        except (UserError, OSError) as error:
+            raise sources.told(error, f"data.sources[{i}]") from None
         shape, places = find_shape(source, data, files, tokenizer, f"data.sources[{i}]")
         name = _name(source, files)
         found.append(StreamSource(name, tuple(files), shape, source.weight, held_out))
@@ -110,7 +113,11 @@ def open_stream(
         cut = [replace(source, split=f"{source.split or ''}{first}", name=name) for source, name in pairs]
     else:
         cut = list(data.eval or ())
-    evals = _held_out(data, cut, tokenizer, seed) if cut else {}
+    try:
+        evals = _held_out(data, cut, tokenizer, seed) if cut else {}
+    except UserError as error:  # which takes them for sources to train on
+        where = error.where if held_out else (error.where or "").replace("data.sources[", "data.eval[")
+        raise UserError(error.what, where=where, fix=error.fix) from None
     report = LoadReport(reports, totals=[describe(f"held out ({k})", d) for k, d in evals.items()])
     return Streamed(plan, evals, report)
 

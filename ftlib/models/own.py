@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ftlib import plugins
+from ftlib.errors import UserError
 from ftlib.models import families, hub
 from ftlib.models.arch import Arch
 from ftlib.sections import Model
@@ -33,8 +34,17 @@ class Mark:
 
 
 def find(code: str | None) -> type[nn.Module] | None:
-    """The class that `model.code` names; None: the library's own."""
-    return plugins.find("decoders", code, {}) if code else None
+    """The class that `model.code` names; None: the library's own. UserError where it is no module of torch."""
+    if not code:
+        return None
+    if code.endswith(".py"):
+        raise UserError(f"{code!r} names a file and no class in it", fix=f"{code}:Decoder")
+    found = plugins.find("decoders", code, {})
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        fix = "name a class like the Decoder that `tune cp model:qwen3 my_model.py` writes"
+        raise UserError(f"{code!r} is no class of torch modules", fix=fix)
+    plugins.check_call(found, ["arch"], {})
+    return found
 
 
 def decoder(run: Model, path: str | Path) -> type[nn.Module] | None:

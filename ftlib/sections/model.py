@@ -30,5 +30,7 @@ class Tokenizer:
     def __post_init__(self) -> None:
         if not all(self.add_tokens):
             raise ValueError("add_tokens: an empty text cannot be a token")
+        if self.pad_token == "":
+            raise ValueError("pad_token: an empty text cannot be a token; null is the tokenizer's own")
         if self.rows_multiple_of < 1:
             raise ValueError("rows_multiple_of: must be at least 1")

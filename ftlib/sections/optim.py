@@ -57,6 +57,10 @@ class Optim:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError("lr: must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas: both must lie in [0, 1)")
+        if self.eps < 0 or self.weight_decay < 0:
+            raise ValueError("eps and weight_decay: must not be negative")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError("max_grad_norm: must be above 0, or null for no clipping")
         if self.mup_width is not None and self.mup_width < 1:

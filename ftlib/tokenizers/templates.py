@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ftlib.errors import UserError, did_you_mean
+from ftlib.errors import UserError, about, did_you_mean
 from ftlib.tokenizers.classic import STYLES, template
 
 CHATML = """\
@@ -128,10 +128,14 @@ def load_template(name_or_path: str) -> str:
     if name_or_path in BUILTIN:
         return BUILTIN[name_or_path]
     path = Path(name_or_path)
-    if path.suffix in (".jinja", ".j2", ".txt") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"{path}: no such template file", where="data.template")
-        return path.read_text(encoding="utf-8")
+    with about("data.template"):
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: is not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from None
+        if path.suffix in (".jinja", ".j2", ".txt"):
+            raise UserError(f"{path}: no such template file", fix="name one that is there, or a built-in template")
     raise UserError(
         f"no chat template is called {name_or_path!r}{did_you_mean(name_or_path, BUILTIN)}",
         where="data.template",
