@@ -84,17 +84,18 @@ def check(path: Path, argv: Sequence[str], world: int) -> list[str]:
 
 def _check(cfg: Any, own_check: Callable[..., None] | None, world: int) -> list[str]:
     said: list[str] = []
-    if own_check is not None:
-        own_check(cfg, world=world)
-    elif hasattr(cfg, "model"):  # what has no model has nothing that the library could check
+    parts = [] if own_check is None else [lambda: own_check(cfg, world=world)]
+    if hasattr(cfg, "model"):  # what has no model has nothing that the library could check
         from ftlib import build  # imports torch
 
-        problems = []
-        for part in (lambda: build.check(cfg, world=world), lambda: said.extend(build.check_data(cfg))):
-            try:
-                part()
-            except UserError as error:
-                problems += error.problems if isinstance(error, Problems) else [str(error)]
-        if problems:
-            raise Problems(dict.fromkeys(problems))  # a missing model is a missing tokenizer too
+        parts = parts or [lambda: build.check(cfg, world=world)]
+        parts.append(lambda: said.extend(build.check_data(cfg)))
+    problems = []
+    for part in parts:
+        try:
+            part()
+        except UserError as error:
+            problems += error.problems if isinstance(error, Problems) else [str(error)]
+    if problems:
+        raise Problems(dict.fromkeys(problems))  # a missing model is a missing tokenizer too
     return said

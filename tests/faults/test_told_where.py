@@ -81,6 +81,20 @@ def test_so_do_the_other_verbs(verb, here, monkeypatch, capsys):
     assert expected in told(here, monkeypatch, capsys, verb, change, words)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["data.eval=[{path: no.jsonl}]"], "where: data.eval[0].path (command line)\n"),
+        (["data.sources[1].path=no.jsonl"], "where: data.sources[1].path (command line)\n"),
+    ],
+)
+def test_a_stream_says_it_too(words, expected, here, monkeypatch, capsys):
+    monkeypatch.chdir(here)
+    (here / "c.yaml").write_text(YAML.format(**GOOD) + "stream: {buffer: 8}\n")
+    assert cli.main(["validate", "pretrain", "--config", "c.yaml", "data.sources[0].name=a", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
 @dataclass(frozen=True)
 class Config:
     steps: int = 1
