@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from parallel.processes import running
-from tiny_model import ROOT
+from parallel.processes import rows, running, wait_for_rows
+from tiny_model import ROOT, command
 
 from ftlib.generation import remote
 from ftlib.rl import sandbox
@@ -81,3 +81,29 @@ def test_a_reward_that_hangs_ends_soon_after_its_time(tmp_path):
 def test_code_of_a_model_that_sleeps_ends_with_the_reward_that_ran_it(tmp_path):
     code = f"{KILLED}from ftlib.rl import sandbox\n"
     ends(code + "sandbox.passed('import time\\ntime.sleep(600)', ['pass'], 600, 512)", tmp_path, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_of_grpo_that_was_killed_goes_on_to_the_bit(staleness, tmp_path):
+    """The real command, killed after its third step; nothing of it is left. Last passed 2026-11-22."""
+
+    def start(name):
+        words = ["steps=5", "rollout.prompts=4", "checkpoint.every=1", "data.eval=null", f"output_dir={tmp_path / name}"]
+        run = ["run", "recipes/grpo.py", "--config", "configs/demo_grpo.yaml", f"rollout.staleness={staleness}", *words]
+        return command(*run, cwd=ROOT, env={"TMPDIR": str(tmp_path)})
+
+    process = start("killed")
+    wait_for_rows(process, tmp_path / "killed", 3)
+    process.kill()
+    process.communicate(timeout=10)  # which waits for all that hold its output
+    assert not left(f"TMPDIR={tmp_path}")
+    for name in ("killed", "whole"):
+        process = start(name)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    keys = ("loss", "reward", "grad_norm", "tokens", "staleness", "length/mean")
+    runs = [[[row[key] for key in keys] for row in rows(tmp_path / name)] for name in ("killed", "whole")]
+    assert len(runs[0]) == 5 and runs[0] == runs[1]
+    finals = [(tmp_path / name / "final/model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert finals[0] == finals[1]
