@@ -89,8 +89,8 @@ def test_a_run_of_grpo_that_was_killed_goes_on_to_the_bit(staleness, tmp_path):
     """The real command, killed after its third step; nothing of it is left. Last passed 2026-11-22."""
 
     def start(name):
-        run = ["run", "recipes/grpo.py", "--config", "configs/demo_grpo.yaml", f"output_dir={tmp_path / name}"]
-        run += ["steps=5", "rollout.prompts=4", f"rollout.staleness={staleness}", "checkpoint.every=1", "data.eval=null"]
+        run = ["run", "recipes/grpo.py", "--config", "configs/demo_grpo.yaml", "data.eval=null", "checkpoint.every=1"]
+        run += ["steps=5", "rollout.prompts=4", f"rollout.staleness={staleness}", f"output_dir={tmp_path / name}"]
         return command(*run, cwd=ROOT, env={"TMPDIR": str(tmp_path)})
 
     process = start("killed")
