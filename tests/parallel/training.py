@@ -17,6 +17,7 @@ from ftlib.checkpoint import Saver, State
 from ftlib.data import Documents, Loader
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import ssmax
+from ftlib.models.load import DTYPES
 from ftlib.models.save import hf_tensors
 from ftlib.models.shards import fill
 from ftlib.parallel import run as processes
@@ -27,7 +28,7 @@ NAMES = {
     "qwen3": "qwen3-0.6b", "qwen2": "qwen2.5-7b", "olmo2": "olmo-2-1b", "llama": "llama-3.1-8b",
     "mixtral": "mixtral-8x7b", "qwen3_moe": "qwen3-30b-a3b", "gpt_oss": "gpt-oss-20b", "wide": "llama-3.1-8b",
 }  # fmt: skip
-build.DTYPES["fp64"] = torch.float64
+DTYPES["fp64"] = torch.float64
 
 
 def write_models(folder: Path) -> None:
@@ -74,7 +75,7 @@ def config(case: Case, models: Path) -> SimpleNamespace:
         more["attention"] = {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
         cfg.lora = Lora(rank=8, **more.get(case.kind, {}))
         # Adapters are kept in float32; here nothing may be rounded.
-        lora.attach_section.__kwdefaults__["dtype"] = build.DTYPES[case.dtype]
+        lora.attach_section.__kwdefaults__["dtype"] = DTYPES[case.dtype]
     return cfg
 
 

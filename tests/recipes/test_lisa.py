@@ -146,5 +146,5 @@ def test_the_plan_counts_what_is_awake(deep):
     least = {}
     for layers in (0, 1):
         cfg = config.load(recipe.Config, ["--config", str(deep.config), f"lisa.layers={layers}"])
-        least[layers] = preflight.need(build._check_model(cfg), cfg, 1)
+        least[layers] = preflight.need(build.check_model(cfg), cfg, 1)
     assert least[1].training < 0.7 * least[0].training and least[1].final == least[0].final

@@ -227,7 +227,7 @@ def test_the_plan_counts_the_base_on_disk(lab):
     recipe, least = plugins.load_file(ROOT / "recipes" / "lora_sft.py"), {}
     for every in (0, 3):
         cfg = config.load(recipe.Config, ["--config", str(lab.file), f"relora.every={every}"])
-        least[every] = preflight.need(build._check_model(cfg), cfg, 1)
+        least[every] = preflight.need(build.check_model(cfg), cfg, 1)
     written = (lab.whole / "final" / "model.safetensors").stat().st_size
     assert least[3].final == pytest.approx(written, rel=0.05) and least[0].final < 0.5 * written
     held = sum(file.stat().st_size for file in (lab.whole / "checkpoints" / "step_000008").glob("*.safetensors"))

@@ -161,7 +161,7 @@ def test_flex_is_not_chosen_where_every_score_has_a_mask():
 
     def chosen(asked="auto", **more):
         cfg = SimpleNamespace(model=SimpleNamespace(attention=asked), dtype="bf16", parallel=Parallel(**more))
-        return build._backend(cfg, model, CUDA)
+        return build.backend(cfg, model, CUDA)
 
     gathered = {"cp": 2, "cp_style": "allgather"}
     assert chosen() == chosen(cp=2, cp_style="ulysses") == "flex" and chosen(**gathered) == "reference"

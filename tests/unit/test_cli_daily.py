@@ -61,7 +61,7 @@ def test_the_estimate_counts_what_is_certain(tiny):
     needs = {}
     for recipe in (lora, full):
         cfg = config.load(recipe.Config, argv)
-        needs[recipe] = preflight.need(build._check_model(cfg), cfg, 1)
+        needs[recipe] = preflight.need(build.check_model(cfg), cfg, 1)
     stored = sum(tensor.numel() for name, tensor in load_file(tiny.model / "model.safetensors").items())
     assert needs[full].weights == 4 * stored and needs[full].training == 12 * stored == needs[full].checkpoint
     assert needs[full].activations == 64 * 3 * 64 * 4

@@ -1,0 +1,106 @@
+"""Config -> its tokenizer, its rows, and the batches of a process."""
+
+from functools import partial
+from typing import Any
+
+from ftlib import data, tokenizers
+from ftlib.checkpoint import exchange
+from ftlib.data import streaming
+from ftlib.errors import UserError, about
+from ftlib.models import hub, own
+from ftlib.parallel.run import Run
+from ftlib.sections import Data, Reward
+from ftlib.tokenizers import Tokenizer
+
+
+def tokenizer(cfg: Any) -> Tokenizer:
+    """The tokenizer of a recipe's config, with the chat template its data asks for."""
+    with about("tokenizer.path" if cfg.tokenizer.path else "model.path"):
+        found = tokenizers.from_pretrained(hub.resolve(cfg.tokenizer.path or cfg.model.path))
+    found.add_tokens(cfg.tokenizer.add_tokens)
+    if cfg.tokenizer.pad_token is not None:
+        found.set_pad(cfg.tokenizer.pad_token)
+    if cfg.data.template is not None:
+        found.chat_template = tokenizers.load_template(cfg.data.template)
+    return found
+
+
+def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Streamed:
+    """Training and held-out rows of a recipe's config, or its stream, opened; UserError where a row has a token that
+    the model does not."""
+    if (stream := getattr(cfg, "stream", None)) is not None:
+        size = {"rows": cfg.batch.rows, "vocab": _known_tokens(cfg, tokenizer)}
+        return streaming.open_stream(cfg.data, stream, tokenizer, seed=cfg.seed, **size)
+    asked = wanted(cfg)
+    found = data.load(cfg.data, tokenizer, seed=cfg.seed, wanted=asked)
+    highest = max(rows.max_token_id for rows in (found.train, *found.eval.values()))
+    known = _known_tokens(cfg, tokenizer)
+    if highest >= known:
+        raise UserError(
+            f"the tokenizer gives token {highest:,}, the model has embeddings for {known:,} tokens",
+            where="tokenizer.path" if cfg.tokenizer.path else str(hub.resolve(cfg.model.path) / "config.json"),
+            fix="use the tokenizer that belongs to the model",
+        )
+    if asked.kind == "train":
+        return found
+    mismatched = asked.kind == "rated" and cfg.dpo.mismatched
+    options = {"mismatched": mismatched, "seed": cfg.seed, "seq_len": cfg.data.seq_len}
+    options["shared"] = (getattr(cfg, "dpo", None) or cfg.reward).share_prompt
+    sets = {name: data.Preferences(rows, **options) for name, rows in found.eval.items()}
+    return data.Datasets(data.Preferences(found.train, **options), sets, found.report)
+
+
+def _known_tokens(cfg: Any, tokenizer: Tokenizer) -> int:
+    """How many tokens the model has an embedding for."""
+    added = [tokenizer.special_tokens[token] + 1 for token in cfg.tokenizer.add_tokens]
+    with about("model.code"):
+        return max([own.arch(cfg.model, cfg.model.path).vocab, *added])
+
+
+def wanted(cfg: Any) -> data.Wanted:
+    """What a recipe makes of a row of its data, by the sections of its config."""
+    if hasattr(cfg, "dpo"):
+        return data.Wanted("rated" if cfg.dpo.rated else "pairs")
+    if isinstance(section := getattr(cfg, "reward", None), Reward):
+        return data.Wanted(section.kind, section.separator, section.last_step)
+    return data.Wanted()
+
+
+def loader(
+    cfg: Any, documents: data.Documents | data.Preferences | streaming.StreamPlan, tokenizer: Tokenizer, run: Run
+) -> data.Loader | streaming.StreamLoader:
+    """Training batches of a recipe's config for this process."""
+    run.wait_for_all()  # one process of each machine may have prepared the data for the others
+    if isinstance(documents, streaming.StreamPlan):
+        return streaming.StreamLoader(
+            documents,
+            micro_rows=cfg.batch.micro_rows,
+            pad_id=tokenizer.pad_id or 0,
+            workers=cfg.stream.workers,
+            rank=run.data_rank,
+            ranks=run.data_ranks,
+            pin=run.device.type == "cuda",
+            share=run.share if run.data["cp"].size() > 1 else None,
+            gather=partial(exchange, run) if run.world > 1 else None,
+        )
+    return data.Loader(
+        documents,
+        seq_len=cfg.data.seq_len,
+        rows=cfg.batch.rows,
+        micro_rows=cfg.batch.micro_rows,
+        seed=cfg.seed,
+        pack=cfg.data.pack,
+        pad_id=tokenizer.pad_id or 0,
+        rank=run.data_rank,
+        ranks=run.data_ranks,
+        pin=run.device.type == "cuda",
+        share=run.share if run.data["cp"].size() > 1 else None,
+    )
+
+
+def check_data(cfg: Any) -> list[str]:
+    """Tokenizer, chat template and every row, as a run would read them, and what it would say of them; raises UserError
+    naming file and line."""
+    if not isinstance(getattr(cfg, "data", None), Data):
+        return []
+    return datasets(cfg, tokenizer(cfg)).report.lines()
