@@ -31,8 +31,8 @@ def models(tmp_path_factory):
     return folder
 
 
-def check(cases, models, out):
-    for report in spawn.run(cases[0].world, cases, models, out):
+def check(cases, models, out, timeout=600):
+    for report in spawn.run(cases[0].world, cases, models, out, timeout):
         for case, found in zip(cases, report, strict=True):
             assert "error" not in found, found["error"]
             limit = 0.0 if case.elastic else LIMIT[case.dtype]
@@ -58,4 +58,5 @@ def test_sixty_elastic_steps_are_equal_to_the_bit(world, models, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_the_wide_grid(world, models, tmp_path):
-    check([case for case in wide() if case.world == world], models, tmp_path)
+    """Last result (2026-11-22): on 2 processes passed."""
+    check([case for case in wide() if case.world == world], models, tmp_path, 3600)
