@@ -282,14 +282,18 @@ class Lane:
         except UserError:
             if cfg.on_bad_row == "error":
                 raise
-        highest = max((int(ids.max()) for ids, _ in found), default=0)
-        if highest >= self.plan.vocab:
-            raise UserError(
-                f"the tokenizer gives token {highest:,}, the model has embeddings for {self.plan.vocab:,} tokens",
-                where="tokenizer.path",
-                fix="use the tokenizer that belongs to the model",
-            )
+        check_tokens(max((int(ids.max()) for ids, _ in found), default=0), self.plan.vocab)
         return found
+
+
+def check_tokens(highest: int, vocab: int) -> None:
+    """UserError if token `highest` is none of the `vocab` that the model has an embedding for."""
+    if highest >= vocab:
+        raise UserError(
+            f"the tokenizer gives token {highest:,}, the model has embeddings for {vocab:,} tokens",
+            where="tokenizer.path",
+            fix="use the tokenizer that belongs to the model",
+        )
 
 
 def _piece(ids: np.ndarray, trained: np.ndarray, start: int, stop: int) -> Piece:

@@ -21,7 +21,7 @@ from ftlib.data.loader import AHEAD
 from ftlib.data.loading import load
 from ftlib.data.masks import Tokenizer
 from ftlib.data.report import UNWRITTEN, LoadReport, SourceReport, describe
-from ftlib.data.stream_rows import Packed, StreamPlan, StreamSource
+from ftlib.data.stream_rows import Packed, StreamPlan, StreamSource, check_tokens
 from ftlib.data.stream_workers import Counts, Workers, known, make_lanes, next_rows
 from ftlib.errors import UserError
 from ftlib.layers.batch import Batch, from_documents
@@ -83,9 +83,7 @@ def check(data: Data, stream: Stream, steps: int | None, exact_match: int = 0) -
             raise UserError("all weights are 0", where=where, fix="leave one above 0")
 
 
-def open_stream(
-    data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, seed: int, vocab: int
-) -> Streamed:
+def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, seed: int, vocab: int) -> Streamed:
     """Find every source's files and format, and read the held-out rows: a number of `data.eval` is the first rows of
     each source, set apart from training. `rows`: of an optimizer step; `vocab`: tokens the model knows."""
     found, reports = [], []
@@ -118,6 +116,8 @@ def open_stream(
     except UserError as error:  # which takes them for sources to train on
         where = error.where if held_out else (error.where or "").replace("data.sources[", "data.eval[")
         raise UserError(error.what, where=where, fix=error.fix) from None
+    for rows_out in evals.values():
+        check_tokens(rows_out.max_token_id, vocab)
     report = LoadReport(reports, totals=[describe(f"held out ({k})", d) for k, d in evals.items()])
     return Streamed(plan, evals, report)
 

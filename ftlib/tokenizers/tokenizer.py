@@ -283,7 +283,8 @@ class Tokenizer:
                 self.names[f"{which}_token"] = self.backend.model.id_to_piece(found)
                 return found
         listed = self.files.model.get(f"{which}_token_id")
-        return listed[0] if isinstance(listed, list) else listed
+        found = listed[0] if isinstance(listed, list) and listed else listed
+        return found if isinstance(found, int) and found < self.vocab_size else None  # config.json of another's
 
     def _needed(self, which: str) -> int:
         found = self.bos_id if which == "bos" else self.eos_id

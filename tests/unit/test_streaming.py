@@ -245,6 +245,14 @@ def test_the_first_rows_of_each_source_are_held_out(tmp_path):
         assert all(f"{letter}{n}:" in stream for n in range(5, 30))
 
 
+def test_held_out_rows_of_another_vocabulary_are_refused_before_anything_is_trained(tmp_path):
+    data = Data(sources=(Source(path=str(write(tmp_path / "a.jsonl", 30, "A"))),), seq_len=SEQ_LEN, eval=4)
+    options = {"rows": ROWS, "seed": 3}
+    with pytest.raises(UserError, match=r"the tokenizer gives token 1.., the model has embeddings for 100 tokens"):
+        open_stream(data, Stream(), Letters(), vocab=100, **options)
+    assert len(open_stream(data, Stream(), Letters(), vocab=123, **options).eval) == 1
+
+
 def test_fewer_rows_than_lanes_is_an_error_that_says_so(tmp_path):
     plan = plan_of([write(tmp_path / "a.jsonl", 3, "A")], rows=8).train
     with pytest.raises(UserError, match="no row to train on for each of the 8 rows"):

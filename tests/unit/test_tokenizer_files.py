@@ -129,6 +129,15 @@ def test_a_gzip_file_that_is_cut_off(tmp_path):
         from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("listed", [151643, [151643, 151645], []])
+def test_ids_of_a_published_config_are_not_those_of_a_tokenizer_of_ones_own(folder, listed):
+    inside = from_pretrained(folder).special_tokens["<|im_end|>"]
+    change(folder / "tokenizer_config.json", bos_token=None, eos_token=None)
+    change(folder / "config.json", bos_token_id=listed, eos_token_id=inside)
+    found = from_pretrained(folder)
+    assert found.bos_id is None and found.eos_id == inside
+
+
 def test_bare_ranks_know_their_ends(tmp_path):
     """The file declares nothing, so its markers are text; a chat template makes them what they are in the model."""
     ours = from_pretrained(shared("tokenizers/qwen/qwen.tiktoken"))
