@@ -45,14 +45,20 @@ def left(mark):
     return found
 
 
-def ends(code, folder, seconds):
-    """What a process says that kills itself, of which nothing is left `seconds` later."""
+def ends(code, folder, seconds=60, kill=False):
+    """What a process says that kills itself, or is killed once it has said a line and then started another, of which
+    nothing is left in the end; `seconds` are what a busy machine may take for it."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
     seen = set()
+    if kill:
+        process.stdout.readline()
     while process.poll() is None:
         seen |= set(left(str(folder)))
         time.sleep(0.3)
+        if kill and len(seen) > 1:
+            time.sleep(2)  # what was started is at its work by then
+            process.kill()
     assert process.returncode == -signal.SIGKILL and len(seen) > 1, "killed, and it had started something"
     until = time.monotonic() + seconds
     while left(str(folder)) and time.monotonic() < until:
@@ -67,20 +73,21 @@ def ends(code, folder, seconds):
 def test_a_process_that_draws_ends_in_the_middle_of_its_batch(tmp_path):
     """It is asked for minutes of work."""
     code = f"{DRAWS}{KILLED}engine.generate([[5]] * 8, SamplingParams(20_000))"
-    ends(code, tmp_path, 10 * remote.LOOK_S)
+    ends(code, tmp_path, 30 * remote.LOOK_S)
 
 
 def test_a_reward_that_hangs_ends_soon_after_its_time(tmp_path):
     (tmp_path / "own.py").write_text(STUCK)
     code = "from ftlib.rl.rewards.worker import Worker\n"
     code += f"Worker('rewards', '{tmp_path}/own.py:stuck').call(2.0, completions=['a'])"
-    assert ends(code, tmp_path, 2 * (2 + worker.LATE_S)) == "called\n"
+    assert ends(code, tmp_path, 10 * (2 + worker.LATE_S)) == "called\n"
 
 
 @pytest.mark.skipif(not sandbox.isolated(), reason="this machine gives no namespaces")
 def test_code_of_a_model_that_sleeps_ends_with_the_reward_that_ran_it(tmp_path):
-    code = f"{KILLED}from ftlib.rl import sandbox\n"
-    ends(code + "sandbox.passed('import time\\ntime.sleep(600)', ['pass'], 600, 512)", tmp_path, 10)
+    code = "from ftlib.rl import sandbox\nprint(sandbox.isolated(), flush=True)\n"
+    code += "sandbox.passed('import time\\ntime.sleep(600)', ['pass'], 600, 512)"
+    ends(code, tmp_path, kill=True)
 
 
 @pytest.mark.slow

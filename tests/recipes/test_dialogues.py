@@ -46,7 +46,7 @@ def made(tmp_path_factory):
     (folder / "own.py").write_text(OWN)
     (folder / "rows.jsonl").write_text('{"prompt": "2 + 3?"}\n')
     tokenizer = tokenizers.from_pretrained(hub.resolve("ftlib:demo/model"))
-    cfg = Dialogue(tools=(f"{folder / 'own.py'}:add",), timeout_s=0.5)
+    cfg = Dialogue(tools=(f"{folder / 'own.py'}:add",), timeout_s=3)
     sets = prompts.load(Prompts(sources=(Source(path=str(folder / "rows.jsonl")),)), tokenizer, 9, 0, schemas(cfg))
     return tokenizer, cfg, sets.train.sources[0][0]
 
@@ -62,7 +62,7 @@ def test_what_tools_say_is_read_and_never_trained(made):
     said = [[(m["role"], m["content"]) for m in sample.messages] for sample in samples]
     assert said[0] == [("assistant", turns[0][0]), ("tool", "5"), ("assistant", "It is 5.")]
     assert [role for role, _ in said[1]] == ["assistant", "tool", "tool", "assistant"]
-    assert said[1][1][1].startswith("error: ") and "no answer within 0.5 s" in said[1][1][1] and said[1][2][1] == "8"
+    assert said[1][1][1].startswith("error: ") and "no answer within 3 s" in said[1][1][1] and said[1][2][1] == "8"
     assert said[2] == [("assistant", "5")]
     assert [(s.calls, s.failed_calls, s.finish) for s in samples] == [(1, 0, "end"), (1, 1, "end"), (0, 0, "end")]
     for sample, first, last in zip(samples, turns[0], [*turns[1], None], strict=True):
