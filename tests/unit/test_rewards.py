@@ -173,15 +173,20 @@ def test_what_hangs_dies_or_raises_costs_only_itself(own):
     found, counts = values(own, "dies", ["a", "die", "b"], said)
     assert found == [1, None, 1] and counts["errors"] == 1
     found, counts = values(own, "raises", ["a", "bad", "none", "nan"], said)
-    assert found == [2, None, None, None] and counts == {"errors": 1, "unscorable": 3}
+    assert found == [2, None, None, None] and +counts == {"errors": 1, "unscorable": 3}
     assert any("KeyError: 'oops'" in line and "mine.py:" in line for line in said)
 
 
 def test_a_function_that_is_wrong_ends_the_run(own):
     with pytest.raises(UserError, match="oops"):
         values(own, "raises", ["bad", "bad"])
+    with pytest.raises(UserError, match=r"on every completion.*no answer within 0\.5 s"):
+        values(own, "slow", ["hang", "hang"], timeout_s=0.5)
     with pytest.raises(UserError, match="1 values for 2 completions"):
         values(own, "short", ["a", "b"])
+    said = []
+    assert values(own, "raises", ["none", "nan"], said)[0] == [None, None]
+    assert len(said) == 1 and "None or NaN for every completion" in said[0]
 
 
 def test_checked_before_a_run(own):

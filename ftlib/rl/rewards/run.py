@@ -67,14 +67,14 @@ class Rewards:
         given = {k: v for k, v in offered.items() if (wanted is None or k in wanted) and k not in reward.args}
         size = max(1, math.ceil(count / len(pool)))
         spans = [range(at, min(at + size, count)) for at in range(0, count, size)]
-        failed: list[str] = []
+        failed: list[Failed | TooSlow] = []
         with ThreadPoolExecutor(len(pool)) as threads:
             work = (threads.submit(self._chunk, reward, w, given, s, failed) for w, s in zip(pool, spans, strict=False))
             values = [value for future in list(work) for value in future.result()]
         self._note(reward, values, failed)
         return values
 
-    def _chunk(self, reward: Reward, worker: Worker, given: dict, span: range, failed: list[str]) -> Values:
+    def _chunk(self, reward: Reward, worker: Worker, given: dict, span: range, failed: list) -> Values:
         """A stretch of completions in one call; if that fails, one by one, so that one bad answer costs only itself."""
         try:
             return self._call(reward, worker, given, span, reward.timeout_s * max(1, len(span)) ** 0.5)
@@ -83,12 +83,8 @@ class Rewards:
             for i in span:
                 try:
                     found += self._call(reward, worker, given, range(i, i + 1), reward.timeout_s)
-                except TooSlow as error:
-                    self.counts["timeouts"] += 1
-                    self._tell(str(error))
-                    found.append(None)
-                except Failed as error:
-                    failed.append(str(error))
+                except (Failed, TooSlow) as error:
+                    failed.append(error)
                     found.append(None)
             return found
 
@@ -97,20 +93,26 @@ class Rewards:
         values = worker.call(seconds, **part, **reward.args)
         if not isinstance(values, (list, tuple)) or len(values) != len(span):
             got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
-            raise UserError(f"{reward.fn} returned {got} for {len(span)} completions", where="rewards")
+            fix = "return a list with a number, or None, for each completion"
+            raise UserError(f"{reward.fn} returned {got} for {len(span)} completions", where="rewards", fix=fix)
         return [_value(value, reward.fn) for value in values]
 
-    def _note(self, reward: Reward, values: Values, failed: list[str]) -> None:
-        self.counts["errors"] += len(failed)
+    def _note(self, reward: Reward, values: Values, failed: Sequence[Failed | TooSlow]) -> None:
+        slow, raised = ([str(e) for e in failed if isinstance(e, kind)] for kind in (TooSlow, Failed))
+        self.counts["timeouts"] += len(slow)
+        self.counts["errors"] += len(raised)
         self.counts["unscorable"] += sum(value is None for value in values)
         if failed and len(failed) == len(values):
+            more = "raise its timeout_s" if slow else "let it return None for what it cannot score"
             raise UserError(
                 f"it failed on every completion: {failed[0]}",
                 where=f"rewards: {reward.fn}",
-                fix="mend the function, or let it return None for what it cannot score",
+                fix=f"mend the function, or {more}",
             )
-        for text in failed[:1]:
+        for text in slow[:1] + raised[:1]:
             self._tell(text)
+        if not failed and values and all(value is None for value in values):
+            self._tell(f"{reward.fn or reward.model} gave None or NaN for every completion of a step")
 
     def _tell(self, text: str) -> None:
         if text not in self._told and len(self._told) < 20:
