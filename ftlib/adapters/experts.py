@@ -2,13 +2,15 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ftlib.adapters.factors import LoraFactors
 from ftlib.errors import UserError
 from ftlib.kernels.grouped_linear import grouped_linear
 from ftlib.layers.moe import ExpertLinear
 from ftlib.sections import Lora
+
+WHOLE = (Replicate(), Shard(0))  # placements of a stack that cut no expert
 
 
 class ExpertFactors(LoraFactors):
@@ -44,9 +46,12 @@ class ExpertFactors(LoraFactors):
         return grouped_linear(low, b.to(x.dtype), ends) * self.scale
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The stack that does the work of `weight` and the adapter, in float32 at least."""
+        """The stack that does the work of `weight` and the adapter, in float32 at least. Where whole experts lie on
+        each process (FSDP2), it computes the change of its own alone."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         a, b = (factor.to(wide) for factor in self.stacks())
+        if isinstance(weight, DTensor) and all(type(p) in (Replicate, Shard) and p in WHOLE for p in weight.placements):
+            a, b = (factor.redistribute(placements=weight.placements) for factor in (a, b))
         change = b @ a * self.scale
         change = change.mT if self.transposed else change
         if self.parts > 1:
