@@ -140,7 +140,7 @@ def main(cfg: Config) -> list[dict]:
 
     output = Output(cfg, run, model, steps)
     rewards = Rewards(cfg.rewards, output.say, reward_model.load_all(cfg, run))
-    dialogues = Dialogues(cfg.dialogue)
+    dialogues = Dialogues(cfg.dialogue, output.say)
     state = State(model, optimizer, prompts, extra=output.counters)
     saver = Saver(cfg.checkpoint, cfg.output_dir, run, setup.fingerprint(cfg, sets), output.say)
     if saver.finished() == steps:

@@ -23,10 +23,13 @@ Messages = list[dict[str, Any]]
 
 
 class Dialogues:
-    """`answer(sample)` asks the environment or runs the tools that the last turn calls."""
+    """`answer(sample)` asks the environment or runs the tools that the last turn calls.
 
-    def __init__(self, cfg: Dialogue) -> None:
-        self.cfg = cfg
+    An environment that fails ends that completion; the first such failure is said.
+    """
+
+    def __init__(self, cfg: Dialogue, say: Callable[[str], None] = print) -> None:
+        self.cfg, self._say, self._told = cfg, say, False
         self.tools = {find("tools", ref).__name__: Worker("tools", ref) for ref in cfg.tools}
         self.environment = Worker("environments", cfg.environment) if cfg.environment else None
 
@@ -37,7 +40,10 @@ class Dialogues:
         history = [*sample.prompt.messages, *sample.messages]
         try:
             said = self.environment.call(self.cfg.timeout_s, history, sample.prompt.columns)
-        except (Failed, TooSlow):
+        except (Failed, TooSlow) as error:
+            if not self._told:
+                self._say(f"dialogue: {error}; such completions end there and count in tool_failures")
+                self._told = True
             return None, 1
         if said is None:
             return None, 0
@@ -85,9 +91,10 @@ class Dialogues:
         for text in CALL.findall(turn["content"]):
             try:
                 result = self._call(json.loads(text))
+                result = result if isinstance(result, str) else json.dumps(result)
             except (ValueError, TypeError, KeyError, Failed, TooSlow) as error:
                 result, failed = f"error: {error}", failed + 1
-            said.append({"role": "tool", "content": result if isinstance(result, str) else json.dumps(result)})
+            said.append({"role": "tool", "content": result})
         return said or None, failed
 
     def _call(self, call: dict[str, Any]) -> Any:

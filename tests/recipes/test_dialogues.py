@@ -19,6 +19,13 @@ def add(a: int, b: int) -> int:
     while a > 99:
         pass
     return a + b
+
+def wait(seconds: int, self: str = ""):
+    """Names that are also those of what calls it; and nothing that JSON can hold."""
+    return seconds if seconds else {1, 2}
+
+def breaks(messages, columns):
+    raise RuntimeError("boom")
 '''
 
 
@@ -74,6 +81,22 @@ def test_what_tools_say_is_read_and_never_trained(made):
     for asked, sample in zip(engine.asked[1], samples, strict=False):
         rest = [*prompt.ids, *sample.ids][len(asked) :]
         assert [*prompt.ids, *sample.ids][: len(asked)] == asked and tokenizer.decode(rest).startswith("It is")
+
+
+def test_failures_are_said_and_end_nothing_else(made):
+    """An environment that raises is told once; a tool's odd result is an error that the model reads."""
+    tokenizer, cfg, prompt = made
+    own, said = cfg.tools[0].removesuffix(":add"), []
+    turns = [f'<tool_call>{{"name": "wait", "arguments": {{"seconds": {n}}}}}</tool_call>' for n in (3, 0)]
+    with Dialogues(Dialogue(tools=(f"{own}:wait",), timeout_s=3)) as dialogues:
+        engine = Scripted(tokenizer, turns, ["a", "b"])
+        samples = Rollouts(Rollout(max_new_tokens=400), engine, tokenizer, dialogues)([prompt], 2, (0, 1, 0, 0))
+    assert samples[0].messages[1]["content"] == "3" and samples[0].failed_calls == 0
+    assert "not JSON serializable" in samples[1].messages[1]["content"] and samples[1].failed_calls == 1
+    with Dialogues(Dialogue(environment=f"{own}:breaks", timeout_s=3), said.append) as dialogues:
+        engine = Scripted(tokenizer, ["a", "b"])
+        samples = Rollouts(Rollout(max_new_tokens=400), engine, tokenizer, dialogues)([prompt], 2, (0, 1, 0, 0))
+    assert [s.failed_calls for s in samples] == [1, 1] and len(said) == 1 and "RuntimeError: boom" in said[0]
 
 
 def test_tools_that_the_template_does_not_show_are_told(made):

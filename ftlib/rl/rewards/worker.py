@@ -48,7 +48,7 @@ class Worker:
         self._process: subprocess.Popen | None = None
         self._pipe: multiprocessing.connection.Connection | None = None
 
-    def call(self, seconds: float, *args: Any, **kwargs: Any) -> Any:
+    def call(self, seconds: float, /, *args: Any, **kwargs: Any) -> Any:
         """What the function returns. `Failed` if it raises or its process dies, `TooSlow` after `seconds`."""
         if self._process is None:
             self._start()
