@@ -144,12 +144,14 @@ def _imported(file: Path, root: Path) -> Iterator[Path]:
     """The files that a file's import statements name; absolute names start from `root`."""
     try:
         tree = ast.parse(file.read_bytes())
-    except SyntaxError:  # nothing has imported it yet
+    except (SyntaxError, ValueError):  # nothing has imported it yet
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (one for alias in node.names for one in _modules(root, alias.name))
         elif isinstance(node, ast.ImportFrom):
+            if node.level > len(file.parents):  # nothing has run it yet
+                continue
             start = file.parents[node.level - 1] if node.level else root
             if node.level and (start / "__init__.py").is_file():
                 yield start / "__init__.py"

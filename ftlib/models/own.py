@@ -92,7 +92,10 @@ def record(folder: Path, about: dict[str, Any], code: Mark | None) -> None:
 def noted(folder: Path, key: str) -> Any:
     """An entry of the record beside the weights or the adapter in `folder`; None where it has none."""
     file = folder / ABOUT
-    return json.loads(file.read_text(encoding="utf-8")).get(key) if file.is_file() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get(key) if file.is_file() else None
+    except (ValueError, AttributeError):
+        raise UserError(f"{ABOUT} is no record of a run", where=str(file), fix="copy it again, or remove it") from None
 
 
 def recorded(folder: Path) -> Mark | None:

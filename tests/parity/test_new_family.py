@@ -156,6 +156,14 @@ def test_what_a_file_imports_from_its_folder_belongs_to_it(qwen9, monkeypatch, c
     assert "was made with other settings:\n    model.code: '" in capsys.readouterr().err
 
 
+def test_a_damaged_record_is_one_message(tmp_path):
+    for text in ("{broken", "[]"):
+        (tmp_path / own.ABOUT).write_text(text)
+        with pytest.raises(UserError, match="no record of a run") as error:
+            own.recorded(tmp_path)
+        assert error.value.where == str(tmp_path / own.ABOUT)
+
+
 def test_init_takes_a_family_of_one_s_own(qwen9, monkeypatch, capsys):
     monkeypatch.chdir(qwen9)
     Path("sub").mkdir()

@@ -54,7 +54,8 @@ def test_a_file_and_what_it_imports_from_its_folder(tmp_path, monkeypatch):
     texts = {
         "m/main7.py": "import near7\nimport ftlib.errors\nfrom .beside7 import f\nfrom pack7 import inner7\n",
         "m/near7.py": "import os\nfrom pack7.deep7 import g\n", "m/beside7.py": "import main7_not\nf = len\n",
-        "m/main7_not.py": "", "m/pack7/__init__.py": "", "m/pack7/inner7.py": "from . import deep7\n",
+        "m/main7_not.py": f"def late():\n    from {'.' * 99} import f\n",
+        "m/pack7/__init__.py": "", "m/pack7/inner7.py": "from . import deep7\n",
         "m/pack7/deep7.py": "g = 1\n", "m/unused7.py": "", "m/ftlib/__init__.py": "",
     }  # fmt: skip
     for name, text in texts.items():
