@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """`tune generate MODEL [--adapter DIR] --prompt T …`"""
     args = _parse(argv)
+    if len(args.prompt) > 1:
+        raise UserError(f"{len(args.prompt)} prompts", where="--prompt", fix="give one a call; tune serve answers many")
     import torch  # here, so that a wrong option answers at once
 
     from ftlib.cli import loading
@@ -30,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     dtype = loading.chosen_dtype(args.dtype, device)
     base, adapter = loading.find(args.model, args.adapter)
     model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code)
-    prompt = _encode(tokenizer, sys.stdin.read() if args.prompt == "-" else args.prompt, args.system, args.raw)
+    prompt = _encode(tokenizer, sys.stdin.read() if args.prompt[0] == "-" else args.prompt[0], args.system, args.raw)
     params = SamplingParams(
         args.max_new_tokens, temperature=args.temperature, stop_ids=tokenizer.stop_ids, seed=args.seed
     )
@@ -46,7 +48,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT format for MODEL")
     parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of its run")
-    parser.add_argument("--prompt", required=True, help="the text; - reads it from stdin")
+    parser.add_argument("--prompt", required=True, action="append", help="the text; - reads it from stdin")
     parser.add_argument("--system", help="a system message before the prompt")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")

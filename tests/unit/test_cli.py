@@ -337,3 +337,9 @@ def test_a_signal_reaches_the_workers_and_their_code_comes_back(here):
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert (run.returncode, err) == (75, "saved at step 7\n")
+
+
+def test_generate_refuses_a_second_prompt(capsys):
+    """It would have answered the last one alone."""
+    assert cli.main(["generate", "ftlib:demo/model", "--prompt", "a", "--prompt", "b"]) == 2
+    assert "2 prompts" in capsys.readouterr().err
