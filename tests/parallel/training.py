@@ -1,6 +1,7 @@
 """Steps of training on a mesh, and the same steps on one process."""
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,4 +206,10 @@ def one_process(case: Case) -> Case:
 
 
 def start(case: Case) -> processes.Run:
-    return processes.start(mesh(case), SEED)
+    """Cases of one mesh share its groups, each of which has threads that wake a hundred times a second."""
+    return _started(mesh(case))
+
+
+@cache
+def _started(asked: Parallel) -> processes.Run:
+    return processes.start(asked, SEED)
