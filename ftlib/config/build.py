@@ -4,6 +4,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -125,7 +126,7 @@ def _union(hint: Any, node: Node, key: str, report: Report, default: Any) -> Any
     """The first alternative that fits, an exact type before a conversion; else what is wrong inside the right shape."""
     inside: list[str] = []
     options: list[str] = []
-    for member in sorted(members(hint), key=lambda member: type(node.value) is not member):
+    for member in sorted(_of_shape(members(hint), node.value), key=lambda member: type(node.value) is not member):
         trial = Report(report.known)
         value = _value(member, node, key, trial, MISSING if default is None else default)
         if value is not FAILED and not trial.problems:
@@ -140,6 +141,12 @@ def _union(hint: Any, node: Node, key: str, report: Report, default: Any) -> Any
         report.problems.extend(inside)
         return FAILED
     return _mismatch(hint, node, key, report, did_you_mean(str(node.value), options))
+
+
+def _of_shape(hints: Sequence[Any], value: Any) -> list[Any]:
+    """Those that a mapping or a list could be, if any: in a shell `{ipo: 1}` would be a text as well."""
+    fits = {dict: lambda hint: is_mapping(hint) or dataclasses.is_dataclass(hint), list: is_sequence}.get(type(value))
+    return [hint for hint in hints if fits and fits(hint)] or list(hints)
 
 
 def _section(cls: type, node: Node, key: str, report: Report, default: Any) -> Any:

@@ -123,7 +123,7 @@ class Tokenizer:
         digest.update(str(getattr(self.backend, "prefix", None)).encode())
         if self.files.merges:
             digest.update(self.files.merges.read_bytes())
-        about = (sorted(self.special_tokens.items()), self.chat_template, self._tool_template, self.names)
+        about = (sorted(self.special_tokens.items()), self.chat_template, self._tool_template, self.names, self.bos_id)
         digest.update(repr(about).encode())
         return digest.hexdigest()
 
@@ -282,6 +282,8 @@ class Tokenizer:
             if found >= 0:
                 self.names[f"{which}_token"] = self.backend.model.id_to_piece(found)
                 return found
+        if which == "bos" and "bos_token" in self.files.config:
+            return None  # null, as Qwen's: a text begins without one, whatever number config.json has for it
         listed = self.files.model.get(f"{which}_token_id")
         found = listed[0] if isinstance(listed, list) and listed else listed
         return found if isinstance(found, int) and found < self.vocab_size else None  # config.json of another's

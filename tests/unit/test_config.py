@@ -45,6 +45,7 @@ class Config:
     text: str | None = None
     flag: bool = False
     code: MaybeFile | None = None
+    loss: MaybeFile | dict[str, float] = "sigmoid"
     model: LocalOrHub | None = None
     file: Path | None = None
     output_dir: OutputDir = Path("output")
@@ -116,6 +117,10 @@ def test_overrides():
     assert config.load(Config, ["text='null'"]).text == "null"
     assert config.load(Config, ["text=null"]).text is None
     assert config.load(Config, ["targets=[q,v]"]).targets == ("q", "v")
+    assert config.load(Config, ["loss={ipo: 0.8, sft: 1}"]).loss == {"ipo": 0.8, "sft": 1.0}
+    assert config.load(Config, ["text={ipo: 0.8}"]).text == "{ipo: 0.8}"
+    with pytest.raises(Problems, match=r"loss\.ipo: expected number, got text 'high'"):
+        config.load(Config, ["loss={ipo: high}"])
     assert config.load(Config, ["inner={lr: 4}", "inner.decay=2"]).inner == Inner(lr=4.0, decay=2.0)
     assert config.load(Config, ["items[0].names.user=human", "items[0].path=a/b"]).items[0].names == {"user": "human"}
 

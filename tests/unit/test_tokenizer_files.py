@@ -132,10 +132,20 @@ def test_a_gzip_file_that_is_cut_off(tmp_path):
 @pytest.mark.parametrize("listed", [151643, [151643, 151645], []])
 def test_ids_of_a_published_config_are_not_those_of_a_tokenizer_of_ones_own(folder, listed):
     inside = from_pretrained(folder).special_tokens["<|im_end|>"]
-    change(folder / "tokenizer_config.json", bos_token=None, eos_token=None)
+    (folder / "tokenizer_config.json").write_text("{}")
     change(folder / "config.json", bos_token_id=listed, eos_token_id=inside)
     found = from_pretrained(folder)
     assert found.bos_id is None and found.eos_id == inside
+
+
+def test_a_tokenizer_that_says_it_has_no_first_token_has_none(folder):
+    """Qwen's: its config.json has a number for it, and transformers puts nothing in front of a text."""
+    (folder / "tokenizer_config.json").write_text("{}")
+    change(folder / "config.json", bos_token_id=5)
+    with_one = from_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": null}')
+    without = from_pretrained(folder)
+    assert (with_one.bos_id, without.bos_id) == (5, None) and with_one.fingerprint != without.fingerprint
 
 
 def test_bare_ranks_know_their_ends(tmp_path):
