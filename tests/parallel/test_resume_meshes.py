@@ -22,11 +22,13 @@ def models(tmp_path_factory):
     return folder
 
 
-def test_every_leg_on_another_mesh_is_the_run_of_one_process(models, tmp_path):
+@pytest.mark.parametrize("chains", [CHAINS[:3], pytest.param(CHAINS[3:], marks=pytest.mark.slow)], ids=["", "more"])
+def test_every_leg_on_another_mesh_is_the_run_of_one_process(chains, models, tmp_path):
+    """Last result of the slow ones (2026-11-22): passed."""
     for at, world in enumerate((2, 4, 1)):
-        cases = [Case(**work, **meshes[at]) for work, meshes in CHAINS]
+        cases = [Case(**work, **meshes[at]) for work, meshes in chains]
         assert {case.world for case in cases} == {world}
-        legs = [(str(tmp_path / f"chain_{i}"), at, at + 1) for i in range(len(CHAINS))]
+        legs = [(str(tmp_path / f"chain_{i}"), at, at + 1) for i in range(len(chains))]
         for report in spawn.run(world, cases, models, tmp_path / f"world_{world}", legs=legs):
             for case, found in zip(cases, report, strict=True):
                 assert "error" not in found, found["error"]

@@ -3,6 +3,7 @@
 import json
 import random
 
+import pytest
 from tiny_model import ROOT, train
 
 from ftlib.models import hub
@@ -19,7 +20,9 @@ def test_the_score_on_items_never_seen_climbs(tmp_path):
     assert before <= 0.2 and after >= 0.8
 
 
+@pytest.mark.slow
 def test_with_shuffled_answers_it_stays_flat(tmp_path):
+    """Last result (2026-11-22): passed."""
     rows = [json.loads(line) for line in hub.resolve("ftlib:demo/data/lora_train.jsonl").read_text().splitlines()]
     answers = [row["messages"][-1]["content"] for row in rows]
     random.Random(0).shuffle(answers)
