@@ -10,14 +10,13 @@ from typing import Literal
 import torch
 
 from ftlib import build, models, optim
-from ftlib.adapters import peft_format
+from ftlib.adapters import result
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
 from ftlib.data import AnswerBatch
 from ftlib.launch import launch, script
 from ftlib.loop import Boundary
-from ftlib.models import hub
 from ftlib.observe.output import Output, trained_share
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
@@ -141,8 +140,7 @@ def main(cfg: Config) -> list[dict]:
         boundary.finish()
         with final_folder(run, cfg.output_dir) as folder:
             if cfg.lora is not None:
-                base, revision = hub.origin(cfg.model.path)
-                peft_format.save(model, folder, base=base, revision=revision, write=run.is_main)
+                result.save(model, folder, cfg.model.path, write=run.is_main)
             else:
                 models.save_pretrained(model, folder, write=run.is_main)
             if run.is_main:

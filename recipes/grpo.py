@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ftlib import build, models, optim, tokenizers
-from ftlib.adapters import peft_format
+from ftlib.adapters import result
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
@@ -21,7 +21,7 @@ from ftlib.generation import Engine
 from ftlib.launch import launch, script
 from ftlib.loop import Boundary
 from ftlib.losses.policy import policy_loss
-from ftlib.models import LanguageModel, hub
+from ftlib.models import LanguageModel
 from ftlib.observe.output import Output, trained_share
 from ftlib.optim.schedule import learning_rate
 from ftlib.parallel import run as processes
@@ -192,8 +192,7 @@ def save(cfg: Config, model: LanguageModel, tokenizer: tokenizers.Tokenizer, run
         if cfg.lora is None:
             models.save_pretrained(model, folder, write=run.is_main)
         else:
-            base, revision = hub.origin(cfg.model.path)
-            peft_format.save(model, folder, base=base, revision=revision, write=run.is_main)
+            result.save(model, folder, cfg.model.path, write=run.is_main)
         if run.is_main:
             tokenizer.save(folder)
 

@@ -4,19 +4,18 @@ from functools import partial
 from typing import Any
 
 from ftlib import budget, loop, preflight, quant
-from ftlib.adapters import freeze, relora, token_rows
-from ftlib.adapters import setup as adapters
-from ftlib.build.models import backend, default_device, from_scratch, new_tokens, shapes
+from ftlib.adapters import token_rows
+from ftlib.build.models import attach, backend, default_device, from_scratch, new_tokens, shapes
 from ftlib.data import streaming
 from ftlib.errors import Problems, UserError, about
-from ftlib.models import LanguageModel, load, mtp
+from ftlib.models import LanguageModel, load
 from ftlib.optim import adamw, in_backward, lisa, schedule_free
 from ftlib.optim.groups import parameter_groups
 from ftlib.parallel import check as mesh
 from ftlib.parallel import replicas
 from ftlib.parallel.run import sizes
 from ftlib.preference import check as preference
-from ftlib.sections import Mtp, Reward
+from ftlib.sections import Reward
 
 
 def check(cfg: Any, world: int = 1) -> None:
@@ -50,13 +49,7 @@ def check_model(cfg: Any) -> LanguageModel:
     quant.check(cfg)
     quant.attach(built, cfg)
     trained, fresh = new_tokens(cfg, built)
-    mtp.attach(built, getattr(cfg, "mtp", Mtp()))
-    if getattr(cfg, "lora", None) is not None:
-        adapters.attach(built, cfg.lora, tokens=trained)
-        relora.attach(built, cfg)
-    elif hasattr(cfg, "train"):
-        freeze.apply(built, cfg.train)
-    lisa.attach(built, cfg)
+    attach(built, cfg, trained)
     _check_trained(cfg, built, fresh)
     if hasattr(cfg, "optim"):
         parameter_groups(built, cfg.optim)

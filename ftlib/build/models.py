@@ -44,14 +44,8 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     if fresh and weights is not None:
         weights = resize.Grown(weights, built, fresh)
     built.model.use_attention(backend(cfg, built, run.device))
-    mtp.attach(built, getattr(cfg, "mtp", Mtp()))
+    attach(built, cfg, trained, reference)
     section: Lora | None = getattr(cfg, "lora", None)
-    if section is not None:
-        adapters.attach(built, section, reference, trained)
-        relora.attach(built, cfg)
-    elif hasattr(cfg, "train"):
-        freeze.apply(built, cfg.train)
-    lisa.attach(built, cfg)
     apply(built, run, cfg.memory, DTYPES[cfg.dtype])
     built.to_empty(device=run.device)
     built.tie()
@@ -76,6 +70,18 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     if cfg.memory.budget_gib is not None:
         budget.settle(built.train(), cfg, run)
     return built.train()
+
+
+def attach(built: LanguageModel, cfg: Any, trained: tuple[int, ...], reference: bool = False) -> None:
+    """Give a model on meta what it trains besides its own weights, and freeze what it does not train. `trained`: ids of
+    tokens whose rows do; `reference`: as `model`."""
+    mtp.attach(built, getattr(cfg, "mtp", Mtp()))
+    if getattr(cfg, "lora", None) is not None:
+        adapters.attach(built, cfg.lora, reference, trained)
+        relora.attach(built, cfg)
+    elif hasattr(cfg, "train"):
+        freeze.apply(built, cfg.train)
+    lisa.attach(built, cfg)
 
 
 def shapes(cfg: Any) -> tuple[Path, LanguageModel]:

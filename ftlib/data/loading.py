@@ -30,18 +30,19 @@ class Datasets:
 
 
 def load(
-    cfg: Data, tokenizer: Tokenizer, *, seed: int, prepare: bool = False, wanted: Wanted = Wanted()
-) -> Datasets:
+    cfg: Data, tokenizer: Tokenizer, *, seed: int, prepare: bool = False, wanted: Wanted = Wanted(),
+    key: str = "data.sources",
+) -> Datasets:  # fmt: skip
     """Read, tokenise and mask every source of `cfg`, and set the held-out part aside (`seed` picks its rows).
 
     `cfg.eval` as sources gives one held-out set each, under their names; as a fraction or a number, one called
     `held_out` whose rows are taken from training. `prepare`: fetch what is remote anew, and keep all on disk for the
     runs that follow. `wanted`: what a document is, by default a text to imitate; of answers to compare see
-    ftlib.data.preference_batch. UserError names the file and line of what is wrong.
+    ftlib.data.preference_batch. `key`: of `cfg.sources` in a config. UserError names file and line of what is wrong.
     """
     held_out = isinstance(cfg.eval, (int, float)) and cfg.eval > 0
     loaded = [
-        _source(source, cfg, tokenizer, f"data.sources[{i}]", held_out, prepare, wanted)
+        _source(source, cfg, tokenizer, f"{key}[{i}]", held_out, prepare, wanted)
         for i, source in enumerate(cfg.sources)
     ]
     report = LoadReport([found for _, found in loaded])

@@ -111,11 +111,7 @@ def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, 
         cut = [replace(source, split=f"{source.split or ''}{first}", name=name) for source, name in pairs]
     else:
         cut = list(data.eval or ())
-    try:
-        evals = _held_out(data, cut, tokenizer, seed) if cut else {}
-    except UserError as error:  # which takes them for sources to train on
-        where = error.where if held_out else (error.where or "").replace("data.sources[", "data.eval[")
-        raise UserError(error.what, where=where, fix=error.fix) from None
+    evals = _held_out(data, cut, tokenizer, seed, "data.sources" if held_out else "data.eval") if cut else {}
     for rows_out in evals.values():
         check_tokens(rows_out.max_token_id, vocab)
     report = LoadReport(reports, totals=[describe(f"held out ({k})", d) for k, d in evals.items()])
@@ -155,9 +151,9 @@ def _name(source: Source, files: list | None = None) -> str:
     return stem(files[0]) if len(files) == 1 else source.path.rstrip("/*").rsplit("/", 1)[-1]
 
 
-def _held_out(data: Data, held: list[Source], tokenizer: Tokenizer, seed: int) -> dict[str, Documents]:
+def _held_out(data: Data, held: list[Source], tokenizer: Tokenizer, seed: int, key: str) -> dict[str, Documents]:
     settings = replace(data, sources=tuple(held), eval=None, overlong="split")
-    everything = load(settings, tokenizer, seed=seed).train
+    everything = load(settings, tokenizer, seed=seed, key=key).train
     names = [source.name for source in everything.sources]
     return {name: everything.select(everything.source_ids == i) for i, name in enumerate(names)}
 

@@ -101,9 +101,11 @@ def noted(folder: Path, key: str) -> Any:
 def recorded(folder: Path) -> Mark | None:
     """The `model.code` that the weights or the adapter in `folder` were trained with. None: the library's own way, or
     not known."""
-    found, copies = noted(folder, "model.code"), folder / COPIES
+    if not (found := noted(folder, "model.code")):
+        return None
+    copies = folder / COPIES
     files = {file.relative_to(copies).as_posix(): file.read_bytes() for file in sorted(copies.rglob("*.py"))}
-    return Mark(found["code"], found["sha256"], files) if found else None
+    return Mark(found["code"], found["sha256"], files)
 
 
 def compare(what: Path | str, was: Mark | None, now: Mark | None, fix: str = "--code FILE.py:CLASS") -> None:

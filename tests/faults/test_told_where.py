@@ -125,7 +125,7 @@ def test_places_of_every_key_that_is_set(tmp_path):
         ("rows[0].c, sizes.wide", "rows[0].c, sizes.wide (a.yaml:4)"),
         ("rows: ./mine.py:f", "rows (a.yaml:1): ./mine.py:f"),
         ("rows.jsonl:3", "rows.jsonl:3"),
-        ("/tmp/rows/sizes", "/tmp/rows/sizes"),
+        ("/elsewhere/rows/sizes", "/elsewhere/rows/sizes"),
         ("rows:3", "rows:3"),
         ("steps", "steps"),
     ],

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,13 +23,21 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     work = [(asdict(case), leg) for case, leg in zip(cases, legs or [None] * len(cases), strict=True)]
-    words = [str(out / "store"), str(models), str(out), json.dumps(work)]
+    words = [out / "store", models, out, json.dumps(work)]
+    processes(Path(__file__).parent / "worker.py", world, words, out, timeout, gpus)
+    return [json.loads((out / f"report_{rank}.json").read_text()) for rank in range(world)]
+
+
+def processes(
+    script: Path, world: int, words: Sequence[object], logs: Path, timeout: float = 300, gpus: bool = False
+) -> None:
+    """`script RANK WORLD WORDS…` in a process for each rank; AssertionError with the end of its log if one failed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     workers = []
     for rank in range(world):
-        command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(rank), str(world), *words]
-        log = (out / f"log_{rank}").open("w")
+        command = [sys.executable, *map(str, (script, rank, world, *words))]
+        log = (logs / f"log_{rank}").open("w")
         workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
     try:
         codes = [worker.wait(timeout) for worker in workers]
@@ -36,5 +45,4 @@ def run(
         for worker in workers:
             worker.kill()
     for rank, code in enumerate(codes):
-        assert code == 0, (out / f"log_{rank}").read_text()[-6000:]
-    return [json.loads((out / f"report_{rank}.json").read_text()) for rank in range(world)]
+        assert code == 0, (logs / f"log_{rank}").read_text()[-6000:]

@@ -1,41 +1,25 @@
 """Optimizers that look at whole matrices give on several processes what they give on one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from faults.tiny_training import one_process
 from optimizer_worker import held, train_low
+from parallel import spawn
 
 from ftlib.checkpoint import Saver
 from ftlib.sections import Checkpoint
 
-ROOT = Path(__file__).parents[2]
 MESHES = {2: ["fsdp"], 4: ["hsdp", "fsdp_tp"]}
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_is_unsharded(world, tmp_path):
     """Last result of the slow part: every optimizer equal on 2 x 2 (replicated and sharded, sharded twice)."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    workers = []
-    for rank in range(world):
-        words = [str(rank), str(world), str(tmp_path), json.dumps(MESHES[world])]
-        script = str(Path(__file__).parent / "optimizer_worker.py")
-        log = (tmp_path / f"log_{rank}").open("w")
-        workers.append(
-            subprocess.Popen([sys.executable, script, *words], env=environment, stdout=log, stderr=subprocess.STDOUT)
-        )
-    try:
-        codes = [worker.wait(300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert codes == [0] * world, "\n".join((tmp_path / f"log_{rank}").read_text()[-3000:] for rank in range(world))
+    words = [tmp_path, json.dumps(MESHES[world])]
+    spawn.processes(Path(__file__).parent / "optimizer_worker.py", world, words, tmp_path)
     for rank in range(world):
         found = json.loads((tmp_path / f"report_{rank}.json").read_text())
         assert len(found) == (15 if world == 2 else 25)

@@ -2,14 +2,11 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import rl_toys
-from tiny_model import ROOT
+from parallel import spawn
 
 WAYS = ("token", "seq", "const", "group")
 REWARD = '''
@@ -39,18 +36,8 @@ def run(tmp_path_factory):
             )  # fmt: skip
             configs.append(folder / f"{name}{how}.yaml")
             configs[-1].write_text(json.dumps(values))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        script, workers = Path(__file__).parent / "grpo_worker.py", []
-        for rank in range(world):
-            words = [sys.executable, script, rank, world, folder / name, *configs]
-            log = (folder / f"{name}_log_{rank}").open("w")
-            workers.append(subprocess.Popen([*map(str, words)], env=environment, stdout=log, stderr=subprocess.STDOUT))
-        try:
-            codes = [worker.wait(300) for worker in workers]
-        finally:
-            for worker in workers:
-                worker.kill()
-        assert codes == [0] * world, "\n".join((folder / f"{name}_log_{r}").read_text()[-3000:] for r in range(world))
+        (logs := folder / f"{name}_logs").mkdir()
+        spawn.processes(Path(__file__).parent / "grpo_worker.py", world, [folder / name, *configs], logs)
         reports = [json.loads((folder / f"{name}_{rank}").read_text()) for rank in range(world)]
         return reports[0]["rows"], [report["learners"] for report in reports]
 
