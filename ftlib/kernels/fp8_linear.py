@@ -16,12 +16,16 @@ MULTIPLE = 16  # what the matrix units want of every size but the rows of the le
 
 
 def cast(x: Tensor, rows: bool, kind: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
-    """x [N, K] -> codes [N, K] of dtype `kind`, scales float32 [N, 1] (`rows`) or [1, 1]: x is about codes * scales."""
+    """x [N, K] -> codes [N, K] of dtype `kind`, scales float32 [N, 1] (`rows`) or [1, 1]: x is about codes * scales.
+
+    Codes lie row by row, as products want them, also where x does not: a compiler writes them so as it rounds, and no
+    copy of bytes that lie the other way follows.
+    """
     if rows:
         scales = x.abs().amax(1, keepdim=True).float().clamp_min(TINY) / torch.finfo(kind).max
     else:
         scales = power_of_two(x.abs().amax().view(1, 1).float(), kind)
-    return encode(x, scales, kind), scales
+    return encode(x, scales, kind).contiguous(), scales
 
 
 def power_of_two(largest: Tensor, kind: torch.dtype) -> Tensor:
