@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -129,6 +130,22 @@ def check_call(fn: Callable, required: Iterable[str], kwargs: Mapping[str, objec
             where=where,
             fix=f"it is called with ({', '.join([*required, *(f'{key}=…' for key in kwargs)])})",
         ) from None
+
+
+@contextmanager
+def told(fn: Callable, ref: str, where: str, fix: str = "mend the function") -> Iterator[None]:
+    """What the user's `fn` raises inside, as a `UserError` with its file and line; `ref` is its name in the config and
+    `where` the key. What is out of memory stays as it is, for the run to explain."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error).lower():
+            raise
+        code = getattr(inspect.unwrap(fn), "__code__", None)
+        place = _place(error, Path(code.co_filename) if code else None)
+        raise UserError(f"{ref} failed: {_reason(error)} ({place})", where=where, fix=fix) from error
 
 
 def _package(folder: Path) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from ftlib.errors import Problems, UserError
 from ftlib.preference import reference
-from ftlib.preference.objective import resolve
+from ftlib.preference.objective import resolve, try_own
 
 
 def check(cfg: Any) -> None:
@@ -38,6 +38,7 @@ def _shared(cfg: Any) -> list[tuple[Any, str, str, str]]:
 
 def _dpo(cfg: Any) -> list[tuple[Any, str, str, str]]:
     objective = resolve(cfg.dpo)
+    try_own(objective)
     reference.kind(cfg, objective)
     return [
         (

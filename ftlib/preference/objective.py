@@ -1,7 +1,7 @@
 """From `dpo` of a config to one loss: resolved constants, its formula for people, and its values over a batch."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ftlib import plugins
 from ftlib.data.preference_batch import Answers
+from ftlib.errors import UserError
 from ftlib.losses.preference import LOSSES, Pairs, Rated, Settings
 from ftlib.sections import Dpo, methods
 from ftlib.sections.dpo import CONSTANTS
@@ -125,9 +126,39 @@ def resolve(cfg: Dpo) -> Objective:
         loss = plugins.find("losses", name, LOSSES)
         if name not in LOSSES:
             plugins.check_call(loss, ["pairs", "settings"], {}, "dpo.loss")
+            loss = _own(name, loss)
         terms.append(Term(name, weight, loss, Settings(**constants)))
     alpha = preset.length_alpha if cfg.length_alpha is None else cfg.length_alpha
     return Objective(tuple(terms), alpha, preset.on_policy if cfg.on_policy is None else cfg.on_policy)
+
+
+def try_own(objective: Objective) -> None:
+    """Call every function of the user on three made-up pairs, so that its mistakes show before anything is loaded."""
+    for term in objective.terms:
+        if term.name not in LOSSES:
+            sums = (torch.tensor([-9.0, -8.0, -7.0], requires_grad=True) * scale for scale in (1.0, 1.5, 1.1, 1.4))
+            term.loss(Pairs(*sums, torch.tensor([4.0, 5.0, 6.0]), torch.tensor([6.0, 4.0, 5.0])), term.settings)
+
+
+def _own(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of the user whose mistakes are told with the key, its file and line."""
+    given = [*(field.name for field in fields(Pairs)), "h_w", "h_l", "d"]
+    mend = f"mend the function; pairs has {', '.join(given)}, settings {', '.join(f.name for f in fields(Settings))}"
+
+    def loss(pairs: Pairs, settings: Settings) -> Tensor:
+        with plugins.told(function, name, "dpo.loss", mend):
+            values = function(pairs, settings)
+        shape = getattr(values, "shape", None)
+        if shape != pairs.chosen.shape:
+            what = type(values).__name__ if shape is None else f"values of shape {list(shape)}"
+            fix = "return one value for each pair: their mean over the step is taken afterwards"
+            raise UserError(f"{name} returned {what} for {len(pairs.chosen)} pairs", where="dpo.loss", fix=fix)
+        if pairs.chosen.requires_grad and torch.is_grad_enabled() and not values.requires_grad:
+            fix = "compute it from pairs.chosen and pairs.rejected, without .detach(), .item() or torch.no_grad()"
+            raise UserError(f"{name} returned values without a gradient", where="dpo.loss", fix=fix)
+        return values
+
+    return loss
 
 
 def figures(sums: Tensor) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 from ftlib.errors import UserError
 from ftlib.losses.preference import LOSSES, Pairs, Rated, Settings
 from ftlib.losses.reward import bradley_terry, step_loss
-from ftlib.preference.objective import resolve
+from ftlib.preference.objective import resolve, try_own
 from ftlib.sections import Dpo, methods
 
 WIDE = {"dtype": torch.float64}
@@ -146,6 +146,29 @@ def test_a_loss_of_ones_own(tmp_path):
     with pytest.raises(UserError, match="called with"):
         file.write_text("def squared(pairs):\n    return 0\n")
         resolve(Dpo(loss=f"{file.rename(tmp_path / 'other.py')}:squared"))
+
+
+OWN_MISTAKES = {
+    "raises": ("    return other(pairs)\n\ndef other(pairs):\n    return {}[0]", "KeyError: 0 ({file}:5)"),
+    "raises inside torch": ("    import torch\n    return torch.cat([pairs.d, 3])", "TypeError: expected", ":3)"),
+    "asks for what is not there": ("    return -pairs.logits", "no attribute 'logits'", "ref_chosen", "h_w, h_l, d"),
+    "takes the mean": ("    return pairs.d.mean()", "returned values of shape [] for 3 pairs", "their mean over the"),
+    "returns nothing": ("    pairs.d", "returned NoneType for 3 pairs"),
+    "cuts the gradient": ("    return pairs.d.detach()", "without a gradient"),
+}
+
+
+@pytest.mark.parametrize("mistake", OWN_MISTAKES)
+def test_a_mistake_in_a_loss_of_ones_own_is_told_with_file_line_and_key(tmp_path, mistake):
+    body, *says = OWN_MISTAKES[mistake]
+    file = tmp_path / "mine.py"
+    file.write_text(f"def f(pairs, settings):\n{body}\n")
+    objective = resolve(Dpo(loss=f"{file}:f"))
+    with pytest.raises(UserError) as error:
+        try_own(objective)
+    assert error.value.where == "dpo.loss"
+    for text in says:
+        assert text.format(file=file) in str(error.value)
 
 
 def test_golden_values_of_a_reward_model():
