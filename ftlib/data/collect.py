@@ -35,6 +35,13 @@ _USES = {
 }
 
 
+_LEARN = {  # which recipe does, of what is not for the one that was asked
+    "train": "recipes/lora_sft.py learns",
+    "preference": "recipes/dpo.py or recipes/reward.py learns",
+    "unpaired": "recipes/dpo.py with dpo.loss=kto (or bco) learns",
+    "stepwise": "recipes/reward.py with reward.kind=steps learns",
+    "prompt": "recipes/grpo.py, given rewards, learns",
+}
 _NEEDS = {
     "train": "messages, answers or text",
     "pairs": "`chosen` and `rejected`",
@@ -188,7 +195,9 @@ def find_shape(
     if kind(shape.format, wanted.kind) not in (*kinds, wanted.kind):
         fits = [name for name in FORMATS if kind(name) in kinds and FORMATS[name].match(first, source.columns)]
         fix = f"name another format: {key}.format={fits[0]}" if fits else f"give rows with {_NEEDS[wanted.kind]}"
-        what = f"format {shape.format} ({shape.evidence}): these are {_USES[kind(shape.format)]}"
+        found = kind(shape.format)
+        fix += f"; {_LEARN[found]} from these" if found in _LEARN else ""
+        what = f"format {shape.format} ({shape.evidence}): these are {_USES[found]}"
         raise UserError(what, where=key, fix=fix)
     plain = shape.format in TEMPLATE_FREE or isinstance(first.get("completion", first.get("canonical_solution")), str)
     if not plain and not tokenizer.chat_template:

@@ -13,7 +13,7 @@ from ftlib.data.examples import Example, Shape
 from ftlib.data.formats import kind, read_examples
 from ftlib.data.masks import Tokenizer
 from ftlib.data.preference import Unit, Wanted
-from ftlib.data.report import UNWRITTEN, spread
+from ftlib.data.report import UNWRITTEN, counted, spread
 from ftlib.data.sources import Place
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
@@ -51,7 +51,7 @@ class Answers(Findings):
         facts = [("rows", f"{len(self.rows):,}"), ("format", self.shape), ("these are", self.use)]
         facts += [(f"tokens of a {name}", spread(sizes)) for name, sizes in self.sizes.items()]
         if self.unwritten:
-            facts.append(("warning", f"the reasoning of {self.unwritten:,} messages {UNWRITTEN}"))
+            facts.append(("warning", f"the reasoning of {counted(self.unwritten, 'message')} {UNWRITTEN}"))
         facts += [(state, f"{count:,} rows") for state, count in self.states().items() if state != "ok"]
         facts.append(("exact repeats", f"{sum(bool(row.repeat_of) for row in self.rows):,} rows"))
         both = sum(row.held_out for row in self.rows)

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ftlib.data.preview import Shown
-from ftlib.data.report import UNWRITTEN, spread
+from ftlib.data.report import UNWRITTEN, counted, spread
 
 LISTED = 20  # broken rows that are printed
 MOST_WEIGHTS = 8  # that are listed with their counts
@@ -52,7 +52,7 @@ class Findings:
         if self.roles:
             facts.append(("messages", ", ".join(f"{count:,} {role}" for role, count in self.roles.most_common())))
         if self.unwritten:
-            facts.append(("warning", f"the reasoning of {self.unwritten:,} messages {UNWRITTEN}"))
+            facts.append(("warning", f"the reasoning of {counted(self.unwritten, 'message')} {UNWRITTEN}"))
         facts += [(state, f"{count:,} rows") for state, count in self.states().items() if state != "ok"]
         facts.append(("exact repeats", f"{sum(bool(row.repeat_of) for row in rows):,} rows"))
         both = sum(row.held_out for row in rows)

@@ -153,6 +153,11 @@ class Documents(Sequence[Document]):
         """Labels of each document that are not -100, int64 [n]."""
         return self._gather([part.targets for part in self.parts], np.int64)
 
+    @property
+    def compared(self) -> bool:
+        """Whether these are answers that are compared or rated: `pieces` says where they are."""
+        return bool(self.parts) and all(part.pieces is not None for part in self.parts)
+
     @cached_property
     def pieces(self) -> np.ndarray:
         """`Part.pieces` of each document, float64 [n, 3]."""

@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # what a recipe asks for -> the kinds of 
 _PAIR, _LABELLED = ("chosen", "rejected"), ("completion", "label")
 NEEDS = {"pairs": (_PAIR,), "rated": (_LABELLED, _PAIR), "steps": (("completions", "labels"),)}
 SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"))
+BOTH = "both answers, each behind its prompt"
 EMPTY, EQUAL = "an answer has no trained token", "chosen and rejected are the same"
 
 
@@ -42,9 +43,8 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Tokens it takes in a row: every answer stands behind its own copy of the prompt."""
-        second = len(self.ids) - self.prompt - self.first if self.first else 0
-        return self.prompt + self.first + (self.prompt + second if second else 0)
+        """`sizes` of it alone."""
+        return int(sizes(len(self.ids), np.array(self.pieces)))
 
     @property
     def pieces(self) -> tuple[float, float, float]:
@@ -60,6 +60,14 @@ class Wanted:
     kind: str = "train"
     separator: str = "\n"
     last_only: bool = False
+
+
+def sizes(lengths: np.ndarray | int, pieces: np.ndarray) -> np.ndarray:
+    """Tokens that units take in a row, int64 [n], where every answer stands behind its own copy of the prompt: what
+    `data.seq_len` is compared with. `lengths` [n] are those of their `ids`, `pieces` [n, 3] as `Unit.pieces`."""
+    prompts, firsts = pieces[..., 0].astype(np.int64), pieces[..., 1].astype(np.int64)
+    seconds = np.where(firsts > 0, lengths - prompts - firsts, 0)
+    return prompts + firsts + np.where(seconds > 0, prompts + seconds, 0)
 
 
 def units(example: Example, tokenizer: Tokenizer, cfg: Data, wanted: Wanted) -> Iterator[Unit | str]:
@@ -84,15 +92,16 @@ def fit(unit: Unit, cfg: Data, where: str) -> tuple[Unit | str, str | None]:
     """The unit as it fits a row, or why it does not, and how it was changed. Only the beginning of a prompt is ever cut
     off, so that no answer loses its end."""
     size, copies = unit.size, 2 if unit.size > len(unit.ids) else 1
+    copies_of_prompt = f" ({BOTH})" if copies == 2 else ""
     if size <= cfg.seq_len:
         return unit, None
     if cfg.overlong == "error":
-        what = f"{size:,} tokens{' of both answers, each behind its prompt,' if copies == 2 else ''} are more than"
+        what = f"{size:,} tokens{copies_of_prompt} are more than"
         fix = "raise data.seq_len, or set data.overlong to drop or truncate"
         raise UserError(f"{what} data.seq_len={cfg.seq_len:,}", where=where, fix=fix)
     cut = -(-(size - cfg.seq_len) // copies)
     if cfg.overlong == "drop" or not unit.first or cut >= unit.prompt:
-        return f"longer than data.seq_len={cfg.seq_len:,} tokens", None
+        return f"longer than data.seq_len={cfg.seq_len:,} tokens{copies_of_prompt}", None
     shorter = replace(unit, ids=unit.ids[cut:], trained=unit.trained[cut:], prompt=unit.prompt - cut)
     return shorter, f"beginning of the prompt cut off at data.seq_len={cfg.seq_len:,} tokens"
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ftlib.data.documents import Document, Documents
 from ftlib.data.packing import shuffled
+from ftlib.data.preference import sizes
 from ftlib.layers.batch import IGNORED, Batch, Layout, from_documents
 from ftlib.layers.shared_prefix import SharedPrefix
 
@@ -103,7 +104,7 @@ class Preferences:
         self.values = documents.pieces[:, 2].astype(np.float32)
         seconds = np.where(self.firsts > 0, documents.lengths - self.prompts - self.firsts, 0)
         self.answers = 2 if (seconds > 0).any() else 1  # of a unit
-        self.lengths = self.prompts + self.firsts + np.where(seconds > 0, self.prompts + seconds, 0)
+        self.lengths = sizes(documents.lengths, documents.pieces)
         stored = self.prompts + self.firsts + seconds
         pays = self.answers == 2 and stored.sum() < SHARE_BELOW * self.lengths.sum()
         self.shared = self.answers == 2 and (pays if shared == "auto" else shared)
@@ -163,13 +164,22 @@ class Preferences:
         return [_answer(ids, trained)]
 
     def shown(self, index: int) -> list[Document]:
-        """Each answer of a unit as a document, for people."""
-        documents = []
-        for piece in self.pieces(index):
+        """Each answer of a unit as a document, for people: behind its source stands what is said of it."""
+        documents, source = [], self.documents[index].source
+        for piece, said in zip(self.pieces(index), self._said(index), strict=True):
             labels = np.full(len(piece.ids), IGNORED, np.int32)
-            labels[piece.rows] = piece.targets
-            documents.append(Document(piece.ids, labels, index, self.documents[index].source))
+            labels[piece.rows if self.firsts[index] else piece.rows - 1] = piece.targets  # a step's own token is shown
+            documents.append(Document(piece.ids, labels, index, f"{source}, {said}"))
         return documents
+
+    def _said(self, index: int) -> list[str]:
+        """What the data say of each answer of a unit, or of the steps of its only one."""
+        if self.answers == 2:
+            margin = f", better by {self.values[index]:g}" if self.values[index] else ""
+            return [f"chosen{margin}", "rejected"]
+        if not self.firsts[index]:
+            return [", ".join("right" if label else "wrong" for label in self.pieces(index)[0].targets)]
+        return ["good" if self.values[index] else "bad"]
 
     def batch(self, rows: Sequence[Sequence[int]], seq_len: int, pad_id: int, max_documents: int) -> AnswerBatch:
         """Rows [len(rows), seq_len] of these units, of which one holds at most `max_documents`."""

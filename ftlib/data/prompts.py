@@ -12,7 +12,7 @@ from ftlib.data.examples import no_weights
 from ftlib.data.messages import MESSAGES
 from ftlib.data.packing import share, shuffled
 from ftlib.data.records import NO_WEIGHTS
-from ftlib.data.report import UNRENDERED, spread
+from ftlib.data.report import UNRENDERED, counted, spread
 from ftlib.data.sources import files_of, read_all
 from ftlib.errors import UserError
 from ftlib.sections import Source
@@ -165,7 +165,7 @@ def _read(
     if dropped:
         report.append(f"  {dropped:,} dropped: with {room:,} new tokens longer than data.seq_len={cfg.seq_len:,}")
     if unwritten:
-        report.append(f"  warning: the reasoning of {unwritten:,} messages {UNRENDERED}")
+        report.append(f"  warning: the reasoning of {counted(unwritten, 'message')} {UNRENDERED}")
     return found
 
 

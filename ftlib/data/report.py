@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ftlib.data import preference
 from ftlib.data.documents import Documents
 
 UNTRAINED = "no trained token"
@@ -39,11 +40,12 @@ class SourceReport:
     def lines(self) -> list[str]:
         """Human lines."""
         known = ", tokenised before" if self.cached else ""
-        facts = [f"{self.name}: {self.rows:,} rows, format {self.format} ({self.evidence}{known})"]
+        facts = [f"{self.name}: {counted(self.rows, 'row')}, format {self.format} ({self.evidence}{known})"]
         facts += [f"  dropped {count:,}: {reason}" for reason, count in sorted(self.dropped.items())]
         facts += [f"  {reason}: {count:,}" for reason, count in sorted(self.changed.items())]
         facts += [f"  {bad}" for bad in self.bad]
-        facts += [f"  warning: the reasoning of {self.unwritten:,} messages {UNWRITTEN}"] if self.unwritten else []
+        unwritten = f"  warning: the reasoning of {counted(self.unwritten, 'message')} {UNWRITTEN}"
+        facts += [unwritten] if self.unwritten else []
         if self.dropped[UNTRAINED] > 0.05 * self.rows:
             facts.append(f"  warning: {self.dropped[UNTRAINED] / self.rows:.0%} of the rows have nothing to train on")
         return facts
@@ -82,16 +84,28 @@ class LoadReport:
 
 
 def describe(name: str, documents: Documents) -> str:
-    """One line on a set of documents: how many, tokens, how much of them is trained, lengths."""
-    tokens, trained = int(documents.lengths.sum(dtype=np.int64)), int(documents.target_counts.sum())
+    """One line on a set of documents: how many, tokens, how much of them is trained, lengths; of answers as
+    `data.seq_len` counts them."""
+    lengths, noun, how = documents.lengths, "document", ""
+    if documents.compared:
+        lengths = preference.sizes(documents.lengths, documents.pieces)
+        steps, pairs = (documents.pieces[:, 1] == 0).any(), (lengths > documents.lengths).any()
+        noun = "pair" if pairs else "answer" if steps else "rated answer"
+        how = f" ({preference.BOTH})" if pairs else " in steps" if steps else ""
+    tokens, trained = int(lengths.sum(dtype=np.int64)), int(documents.target_counts.sum())
     weighted = ""
     if documents.weighted:
         mean = documents.target_weights.sum() / max(trained, 1)
         weighted = f", {documents.weighted:,} with weights other than 0 and 1 (mean of all trained tokens {mean:.3g})"
     return (
-        f"{name}: {len(documents):,} documents{weighted}, {tokens:,} tokens, {trained / max(tokens, 1):.1%} trained, "
-        f"lengths {spread(documents.lengths)}"
+        f"{name}: {counted(len(documents), noun)}{how}{weighted}, {counted(tokens, 'token')}, "
+        f"{trained / max(tokens, 1):.1%} trained, lengths {spread(lengths)}"
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def repeats(train: Documents, evals: dict[str, Documents], deduplicated: int, removed: int) -> list[str]:

@@ -50,7 +50,7 @@ def test_reasoning_that_a_template_leaves_out_is_told(tmp_path, capsys):
     assert "data.template" in said and "data.thinking=drop" in said
     assert "the reasoning of 3 messages" in told(tmp_path, [REASONED, other, THOUGHT], thinking="split")
     said_before = {"messages": [ASKED, {"role": "assistant", "content": "two twice"}, *other["messages"]]}
-    assert "the reasoning of 1 messages" in told(tmp_path, [said_before])
+    assert "the reasoning of 1 message" in told(tmp_path, [said_before])
     for quiet in (
         told(tmp_path, [REASONED, other, THOUGHT], thinking="drop"), told(tmp_path, [REASONED], Writing()),
         told(tmp_path, [THOUGHT], Writing()), told(tmp_path, [THOUGHT], Writing(), thinking="split"),
@@ -64,7 +64,7 @@ def test_reasoning_that_a_template_leaves_out_is_told(tmp_path, capsys):
 def test_reasoning_is_still_told_of_what_was_tokenised_before(tmp_path):
     for _ in range(2):
         said = told(tmp_path, [REASONED], cache=str(tmp_path / "cache"))
-    assert "tokenised before" in said and "the reasoning of 1 messages" in said
+    assert "tokenised before" in said and "the reasoning of 1 message" in said
 
 
 def test_reasoning_that_is_left_out_of_a_stream_is_told_of_its_beginning(tmp_path):
@@ -153,7 +153,7 @@ def test_doctor_counts_pairs_that_teach_nothing(tmp_path, capsys):
     assert "chosen and rejected are the same: 1 rows" in said and "longer than 4 tokens: 1 rows" in said
     thought = {"role": "assistant", "content": "4", "reasoning_content": "two twice"}
     write(tmp_path / "a.jsonl", [{"prompt": "2+2?", "chosen": [thought], "rejected": "five"}])
-    assert doctor.main([source.path]) == 0 and "the reasoning of 1 messages" in capsys.readouterr().out
+    assert doctor.main([source.path]) == 0 and "the reasoning of 1 message" in capsys.readouterr().out
     (tmp_path / "a.jsonl").write_text('{"chosen": 3, "rejected": "b"}')
     with pytest.raises(UserError, match="chosen"):
         doctor.main([source.path])

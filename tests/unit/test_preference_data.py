@@ -16,7 +16,7 @@ from ftlib.models import hub
 from ftlib.preference.answers import answer_logprobs
 from ftlib.sections import Data, Source
 
-PAIRS, RATED = Wanted("pairs"), Wanted("rated")
+PAIRS, RATED, STEPS = Wanted("pairs"), Wanted("rated"), Wanted("steps")
 
 
 @pytest.fixture(scope="module")
@@ -129,27 +129,63 @@ def test_what_is_dropped_and_cut_is_counted(tokenizer, tmp_path):
     assert report.dropped == {
         "chosen and rejected are the same": 1,
         "an answer has no trained token": 1,
-        "longer than data.seq_len=200 tokens": 2,
+        "longer than data.seq_len=200 tokens (both answers, each behind its prompt)": 2,
     }
     cut = load(rows, tokenizer, tmp_path, overlong="truncate")
     (report,) = cut.report.sources
-    assert report.dropped["longer than data.seq_len=200 tokens"] == 1, "an answer never loses its end"
+    assert [n for reason, n in report.dropped.items() if "longer than" in reason] == [1], "answers keep their end"
     assert report.changed == {"beginning of the prompt cut off at data.seq_len=200 tokens": 1}
     preferences = Preferences(cut.train)
     assert preferences.lengths.max() <= 200
     chosen, rejected = texts(preferences, 1, tokenizer)
     assert chosen[1] == "right<|im_end|>" and rejected[1] == "wrong<|im_end|>"
     assert chosen[0].startswith("ong long") or chosen[0].endswith("right<|im_end|>\n")
-    with pytest.raises(UserError, match="of both answers"):
+    with pytest.raises(UserError, match="both answers, each"):
         load(rows[3:4], tokenizer, tmp_path, overlong="error")
+
+
+@pytest.mark.parametrize(("wanted", "noun"), [(PAIRS, "1 pair (both answers, each"), (RATED, "2 rated answers")])
+def test_lengths_are_told_as_they_are_judged(wanted, noun, tokenizer, tmp_path):
+    """What the report calls the length of a row is what the loader packs, and the least seq_len that holds it."""
+    row = {"prompt": "long " * 20, "chosen": "right", "rejected": "wrong!"}
+    found = load([row], tokenizer, tmp_path, wanted, seq_len=400)
+    lengths = Preferences(found.train).lengths
+    assert list(found.report.sources[0].lengths) == lengths.tolist()
+    (line,) = found.report.totals
+    assert noun in line and f"{lengths.sum()} tokens" in line and f"lengths {lengths.min()} to {lengths.max()}" in line
+    assert len(load([row], tokenizer, tmp_path, wanted, seq_len=int(lengths.max())).train) == len(found.train)
+    with pytest.raises(UserError, match=f"{lengths.max()} tokens"):
+        load([row], tokenizer, tmp_path, wanted, seq_len=int(lengths.max()) - 1, overlong="error")
+
+
+SHOWN = [
+    (PAIRS, {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2}, ["chosen, better by 2", "rejected"]),
+    (RATED, {"prompt": "q", "completion": "a", "label": False}, ["bad"]),
+    (STEPS, {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, ["right, wrong"]),
+]
+
+
+@pytest.mark.parametrize(("wanted", "row", "said"), SHOWN, ids=lambda value: getattr(value, "kind", None))
+def test_what_is_shown_says_which_answer_is_which(wanted, row, said, tokenizer, tmp_path):
+    documents = Preferences(load([row], tokenizer, tmp_path, wanted).train).shown(0)
+    assert [document.source.partition(", ")[2] for document in documents] == said
+    ends = [document.input_ids[np.flatnonzero(document.labels != -100) + 1].tolist() for document in documents]
+    if wanted is STEPS:
+        assert ends == [[tokenizer.encode("\n")[0]] * 2], "the tokens that end the steps"
+    else:
+        assert all(tokenizer.decode(ids).endswith("<|im_end|>") for ids in ends)
 
 
 def test_rows_that_say_nothing_of_better_and_worse_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="nothing says how good they are") as error:
         load([{"question": "a", "answer": "b"}], tokenizer, tmp_path)
     assert "`chosen` and `rejected`" in str(error.value)
-    with pytest.raises(UserError, match="not trained on here"):
+    with pytest.raises(UserError, match="not trained on here") as error:
         load([{"prompt": "a", "chosen": "b", "rejected": "c"}], tokenizer, tmp_path, Wanted())
+    assert "recipes/dpo.py or recipes/reward.py learns from these" in str(error.value)
+    with pytest.raises(UserError, match="answers with a label") as error:
+        load([{"prompt": "a", "completion": "b", "label": True}], tokenizer, tmp_path)
+    assert "recipes/dpo.py with dpo.loss=kto (or bco) learns from these" in str(error.value)
     own = tmp_path / "own.py"
     own.write_text("def rows(row):\n    return {'prompt': row['q'], 'chosen': row['a'], 'rejected': row['b']}\n"
                    "def messages(row):\n    return [{'role': 'user', 'content': row['q']}]\n")  # fmt: skip

@@ -91,4 +91,4 @@ def test_reasoning_that_the_template_leaves_out_is_told(tmp_path, tokenizer):
     path = write(tmp_path, {"messages": [asked, thought, more]}, {"messages": [asked, thought]}, {"messages": [asked]})
     sets = load(Prompts(sources=(Source(path=path),), seq_len=64), tokenizer, 10, seed=0)
     (told,) = (line for line in sets.report if "the reasoning of" in line)
-    assert "the reasoning of 1 messages is not in what the template renders" in told and "data.template" in told
+    assert "the reasoning of 1 message is not in what the template renders" in told and "data.template" in told
