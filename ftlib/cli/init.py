@@ -15,8 +15,8 @@ from ftlib.cli import assets
 from ftlib.cli.arguments import Parser
 from ftlib.errors import UserError
 
-RATES = {"lora_sft": "2e-4", "full_sft": "2e-5", "pretrain": "3e-4", "dpo": "5e-6"}
-PREFERENCES = ("pairs", "rated")  # of answers
+RATES = {"lora_sft": "2e-4", "full_sft": "2e-5", "pretrain": "3e-4", "dpo": "5e-6", "reward": "1e-4"}
+KINDS = {"dpo": ("pairs", "rated"), "reward": ("pairs", "steps")}  # what rows of answers hold; else texts to imitate
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("data", metavar="DATA", help="a file of rows: JSON lines, JSON or text")
     parser.add_argument("--model", default="ftlib:demo/model", help="a folder, a Hub id or ftlib:demo/model (default)")
     parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of the run")
-    parser.add_argument("--recipe", choices=RATES, help="default: dpo for pairs and for rated answers, else lora_sft")
+    parser.add_argument("--recipe", choices=RATES, help="default: as the rows are: lora_sft, dpo or reward")
     parser.add_argument("--out", metavar="FILE", help="default: the data's name with .yaml, in this folder")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     args = parser.parse(argv)
@@ -37,9 +37,9 @@ def main(argv: Sequence[str]) -> int:
     from ftlib.cli import sizing  # imports torch
 
     model = sizing.look_at(args.model, args.code)
-    kinds = ("train", *PREFERENCES) if args.recipe is None else PREFERENCES if args.recipe == "dpo" else ("train",)
+    kinds = KINDS.get(args.recipe, ("train",)) if args.recipe else ("train", *KINDS["dpo"], "steps")
     rows = sizing.measure(args.data, model, kinds)
-    recipe = args.recipe or ("lora_sft" if rows.kind == "train" else "dpo")
+    recipe = args.recipe or {"train": "lora_sft", "steps": "reward"}.get(rows.kind, "dpo")
     plan = sizing.plan(model, rows, full=recipe in ("full_sft", "pretrain"))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(_text(args.data, args.model, args.code, recipe, out, rows, plan), encoding="utf-8")
@@ -63,7 +63,7 @@ def _text(
         f"  sources: [{{path: {_scalar(_from(out, data))}}}]",
         f"  seq_len: {plan.seq_len}",
         f"batch: {{rows: {plan.rows}, micro_rows: {plan.micro_rows}}}",
-        *(["dpo: {loss: kto}"] if rows.kind == "rated" else []),
+        *{"rated": ["dpo: {loss: kto}"], "steps": ["reward: {kind: steps}"]}.get(rows.kind, []),
         f"epochs: {plan.epochs if rows.kind == 'train' else 1}",
         f"optim: {{lr: {RATES[recipe]}}}",
         f"dtype: {plan.dtype}",
@@ -71,6 +71,8 @@ def _text(
     ]
     if rows.template:
         lines.insert(6, f"  template: {rows.template}")
+    if plan.truncate:
+        lines.insert(6, "  overlong: truncate")
     if plan.held_out:
         lines.insert(5, f"  eval: {plan.held_out}")
     return "\n".join(lines) + "\n"

@@ -38,7 +38,7 @@ class Rows:
     summary: str
     lines: list[str]
     template: str | None  # that the config has to name, as the tokenizer has none
-    kind: str  # `train`: texts to imitate; `pairs` of answers; `rated` ones
+    kind: str  # `train`: texts to imitate; `pairs` of answers; `rated` ones; answers in `steps`
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Plan:
     epochs: int
     held_out: str
     dtype: str
+    truncate: bool = False  # prompts, rather than leave rows out
     notes: list[str] = field(default_factory=list)
 
 
@@ -123,7 +124,9 @@ def plan(known: Known, rows: Rows, *, full: bool) -> Plan:
     """Numbers for this machine. A batch of 16 rows or fewer, at least 20 steps an epoch where there are rows enough."""
     where, have, _ = preflight.available()
     gpu = torch.cuda.is_available()
-    seq_len = _seq_len(rows.lengths, known.model.arch.max_positions if known.model is not None else None)
+    answers = 2 if rows.kind == "pairs" else 1  # of a row, each of which may be as long as the model reads
+    limit = answers * (known.model.arch.max_positions or 0) if known.model is not None else None
+    seq_len = _seq_len(rows.lengths, limit)
     total = rows.lengths.clip(max=seq_len).mean() * rows.count
     batch = 16
     while batch > 1 and total / seq_len / batch < 20:
@@ -131,8 +134,10 @@ def plan(known: Known, rows: Rows, *, full: bool) -> Plan:
     held_out = "0.05" if rows.count >= 200 else str(max(1, rows.count // 10)) if rows.count >= 10 else ""
     made = Plan(seq_len, batch, 1, 1 if rows.count > 10_000 else 3, held_out, "bf16" if gpu else "fp32")
     over = float((rows.lengths > seq_len).mean())
+    made.truncate = over > 0.01 and rows.kind in ("pairs", "rated")
     if over:
-        made.notes.append(f"{over:.1%} of the rows are longer than seq_len {seq_len} and will be left out")
+        done = "lose the beginning of their prompt (overlong: truncate)" if made.truncate else "will be left out"
+        made.notes.append(f"{over:.1%} of the rows are longer than seq_len {seq_len} and {done}")
     if known.model is not None:
         fixed, per_row = _memory(known.model, seq_len, full, 2 if gpu else 4)
         while made.micro_rows < batch and fixed + 2 * made.micro_rows * per_row < 0.8 * have:

@@ -60,6 +60,32 @@ def test_init_knows_preferences(tiny, here, capsys, kind):
     assert code == 2 and "data.sources[0]" in err and not Path("no.yaml").exists()
 
 
+def test_init_of_long_pairs_makes_rows_for_both_answers(tiny, here, capsys):
+    """Each answer may be as long as the model reads, 512 tokens; what is longer loses the beginning of its prompt."""
+    pairs = [{"prompt": "x" * length, "chosen": "yes", "rejected": "no"} for length in (300, 320, 340)]
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    assert tune(capsys, "init", "p.jsonl", "--model", tiny.model, "--out", "my.yaml")[0] == 0
+    assert "  seq_len: 768\n" in Path("my.yaml").read_text() and "overlong" not in Path("my.yaml").read_text()
+    longer = [*pairs, {"prompt": "x" * 900, "chosen": "yes", "rejected": "no"}]
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
+    code, out, _ = tune(capsys, "init", "p.jsonl", "--model", tiny.model, "--out", "my.yaml", "--force")
+    assert code == 0 and "25.0% of the rows are longer than seq_len 1024 and lose the beginning of their prompt" in out
+    code, out, _ = tune(capsys, "validate", "dpo", "--config", "my.yaml")
+    assert code == 0 and "training: 4 pairs" in out and "to 1,02" in out
+
+
+@pytest.mark.parametrize("kind", ["pairs", "steps"])
+def test_init_of_a_reward_model(tiny, here, capsys, kind):
+    row = {"prompt": "2+2", "completions": ["two and two", "is 4"], "labels": [True, False]}
+    row = row if kind == "steps" else {"prompt": "2+2", "chosen": "4", "rejected": "5"}
+    Path("p.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    asked = ["--recipe", "reward"] if kind == "pairs" else []
+    code, out, err = tune(capsys, "init", "p.jsonl", "--model", tiny.model, "--out", "my.yaml", *asked)
+    assert code == 0 and "tune run recipes/reward.py --config my.yaml" in out, err
+    assert ("reward: {kind: steps}" in Path("my.yaml").read_text()) == (kind == "steps")
+    assert tune(capsys, "validate", "reward", "--config", "my.yaml")[0] == 0
+
+
 def test_init_without_the_hub_guesses_lengths(tiny, here, capsys, monkeypatch):
     from huggingface_hub import constants
 
