@@ -141,15 +141,26 @@ def _replicas(built: LanguageModel, cfg: Any, run: Run) -> replicas.Replicas | r
 def backend(cfg: Any, built: LanguageModel, device: torch.device) -> str:
     """The attention backend of a model; UserError where the one that is asked for cannot serve it."""
     arch, asked = built.arch, cfg.model.attention
-    chosen = choose_backend(asked, device, DTYPES[cfg.dtype], arch.softcap, arch.sinks)
-    cut = "parallel.cp_style" if cfg.parallel.cp > 1 and cfg.parallel.cp_style == "allgather" else None
-    masked = cut or ("diffusion" if hasattr(cfg, "diffusion") else None)  # where every score has a mask of its own
-    if chosen != "flex" or masked is None:
+    chosen = choose_backend(asked, device, DTYPES[cfg.dtype], arch.softcap, arch.sinks, arch.head_dims)
+    unfit = _unfit(cfg, chosen)
+    if unfit is None:
         return chosen
-    if asked == "flex":
-        where, fix = f"model.attention, {masked}", "use auto or reference" + (", or cp_style=ulysses" if cut else "")
-        raise UserError("attention backend 'flex' serves whole rows that look back", where=where, fix=fix)
-    return "reference"
+    (why, key), other = unfit, "reference" if arch.softcap or chosen == "flex" else "varlen"
+    if asked == "auto":
+        return other
+    fix = f"use auto or {other}" + (", or cp_style=ulysses" if key == "parallel.cp_style" else "")
+    raise UserError(f"attention backend {asked!r} {why}", where=f"model.attention, {key}", fix=fix)
+
+
+def _unfit(cfg: Any, chosen: str) -> tuple[str, str] | None:
+    """Why a backend cannot serve this run, and the key that asks for more; None if it can."""
+    cut = (chosen, cfg.parallel.cp_style) in (("flex", "allgather"), ("flash4", "ring")) and cfg.parallel.cp > 1
+    masked = chosen in ("flex", "flash4") and hasattr(cfg, "diffusion")
+    if cut or masked:
+        return "serves whole rows that look back", "parallel.cp_style" if cut else "diffusion"
+    if chosen == "flash4" and getattr(cfg, "deterministic", False):
+        return "adds gradients up in any order", "deterministic"
+    return None
 
 
 def _head(cfg: Any) -> heads.Head | None:

@@ -48,9 +48,27 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, lse, seed, unused = _forward(q, k, v, cu_seqlens, cu_keys, max_seqlen, scale, window)
     if sinks is not None:
-        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        out, lse = (out * (lse - total).exp().T[..., None]).to(q.dtype), total
+        out, lse = with_sinks(out, lse, sinks)
     return out, lse, seed, unused
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [..., N, heads, D] and lse [..., heads, N] that take part with `sinks` [heads], of those without."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return (out * (lse - total).exp().mT[..., None]).to(out.dtype), total
+
+
+def gradient_of_sinks(sinks: Tensor, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """Gradient [heads] of `sinks`: `grad` that of the output, `out` and `lse` what `with_sinks` returned."""
+    share = (sinks.to(lse.dtype)[:, None] - lse).exp()  # of the softmax, [..., heads, N]
+    by_token = share.mT * (grad * out).sum(-1, dtype=lse.dtype)
+    return -by_token.flatten(0, -2).sum(0).to(sinks.dtype)
+
+
+def leave_out(of_keys: Tensor, cu_keys: Tensor) -> None:
+    """Zero, in place, what a kernel left in gradients [N, ...] of keys behind the last document."""
+    nobody = torch.arange(len(of_keys), device=of_keys.device) >= cu_keys[-1]
+    of_keys.masked_fill_(nobody[:, None, None], 0)
 
 
 @_attention.register_fake
@@ -90,10 +108,9 @@ def _attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, seed, unused, max_seqlen, scale, window)
-    if cu_keys is not cu_seqlens:  # the kernel leaves gradients of keys behind the last document as memory was
-        nobody = torch.arange(len(k), device=k.device) >= cu_keys[-1]
+    if cu_keys is not cu_seqlens:
         for of_keys in grads[1:]:
-            of_keys.masked_fill_(nobody[:, None, None], 0)
+            leave_out(of_keys, cu_keys)
     return grads
 
 
@@ -128,8 +145,7 @@ def _gradients(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # n
     )
     of_sinks = None
     if sinks is not None and ctx.needs_input_grad[3]:
-        share = (sinks.to(lse.dtype)[:, None] - lse).exp()  # of the softmax, [heads, N]
-        of_sinks = -(share.T * (grad * out).sum(-1, dtype=lse.dtype)).sum(0).to(sinks.dtype)
+        of_sinks = gradient_of_sinks(sinks, grad, out, lse)
     return *grads, of_sinks, None, None, None, None, None
 
 

@@ -1,6 +1,7 @@
 """Softmax attention: the layer, and `attend`, the only place that touches an attention kernel."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -9,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlib.errors import UserError
+from ftlib.kernels.flash4_attention import flash4_attention, flash4_refusal
 from ftlib.kernels.flex_attention import BlockMask, flex
 from ftlib.kernels.varlen_attention import varlen_attention
 from ftlib.layers.linear import Linear, project
 from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import Rope, Turns, rotate
+
+PACKED = ("varlen", "flash4")  # backends that read where documents begin, and need no mask
+FAST = ("varlen", "flex")  # what `auto` tries first on a GPU in half precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +68,42 @@ def attend(
     """softmax(scale q k^T) v over the keys `layout` lets each query see; `scale` is 1 / sqrt(D) when not given.
 
     q [B, T, heads, D]; k, v [B, S, kv_heads, D], heads a multiple of kv_heads. Returns [B, T, heads, D].
-    `softcap`: scores z become softcap * tanh(z / softcap), by the backends `flex` and `reference`. `sinks` [heads]: one
-    more score in each head's softmax, with no value.
+    `softcap`: scores z become softcap * tanh(z / softcap), by the backends `flex`, `flash4` and `reference`. `sinks`
+    [heads]: one more score in each head's softmax, with no value.
     """
     spread = getattr(layout, "attend", None)
     if spread is not None:  # the tokens of a row lie on several processes (ftlib.parallel.context)
         return spread(q, k, v, backend=backend, window=window, scale=scale, softcap=softcap, sinks=sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    whole = window is None and sinks is None  # SDPA's own causal kernels are faster where they can serve
-    if backend == "varlen" and layout.cu_seqlens is not None and not (layout.dense and whole):
-        flat = (t.flatten(0, 1) for t in (q, k, v))
-        y = varlen_attention(*flat, layout.cu_seqlens, layout.max_seqlen, scale, window, sinks)
-        return y.view(q.shape)
+    if backend in PACKED and layout.cu_seqlens is not None:
+        if backend == "flash4" and layout.dense:
+            return flash4_attention(q, k, v, None, 0, scale, window, sinks, softcap=softcap)
+        if not layout.dense or window is not None or sinks is not None:  # else SDPA's causal kernels are faster
+            where = (layout.cu_seqlens, layout.max_seqlen, scale, window, sinks)
+            return attend_packed(q, k.flatten(0, 1), v.flatten(0, 1), *where, None, softcap, backend)
     return attend_masked(q, k, v, layout.masks[window], backend, scale, softcap, sinks)
+
+
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    cu_keys: Tensor | None,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    """`attend` for q [B, T, heads, D] by a backend of `PACKED`; keys and values lie in a row, [S, kv_heads, D].
+
+    `cu_seqlens`, `cu_keys`: see ftlib.kernels.varlen_attention. `varlen` caps no scores.
+    """
+    where = (q.flatten(0, 1), k, v, cu_seqlens, max_seqlen, scale, window, sinks, cu_keys)
+    y = flash4_attention(*where, softcap) if backend == "flash4" else varlen_attention(*where)
+    return y.view(q.shape)
 
 
 def attend_masked(
@@ -137,32 +165,44 @@ def _reference(
 
 
 def choose_backend(
-    requested: str, device: torch.device, dtype: torch.dtype, softcap: bool = False, sinks: bool = False
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    softcap: bool = False,
+    sinks: bool = False,
+    head_dims: Collection[int] = (),
 ) -> str:
-    """The backend of every layer: `varlen` on a GPU in half precision, else `sdpa`; `flex` and `reference` where scores
-    are capped (`softcap`). `sinks` go with all but `flex`.
+    """The backend of every layer. `auto`: the first of `FAST` on a GPU in half precision, else `sdpa`, that serves a
+    model with these `head_dims`, with capped scores (`softcap`) and with `sinks`; `reference` serves all.
 
     `varlen` still hands rows that are one document each to SDPA, whose cuDNN kernel is faster there. An explicit choice
     that cannot serve is a UserError that says why.
     """
-    varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    model = (softcap, sinks, head_dims)
     if requested == "auto":
-        if softcap:
-            return "flex" if varlen and not sinks else "reference"
-        return "varlen" if varlen else "sdpa"
-    why = None
-    if requested not in ("sdpa", "reference", "varlen", "flex"):
-        why = "is not available here"
-    elif softcap and requested not in ("reference", "flex"):
-        why = "cannot cap scores softly, as this model does (attn_logit_softcapping)"
-    elif requested == "varlen" and not varlen:
-        why = "needs a CUDA device and dtype bf16"
-    elif requested == "flex" and (sinks or device.type != "cuda"):
-        why = "has no attention sinks, as this model does" if sinks else "needs a CUDA device"
-    if why is None:
+        fast = FAST if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else ()
+        served = (name for name in (*fast, "sdpa") if _refusal(name, device, dtype, *model) is None)
+        return next(served, "reference")
+    refusal = _refusal(requested, device, dtype, *model)
+    if refusal is None:
         return requested
-    fix = "use auto or reference" if softcap else "use auto, sdpa or reference"
-    raise UserError(f"attention backend {requested!r} {why}", where="model.attention", fix=fix)
+    why, *fix = refusal
+    others = "use auto or reference" if softcap else "use auto, sdpa or reference"
+    raise UserError(f"attention backend {requested!r} {why}", where="model.attention", fix=", or ".join((*fix, others)))
+
+
+def _refusal(
+    name: str, device: torch.device, dtype: torch.dtype, softcap: bool, sinks: bool, head_dims: Collection[int]
+) -> tuple[str, ...] | None:
+    """Why a backend cannot serve, and what more there is to do about it than to take another; None if it can."""
+    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if softcap and name not in ("reference", "flex", "flash4"):
+        return ("cannot cap scores softly, as this model does (attn_logit_softcapping)",)
+    if name in PACKED and not half:
+        return ("needs a CUDA device and dtype bf16",)
+    if name == "flex" and (sinks or device.type != "cuda"):
+        return ("has no attention sinks, as this model does" if sinks else "needs a CUDA device",)
+    return flash4_refusal(device, softcap, head_dims) if name == "flash4" else None
 
 
 class Attention(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ftlib.kernels.flex_attention import BlockMask, Seen, block_mask
+from ftlib.layers.attention import PACKED
 
 IGNORED = -100  # a label that takes no part in the loss
 Piece = tuple[np.ndarray, ...]  # input_ids and labels of a document, and the weights of its labels if not all are 1
@@ -62,7 +63,7 @@ class Layout:
 
         None stands for plain causal attention over whole rows, which backends have a fast path for.
         """
-        if backend == "varlen":  # needs none; a window-less layer over whole rows is plain causal attention
+        if backend in PACKED:  # they need none; a window-less layer over whole rows is plain causal attention
             self.masks |= dict.fromkeys(windows)
             return
         for window in windows - self.masks.keys():

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ftlib.errors import UserError
 from ftlib.kernels.flex_attention import Seen
-from ftlib.kernels.varlen_attention import varlen_attention
-from ftlib.layers.attention import attend_masked
+from ftlib.layers.attention import PACKED, attend_masked, attend_packed
 from ftlib.layers.batch import Layout
 
 
@@ -41,8 +40,8 @@ class SharedPrefix(Layout):
         )
 
     def prepare(self, backend: str, windows: set[int | None]) -> None:
-        """Masks, or for `varlen` which keys each segment reads."""
-        if backend != "varlen":
+        """Masks, or for backends that need none which keys each segment reads."""
+        if backend not in PACKED:
             return super().prepare(backend, windows)
         if self._keys is None:
             self._keys = self._gathered()
@@ -61,14 +60,12 @@ class SharedPrefix(Layout):
     ) -> Tensor:
         """`ftlib.layers.attention.attend` under this layout."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if backend != "varlen":
+        if backend not in PACKED:
             return attend_masked(q, k, v, self.masks[window], backend, scale, softcap, sinks)
         index, cu_keys = self._keys
         k, v = (t.flatten(0, 1)[index] for t in (k, v))
-        flat = q.flatten(0, 1)
-        return varlen_attention(flat, k, v, self.cu_seqlens, self.max_seqlen, scale, window, sinks, cu_keys).view(
-            q.shape
-        )
+        where = (self.cu_seqlens, self.max_seqlen, scale, window, sinks, cu_keys)
+        return attend_packed(q, k, v, *where, softcap, backend)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SharedPrefix":
         """The same layout on `device`."""

@@ -54,6 +54,11 @@ class Arch:
         return any(getattr(layer.mixer, "softcap", None) is not None for layer in self.layers)
 
     @property
+    def head_dims(self) -> set[int]:
+        """How many channels heads have; layers may differ."""
+        return {layer.mixer.head_dim for layer in self.layers}
+
+    @property
     def long_after(self) -> int | None:
         """The length past which every token of a sequence is turned differently (LongRoPE): a cache is void then."""
         ropes = [layer.mixer.rope for layer in self.layers]

@@ -69,7 +69,7 @@ class Decoder(nn.Module):
 
         A model that caps scores softly takes `reference` where the one asked for cannot.
         """
-        self.backend = "reference" if self.arch.softcap and backend != "flex" else backend
+        self.backend = "reference" if self.arch.softcap and backend not in ("flex", "flash4") else backend
         for block in self.layers:
             block.self_attn.backend = self.backend
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ftlib.kernels.varlen_attention import varlen_attention
-from ftlib.layers.attention import attend
+from ftlib.layers.attention import PACKED, attend, attend_packed
 from ftlib.layers.batch import IGNORED, Batch, Layout
 from ftlib.parallel.collectives import exchange, gather
 from ftlib.parallel.ring import ring_attention, who_sees_whom
@@ -71,7 +70,7 @@ class ContextLayout:
         if self.style == "ring":
             self.pairs = who_sees_whom(self.whole, self.group.rank(), self.group.size(), backend == "varlen")
             return
-        if backend == "varlen":
+        if backend in PACKED:
             self.bounds = [_bounds(self.whole, *bounds) for bounds in self._pieces()]
             return
         documents = self.whole.document_ids
@@ -112,8 +111,8 @@ class ContextLayout:
         self, q: Tensor, k: Tensor, v: Tensor, *, backend: str, window: int | None, **options: Any
     ) -> Tensor:
         k, v = (self._in_order(gather(t, 1, self.group)) for t in (k, v))
-        if backend == "varlen":
-            return self._by_documents(q, k, v, window, **options)
+        if backend in PACKED:
+            return self._by_documents(q, k, v, window, backend=backend, **options)
         options["backend"] = backend
         parts, at = [], 0
         for (start, stop), mask in zip(self._pieces(), self.masks[window], strict=True):
@@ -131,15 +130,15 @@ class ContextLayout:
         window: int | None,
         scale: float | None,
         sinks: Tensor | None,
-        softcap: None,  # `choose_backend` has seen to that
+        softcap: float | None,
+        backend: str,
     ) -> Tensor:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         parts = []
         for piece, (queries, keys) in zip(q.chunk(2, 1), self.bounds, strict=True):
-            flat = piece.flatten(0, 1)
-            y = varlen_attention(flat, k, v, queries, self.whole.max_seqlen, scale, window, sinks, keys)
-            parts.append(y.view(piece.shape))
+            where = (queries, self.whole.max_seqlen, scale, window, sinks, keys)
+            parts.append(attend_packed(piece, k, v, *where, softcap, backend))
         return torch.cat(parts, 1)
 
     def _pieces(self) -> list[tuple[int, int]]:

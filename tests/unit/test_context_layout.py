@@ -8,7 +8,9 @@ from queue import SimpleQueue
 import pytest
 import torch
 from unit.test_attention_backends import flash_backward, flash_forward, scores
+from unit.test_flash4 import StandIn
 
+from ftlib.kernels import flash4_attention
 from ftlib.kernels import varlen_attention as varlen
 from ftlib.layers.attention import attend
 from ftlib.layers.batch import Layout
@@ -39,8 +41,9 @@ def operands():
 @pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("ends", ENDS, ids=["packed", "dense", "short"])
-@pytest.mark.parametrize("backend", ["varlen", "sdpa"])
+@pytest.mark.parametrize("backend", ["varlen", "flash4", "sdpa"])
 def test_gathered_keys_and_pieces_of_queries(monkeypatch, backend, ends, window, sinks):
+    monkeypatch.setattr(flash4_attention, "package", lambda: StandIn)
     monkeypatch.setattr(varlen, "_forward", flash_forward)
     monkeypatch.setattr(varlen, "_backward", flash_backward)
     whole = Layout.packed(torch.tensor(ends, dtype=torch.int32), 32, (2, 32))
