@@ -57,7 +57,9 @@ def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
     lora_only = work["method"] == "lora"
     method = {"lora": Lora(rank=work["rank"], alpha=2 * work["rank"])} if lora_only else {"train": Train()}
     cfg = SimpleNamespace(
-        model=Model(path=str(folder), quantize=work.get("quantize"), **fp8),
+        model=Model(
+            path=str(folder), quantize=work.get("quantize"), attention=work.get("attention", "auto"), **fp8
+        ),
         **method,
         memory=memory(work),
         batch=SimpleNamespace(rows=work.get("rows"), micro_rows=work.get("rows")),

@@ -26,7 +26,7 @@ WARM = 10  # steps of the recipe before its median is taken
 def main() -> None:
     args = arguments()
     work = {"method": "full", "rank": 0, "offload": False}
-    work |= {name: getattr(args, name) for name in ("shape", "rows", "seq_len", "recompute")}
+    work |= {name: getattr(args, name) for name in ("shape", "rows", "seq_len", "recompute", "attention")}
     rows: list[dict] = []
     for script in ("ours", "plain_peer", "ours"):
         sft.add(rows, sft.run(script, work, {}, args.limit), args.out)
@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--recompute", choices=("none", "selective", "except_attention", "full"), default="none")
+    parser.add_argument("--attention", default="auto", help="ours' `model.attention`; peers have their own")
     parser.add_argument("--steps", type=int, default=40, help="of the recipe; 0: leave it out")
     parser.add_argument("--workers", type=int, default=2, help="processes that tokenise for the recipe")
     parser.add_argument("--limit", type=int, default=250, help="seconds a contender may take")
@@ -54,7 +55,7 @@ def recipe(work: dict, steps: int, workers: int, limit: int) -> dict:
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(common.config_of(work["shape"])))
     settings = {
-        "model": {"path": str(folder)},
+        "model": {"path": str(folder), "attention": work.get("attention", "auto")},
         "tokenizer": {"path": "ftlib:demo/model"},
         "data": {"sources": [{"path": "ftlib:demo/data/pretrain_stories.jsonl.gz"}], "seq_len": work["seq_len"]},
         "stream": {"workers": workers, "max_documents": 256},

@@ -22,7 +22,7 @@ MEASURED, DATASHEET = 744e12, 989e12  # dense bf16 FLOP/s of an H100: a large ma
 def main() -> None:
     args = arguments()
     keys = ("shape", "method", "rows", "seq_len", "recompute", "rank", "offload", "quantize", "fp8", "tiled_mlp")
-    keys += ("budget_gib", "optimizer", "states", "rounding", "in_backward")
+    keys += ("budget_gib", "attention", "optimizer", "states", "rounding", "in_backward")
     work = {key: getattr(args, key) for key in keys}
     paths = dict(entry.split("=", 1) for entry in args.peer_path)
     peers = [f"{peer}_peer" for peer in args.vs.split(",") if peer]
@@ -61,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--quantize", choices=("nf4", "int8", "fp8"), help="the frozen base below the adapters")
     parser.add_argument("--fp8", choices=("tensorwise", "rowwise"), help="products of the blocks in 8-bit floats")
+    parser.add_argument("--attention", default="auto", help="ours' `model.attention`; peers have their own")
     parser.add_argument("--optimizer", default="adamw", help="ours; peers have torch's fused AdamW, states in bf16")
     parser.add_argument("--states", choices=("fp32", "bf16", "int8", "fp8", "int4"), help="of ours' AdamW")
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest", help="of ours' weights")
