@@ -9,11 +9,13 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
 from ftlib.data import json_list
+from ftlib.data.pieces import RemoteFile
 from ftlib.data.rows import Row, as_object, bad_json, not_utf8
 from ftlib.errors import UserError
 
@@ -31,7 +33,10 @@ _SIGNS = (
 )
 
 
-def stem(file: Path) -> str:
+File = Path | RemoteFile
+
+
+def stem(file: File) -> str:
     """The name of a file without what says how it is packed and written."""
     name = file.name
     for suffix in PACKED:
@@ -39,7 +44,7 @@ def stem(file: Path) -> str:
     return name.rsplit(".", 1)[0]
 
 
-def read_file(file: Path) -> Iterator[Row]:
+def read_file(file: File) -> Iterator[Row]:
     """Rows of one file, lazily."""
     name = file.name
     for suffix in PACKED:
@@ -83,32 +88,35 @@ def _quoted(head: bytes) -> str:
     return f"`{head[:20].decode('utf-8', 'replace')}`"
 
 
-def _open(file: Path) -> BinaryIO:
-    with open(file, "rb") as stream:
-        sign = stream.read(4)
-    if sign[:2] == b"\x1f\x8b":
-        return gzip.open(file, "rb")
-    if sign == b"\x28\xb5\x2f\xfd":
-        import pyarrow  # its codec; Python has one of its own from 3.14 on
+@contextmanager
+def _open(file: File) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked."""
+    with file.open("rb") as stream:
+        sign = stream.peek(4)[:4]
+        if sign[:2] == b"\x1f\x8b":
+            yield gzip.GzipFile(fileobj=stream)
+        elif sign == b"\x28\xb5\x2f\xfd":
+            import pyarrow  # its codec; Python has one of its own from 3.14 on
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd"))
-    return open(file, "rb")
+            yield io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
+        else:
+            yield stream
 
 
-def _check_signs(file: Path, head: bytes) -> None:
+def _check_signs(file: File, head: bytes) -> None:
     for sign, what, fix in _SIGNS:
         if head[: len(sign)].lower() == sign:
             raise UserError(f"{file} is {what}", fix=fix.format(path=file.name))
 
 
-def _decode(file: Path, raw: bytes, line: int) -> str:
+def _decode(file: File, raw: bytes, line: int) -> str:
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise not_utf8(file, error, line - 1, 0) from None
 
 
-def _line_rows(file: Path, stream: BinaryIO) -> Iterator[Row]:
+def _line_rows(file: File, stream: BinaryIO) -> Iterator[Row]:
     for line, raw in enumerate(stream, 1):
         try:
             text = _decode(file, raw, line).rstrip()  # columns count from the start of the line
@@ -120,7 +128,7 @@ def _line_rows(file: Path, stream: BinaryIO) -> Iterator[Row]:
             yield Row(line, error)
 
 
-def _line_row(file: Path, line: int, text: str) -> dict:
+def _line_row(file: File, line: int, text: str) -> dict:
     try:
         return as_object(file, line, json.loads(text))
     except (ValueError, RecursionError) as error:
@@ -133,7 +141,7 @@ def _line_row(file: Path, line: int, text: str) -> dict:
         raise bad_json(file, line, text, error) from None
 
 
-def _csv_rows(file: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
+def _csv_rows(file: File, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
     import csv
 
     csv.field_size_limit(1 << 30)
@@ -165,7 +173,7 @@ def _csv_rows(file: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
         line = reader.line_num + 1
 
 
-def _text_rows(file: Path, stream: BinaryIO) -> Iterator[Row]:
+def _text_rows(file: File, stream: BinaryIO) -> Iterator[Row]:
     """Paragraphs, that is what blank lines set apart; in a file without any, lines. One is in memory at a time."""
     with _open(file) as scan:
         paragraphs = _has_paragraphs(scan)

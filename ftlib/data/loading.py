@@ -1,5 +1,6 @@
 """Config -> tokenised documents for training and evaluation, with a report of what was found and dropped."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,18 +32,19 @@ class Datasets:
 
 def load(
     cfg: Data, tokenizer: Tokenizer, *, seed: int, prepare: bool = False, wanted: Wanted = Wanted(),
-    key: str = "data.sources",
+    key: str = "data.sources", files: Sequence[list[Path]] | None = None,
 ) -> Datasets:  # fmt: skip
     """Read, tokenise and mask every source of `cfg`, and set the held-out part aside (`seed` picks its rows).
 
     `cfg.eval` as sources gives one held-out set each, under their names; as a fraction or a number, one called
     `held_out` whose rows are taken from training. `prepare`: fetch what is remote anew, and keep all on disk for the
     runs that follow. `wanted`: what a document is, by default a text to imitate; of answers to compare see
-    ftlib.data.preference_batch. `key`: of `cfg.sources` in a config. UserError names file and line of what is wrong.
+    ftlib.data.preference_batch. `key`: of `cfg.sources` in a config; `files`: theirs, where they are known. UserError
+    names file and line of what is wrong.
     """
     held_out = isinstance(cfg.eval, (int, float)) and cfg.eval > 0
     loaded = [
-        _source(source, cfg, tokenizer, f"{key}[{i}]", held_out, prepare, wanted)
+        _source(source, cfg, tokenizer, f"{key}[{i}]", held_out, prepare, wanted, files[i] if files else None)
         for i, source in enumerate(cfg.sources)
     ]
     report = LoadReport([found for _, found in loaded])
@@ -83,11 +85,12 @@ def _eval_sets(
 
 
 def _source(
-    source: Source, cfg: Data, tokenizer: Tokenizer, key: str, keep_examples: bool, prepare: bool, wanted: Wanted
-) -> tuple[Part, SourceReport]:
+    source: Source, cfg: Data, tokenizer: Tokenizer, key: str, keep_examples: bool, prepare: bool, wanted: Wanted,
+    files: list[Path] | None = None,
+) -> tuple[Part, SourceReport]:  # fmt: skip
     """Documents of one source: from the cache if they are there, else tokenised, and kept if the config says so."""
     try:
-        files = sources.files_of(source, again=prepare)
+        files = sources.files_of(source, again=prepare) if files is None else files
     except (UserError, OSError) as error:
         raise sources.told(error, key) from None
     path = str(files[0]) if len(files) == 1 else source.path

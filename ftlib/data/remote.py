@@ -31,12 +31,16 @@ def is_remote(path: str) -> bool:
     return bool(HUB_ID.fullmatch(path)) and not looks_like_a_file and not Path(path).expanduser().exists()
 
 
+def fetched(path: str, subset: str | None = None, split: str | None = None) -> list[Path]:
+    """The local files of a remote source that was fetched before; none if it was not."""
+    return sorted(file for file in _folder(path, subset, split).rglob("*") if file.is_file())
+
+
 def fetch(path: str, subset: str | None = None, split: str | None = None, again: bool = False) -> list[Path]:
     """The local files of a remote source; `again` fetches what was fetched before. UserError if it cannot be had."""
-    key = hashlib.sha256(repr((path, subset, split)).encode()).hexdigest()[:16]
-    folder = cache_folder() / "fetched" / key
+    folder = _folder(path, subset, split)
     if again or not folder.is_dir():
-        part = folder.with_name(f"{key}.{os.getpid()}.part")
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
@@ -50,7 +54,11 @@ def fetch(path: str, subset: str | None = None, split: str | None = None, again:
                 raise UserError(f"{path} cannot be fetched: {error}", fix="check the address and the network") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+    return fetched(path, subset, split)
+
+
+def _folder(path: str, subset: str | None, split: str | None) -> Path:
+    return cache_folder() / "fetched" / hashlib.sha256(repr((path, subset, split)).encode()).hexdigest()[:16]
 
 
 def _get(path: str, subset: str | None, split: str | None, folder: Path) -> None:

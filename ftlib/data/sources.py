@@ -1,7 +1,8 @@
 """A source's path -> its files -> their rows. Every problem is one UserError that names the file, and the line if any.
 
 Files of any kind that `files.py` reads, folders and patterns of them, what ships with the package, and what
-`remote.py` fetches: datasets of the Hub, https and any fsspec address.
+`remote.py` fetches: datasets of the Hub, https and any fsspec address. A stream reads remote ones as they come, with
+`pieces.py`.
 """
 
 import difflib
@@ -13,8 +14,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ftlib.data import remote
-from ftlib.data.files import PACKED, SUFFIXES, read_file, stem
+from ftlib.data import ranges, remote
+from ftlib.data.files import PACKED, SUFFIXES, File, read_file, stem
+from ftlib.data.pieces import Pieces, RemoteFile
 from ftlib.data.rows import Row
 from ftlib.errors import UserError, of_system
 from ftlib.sections import Source
@@ -38,7 +40,7 @@ def told(error: UserError | OSError, key: str) -> UserError:
 class Place(NamedTuple):
     """A row, and the file it is in."""
 
-    file: Path
+    file: File
     row: Row
 
 
@@ -60,6 +62,26 @@ def files_of(source: Source, again: bool = False) -> list[Path]:
     return _of_split([locate(source.path)], name, source.path)
 
 
+def streamed_files(source: Source, pieces: Pieces, key: str) -> list[File]:
+    """The files of a source, in order, remote ones to be read as they come; but what was fetched before is read here,
+    and what a server gives no ranges of is fetched whole. `key`: of the source in a config."""
+    name, *_ = _parse(source.split, source.path)
+    hub = "://" not in source.path
+    part = source.subset, (name or None) if hub else None
+    if not remote.is_remote(source.path) or remote.fetched(source.path, *part):
+        return list(files_of(source))
+    listed = ranges.find(source.path, *part)
+    if listed is None:
+        return list(files_of(source))
+    found, folder = listed
+    files = [RemoteFile(file, f"{key}.path", pieces) for file in found]
+    if folder:
+        files = [file for file in files if _known(file) and not file.name.startswith(".")]
+    if not files:
+        raise UserError(f"{source.path} is a folder without data files", fix=f"it has: {found[0].url}")
+    return files if hub else _of_split(files, name, source.path)
+
+
 def locate(path: str) -> Path:
     """The file behind a source's path: local, or `ftlib:…` for what ships with the package. UserError if none is."""
     if path.startswith("ftlib:"):
@@ -77,12 +99,12 @@ def locate(path: str) -> Path:
     raise UserError(f"no such file: {file} (working directory: {Path.cwd()})", fix=fix)
 
 
-def read(files: Path | Sequence[Path], split: str | None = None) -> Iterator[Row]:
+def read(files: File | Sequence[File], split: str | None = None) -> Iterator[Row]:
     """Rows of one file or several, lazily, or the slice of them that `split` names (`train`, `[:90%]`, `[1000:]`)."""
-    return (place.row for place in read_all([files] if isinstance(files, Path) else files, split))
+    return (place.row for place in read_all([files] if isinstance(files, File) else files, split))
 
 
-def read_all(files: Sequence[Path], split: str | None = None) -> Iterator[Place]:
+def read_all(files: Sequence[File], split: str | None = None) -> Iterator[Place]:
     """The same with the file of each row."""
     label = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
     start, stop = _bounds(files, split, label)
@@ -97,7 +119,7 @@ def read_all(files: Sequence[Path], split: str | None = None) -> Iterator[Place]
     return chain([first], places)
 
 
-def _places(files: Sequence[Path]) -> Iterator[Place]:
+def _places(files: Sequence[File]) -> Iterator[Place]:
     return (Place(file, row) for file in files for row in read_file(file))
 
 
@@ -110,7 +132,7 @@ def _parse(split: str | None, path: str) -> tuple[str, str | None, str | None]:
     return match.groups()
 
 
-def _bounds(files: Sequence[Path], split: str | None, label: str) -> tuple[int, int | None]:
+def _bounds(files: Sequence[File], split: str | None, label: str) -> tuple[int, int | None]:
     _, start, stop = _parse(split, label)
     if not any(bound and ("%" in bound or bound.startswith("-")) for bound in (start, stop)):
         return int(start or 0), int(stop) if stop else None
@@ -123,7 +145,7 @@ def _bounds(files: Sequence[Path], split: str | None, label: str) -> tuple[int, 
     return place(start) if start else 0, place(stop) if stop else count
 
 
-def _of_split(files: list[Path], name: str, path: str) -> list[Path]:
+def _of_split(files: list[File], name: str, path: str) -> list[File]:
     """The files whose names say that they are this part of the data (`train-00000.parquet`, `train/part.jsonl`)."""
     if name in ("", "all"):
         return files
@@ -152,7 +174,7 @@ def _hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _known(file: Path) -> bool:
+def _known(file: File) -> bool:
     name = file.name.lower()
     for suffix in PACKED:
         name = name.removesuffix(suffix)

@@ -9,17 +9,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ftlib.data import thinking
 from ftlib.data.examples import Shape
-from ftlib.data.files import read_file
+from ftlib.data.files import File, read_file
 from ftlib.data.formats import read_examples
 from ftlib.data.masks import Masked, Tokenizer, tokenize
 from ftlib.data.packing import shuffled
+from ftlib.data.pieces import RemoteFile
 from ftlib.errors import UserError
 from ftlib.layers.batch import IGNORED, Piece
 from ftlib.sections import Data
@@ -31,10 +31,15 @@ class StreamSource:
     """Files of one source in order; the first `skip` rows are held out."""
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[File, ...]
     shape: Shape
     weight: float
     skip: int = 0
+
+    @property
+    def versions(self) -> list[str]:
+        """What its remote files were when they were found, in their order."""
+        return [file.version for file in self.files if isinstance(file, RemoteFile)]
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,9 @@ class StreamPlan:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the order of tokens; shares of sources may change when a run is continued."""
-        files = [[s.name, s.skip, s.shape.format, [[f.name, f.stat().st_size] for f in s.files]] for s in self.sources]
+        """SHA-256 of what decides the order of tokens; shares of sources may change when a run is continued. Of remote
+        files the loader's position knows more."""
+        files = [[s.name, s.skip, s.shape.format, _sizes(s.files)] for s in self.sources]
         settings = [self.block, self.max_documents, self.cfg.train_on, self.cfg.train_on_end, self.cfg.thinking]
         text = json.dumps([files, settings, self.tokenizer.fingerprint])
         return hashlib.sha256(text.encode()).hexdigest()
@@ -69,6 +75,10 @@ class StreamPlan:
         steps = [at for at, _ in points]
         found = [float(np.interp(step, steps, [_share(w, i) for _, w in points])) for i in range(len(own))]
         return found
+
+
+def _sizes(files: Sequence[File]) -> list[list]:
+    return [[file.name, file.stat().st_size] for file in files if not isinstance(file, RemoteFile)]
 
 
 def _share(weights: Sequence[float], index: int) -> float:

@@ -5,21 +5,22 @@ data-parallel processes that divides batch.rows continues it to the token.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from ftlib.data import sources
+from ftlib.data import pieces, sources
 from ftlib.data.collect import CHUNK, TEMPLATE_FREE, Job, find_shape
 from ftlib.data.documents import Documents
 from ftlib.data.examples import Shape
-from ftlib.data.files import stem
+from ftlib.data.files import File, stem
 from ftlib.data.loader import AHEAD
 from ftlib.data.loading import load
 from ftlib.data.masks import Tokenizer
+from ftlib.data.pieces import Pieces, RemoteFile
+from ftlib.data.remote import cache_folder, is_remote
 from ftlib.data.report import UNWRITTEN, LoadReport, SourceReport, describe
 from ftlib.data.stream_rows import Packed, StreamPlan, StreamSource, check_tokens
 from ftlib.data.stream_workers import Counts, Workers, known, make_lanes, next_rows
@@ -28,6 +29,7 @@ from ftlib.layers.batch import Batch, from_documents
 from ftlib.sections import Data, Source
 from ftlib.sections.stream import Stream
 
+GIB = 1 << 30
 Gather = Callable[[Any], list[Any]]  # JSON-able value of this process -> the values of all, in their order
 
 
@@ -73,7 +75,12 @@ def check(data: Data, stream: Stream, steps: int | None, exact_match: int = 0) -
         if source.split and "[" in source.split:
             fix = "name whole files in `path`"
             raise UserError("a stream reads whole files", where=f"data.sources[{i}].split", fix=fix)
-    names = [_name(source) for source in data.sources] if stream.mix else []
+    away, least = sum(is_remote(source.path) for source in data.sources), pieces.LEAST * pieces.PIECE / GIB
+    if stream.cache_gib < away * least:
+        what = f"stream.cache_gib={stream.cache_gib:g} is too small for {away} remote sources, read a piece at a time"
+        raise UserError(what, where="stream.cache_gib", fix=f"set it to {away * least:g} or more")
+    listed = enumerate(data.sources) if stream.mix else ()
+    names = [source.name or _name(source, _files(source, stream, f"data.sources[{i}]")) for i, source in listed]
     for i, mix in enumerate(stream.mix):
         where = f"stream.mix[{i}].weights"
         if unknown := set(mix.weights) - set(names):
@@ -88,16 +95,14 @@ def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, 
     each source, set apart from training. `rows`: of an optimizer step; `vocab`: tokens the model knows."""
     found, reports = [], []
     held_out = int(data.eval) if isinstance(data.eval, (int, float)) else 0
-    for i, source in enumerate(data.sources):
-        try:
-            files = sources.files_of(source)
-        except (UserError, OSError) as error:
-            raise sources.told(error, f"data.sources[{i}]") from None
+    listed = [_files(source, stream, f"data.sources[{i}]") for i, source in enumerate(data.sources)]
+    ahead = _ahead(stream, listed)
+    for i, (source, files) in enumerate(zip(data.sources, listed, strict=True)):
         shape, places = find_shape(source, data, files, tokenizer, f"data.sources[{i}]")
         name = _name(source, files)
-        found.append(StreamSource(name, tuple(files), shape, source.weight, held_out))
+        found.append(StreamSource(name, pieces.in_order(files, ahead), shape, source.weight, held_out))
         total = sum(s.weight for s in data.sources)
-        reports.append(_Opened(name, source.path, shape.format, shape.evidence, len(files), source.weight / total))
+        reports.append(_Opened(name, source.path, shape.format, shape.evidence, files, source.weight / total))
         reports[-1].unwritten = _unwritten(shape, data, tokenizer, files, places)
     names = [source.name for source in found]
     if double := next((name for name in names if names.count(name) > 1), None):
@@ -111,7 +116,9 @@ def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, 
         cut = [replace(source, split=f"{source.split or ''}{first}", name=name) for source, name in pairs]
     else:
         cut = list(data.eval or ())
-    evals = _held_out(data, cut, tokenizer, seed, "data.sources" if held_out else "data.eval") if cut else {}
+        listed = [_files(source, stream, f"data.eval[{i}]") for i, source in enumerate(cut)]
+    key = "data.sources" if held_out else "data.eval"
+    evals = _held_out(data, cut, listed, tokenizer, seed, key) if cut else {}
     for rows_out in evals.values():
         check_tokens(rows_out.max_token_id, vocab)
     report = LoadReport(reports, totals=[describe(f"held out ({k})", d) for k, d in evals.items()])
@@ -121,20 +128,22 @@ def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, 
 class _Opened(SourceReport):
     """A source of a stream, of which only the beginning was looked at."""
 
-    def __init__(self, name: str, path: str, format: str, evidence: str, files: int, share: float) -> None:
+    def __init__(self, name: str, path: str, format: str, evidence: str, files: list[File], share: float) -> None:
         super().__init__(name, path, format, evidence)
         self.files, self.share = files, share
 
     def lines(self) -> list[str]:
         """Human lines."""
-        files = f"{self.files:,} file{'s' if self.files != 1 else ''}"
+        files = f"{len(self.files):,} file{'s' if len(self.files) != 1 else ''}"
+        if away := [file.found.size for file in self.files if isinstance(file, RemoteFile)]:
+            files += f" elsewhere ({sum(away) / GIB:,.2f} GiB)"
         how = f"{files}, read while training, format {self.format} ({self.evidence}), {self.share:.1%}"
         lost = f"  warning: the reasoning of {self.unwritten:,} messages in its first {CHUNK} rows {UNWRITTEN}"
         return [f"{self.name}: {how}", *([lost] if self.unwritten else [])]
 
 
 def _unwritten(
-    shape: Shape, data: Data, tokenizer: Tokenizer, files: list[Path], places: Iterator[sources.Place]
+    shape: Shape, data: Data, tokenizer: Tokenizer, files: list[File], places: Iterator[sources.Place]
 ) -> int:
     """Messages in the first rows of a source whose reasoning the template leaves out."""
     if shape.format in TEMPLATE_FREE:
@@ -144,18 +153,58 @@ def _unwritten(
     return sum(done.unwritten for done in job.rows(first))
 
 
-def _name(source: Source, files: list | None = None) -> str:
+def _files(source: Source, stream: Stream, key: str) -> list[File]:
+    """The files of a source; pieces of remote ones go to one folder, whatever they belong to."""
+    try:
+        folder = cache_folder() / "pieces"
+        if is_remote(source.path):
+            folder.mkdir(parents=True, exist_ok=True)
+        return sources.streamed_files(source, Pieces(folder, int(stream.cache_gib * GIB)), key)
+    except (UserError, OSError) as error:
+        raise sources.told(error, key) from None
+
+
+def _ahead(stream: Stream, listed: Sequence[Sequence[File]]) -> int:
+    """Pieces of each source that are fetched before they are needed. UserError where the disk lacks the room."""
+    away = [files for files in listed if any(isinstance(file, RemoteFile) for file in files)]
+    if not away:
+        return 0
+    folder, free = away[0][0].pieces.folder, away[0][0].pieces.room()
+    need = min(stream.cache_gib * GIB, sum(file.found.size for files in away for file in files))
+    if need > free:
+        what = f"pieces of remote files may take {need / GIB:.2f} GiB, {folder} has room for {free / GIB:.2f}"
+        fix = f"set stream.cache_gib={free / GIB * 0.8:.2f} or less, or FTLIB_CACHE to a folder with more room"
+        raise UserError(what, where="stream.cache_gib", fix=fix)
+    return max(1, min(pieces.AHEAD, int(stream.cache_gib * GIB) // (2 * pieces.PIECE * len(away)) - 1))
+
+
+def _name(source: Source, files: list[File]) -> str:
     if source.name:
         return source.name
-    files = sources.files_of(source) if files is None else files
     return stem(files[0]) if len(files) == 1 else source.path.rstrip("/*").rsplit("/", 1)[-1]
 
 
-def _held_out(data: Data, held: list[Source], tokenizer: Tokenizer, seed: int, key: str) -> dict[str, Documents]:
+def _held_out(
+    data: Data, held: list[Source], listed: list[list[File]], tokenizer: Tokenizer, seed: int, key: str
+) -> dict[str, Documents]:
     settings = replace(data, sources=tuple(held), eval=None, overlong="split")
-    everything = load(settings, tokenizer, seed=seed, key=key).train
+    if key == "data.sources" or any(isinstance(file, RemoteFile) for files in listed for file in files):
+        settings = replace(settings, cache="none")  # whose key is made of all bytes of the files
+    everything = load(settings, tokenizer, seed=seed, key=key, files=listed).train
     names = [source.name for source in everything.sources]
     return {name: everything.select(everything.source_ids == i) for i, name in enumerate(names)}
+
+
+def _check_unchanged(source: StreamSource, then: list[str]) -> None:
+    """UserError if the remote files of a source are not those of a checkpoint."""
+    if not then or then == source.versions:
+        return
+    files = [file for file in source.files if isinstance(file, RemoteFile)]
+    if len(then) != len(files):
+        raise pieces.changed(f"source {source.name!r} has {len(files):,} files, it had {len(then):,}", files[0].key)
+    first = next(file for file, version in zip(files, then, strict=True) if file.version != version)
+    now = f"{first.found.size:,} bytes, version {first.found.version!r}"
+    raise pieces.changed(f"{first} is another one now ({now})", first.key)
 
 
 class StreamLoader:
@@ -212,7 +261,8 @@ class StreamLoader:
         parts = [mine] if self._gather is None else self._gather(mine)
         by_rank = {part["rank"]: part for part in parts}  # processes that share rows tell the same
         lanes = [state for rank in sorted(by_rank) for state in by_rank[rank]["lanes"]]
-        return {"lanes": lanes, "counts": known(*(part["counts"] for part in parts))}
+        files = [source.versions for source in self.plan.sources]
+        return {"lanes": lanes, "counts": known(*(part["counts"] for part in parts)), "files": files}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict` taken at any number of ranks. UserError if it belongs to another stream."""
@@ -223,6 +273,8 @@ class StreamLoader:
                 where="stream, data.sources, batch.rows",
                 fix="set them back as they were, or start over: checkpoint.resume=never",
             )
+        for source, then in zip(self.plan.sources, state.get("files", ()), strict=False):
+            _check_unchanged(source, then)
         self.close()
         self._states, self._counts = [lanes[i] for i in self._own], counts
 

@@ -1,16 +1,18 @@
 """Parquet and Arrow files through pyarrow, a batch of rows at a time. A row's line is its number, from 1."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ftlib.data.pieces import RemoteFile
 from ftlib.data.rows import Row
 from ftlib.errors import UserError
 
 ROWS = 1024  # read at a time
 
 
-def read(file: Path, parquet: bool) -> Iterator[Row]:
+def read(file: Path | RemoteFile, parquet: bool) -> Iterator[Row]:
     """Rows of a Parquet file, or of an Arrow file or stream."""
     import pyarrow
 
@@ -26,17 +28,18 @@ def read(file: Path, parquet: bool) -> Iterator[Row]:
         raise UserError(what, where=str(file), fix="fetch it again: it may be cut off") from None
 
 
-def _parquet(file: Path) -> Iterator[Any]:
+def _parquet(file: Path | RemoteFile) -> Iterator[Any]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(file) as opened:
+    near = isinstance(file, Path)  # pyarrow reads it by itself
+    with contextlib.nullcontext(file) if near else file.open("rb") as source, parquet.ParquetFile(source) as opened:
         yield from opened.iter_batches(ROWS)
 
 
-def _arrow(file: Path) -> Iterator[Any]:
+def _arrow(file: Path | RemoteFile) -> Iterator[Any]:
     import pyarrow
 
-    with pyarrow.memory_map(str(file)) as source:
+    with pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.PythonFile(file.open("rb")) as source:
         if source.read(6) == b"ARROW1":
             opened = pyarrow.ipc.open_file(source)
             batches = (opened.get_batch(i) for i in range(opened.num_record_batches))

@@ -25,6 +25,7 @@ class Stream:
     buffer: int = 16_384  # rows of a source that are shuffled among each other, over all devices
     workers: int = 2  # processes that read and tokenise for each device; 0: a thread
     max_documents: int = 64  # of a packed row; a row of more, shorter ones is closed early
+    cache_gib: float = 16.0  # room on each machine for pieces of remote files (in $FTLIB_CACHE), read as they come
     mix: tuple[Mix, ...] = ()  # how the shares of the sources change over training
 
     def __post_init__(self) -> None:
@@ -32,6 +33,8 @@ class Stream:
             raise ValueError("buffer and max_documents: must be at least 1")
         if self.workers < 0:
             raise ValueError("workers: must not be negative")
+        if not 0 < self.cache_gib < float("inf"):
+            raise ValueError("cache_gib: must be above 0")
         steps = [point.step for point in self.mix]
         if steps != sorted(set(steps)):
             raise ValueError("mix: steps must rise")

@@ -1,0 +1,257 @@
+"""Text from elsewhere: in pieces, on less disk than the corpus has, past lost connections, after a restart."""
+
+import json
+import os
+import threading
+import time
+from contextlib import contextmanager, suppress
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import pytest
+from test_streaming import loaders, plan_of, rows_of, write
+
+from ftlib.data import pieces, ranges
+from ftlib.errors import UserError
+
+PIECE, GIB = 1 << 10, 1 << 30
+ROOM = 8 * PIECE  # of the folder in most tests; a corpus has more
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pieces, "PIECE", PIECE)
+    monkeypatch.setattr(pieces, "BUFFER", 256)
+    monkeypatch.setattr(ranges, "PAUSES", (0.01,) * 6)
+    return tmp_path / "cache" / "pieces"
+
+
+@contextmanager
+def serving(folder):
+    """Files over HTTP with ranges. `.asked`: (name, first byte) of each answer; `.drop(number of the answer)`: whether
+    its connection breaks off; `.slow`: seconds an answer takes."""
+    state = SimpleNamespace(asked=[], drop=lambda number: False, slow=0.0, lock=threading.Lock(), sent=0)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            file = folder / urlsplit(self.path).path.strip("/")
+            if not file.is_file():
+                self.send_error(404)
+                return
+            content, stat = file.read_bytes(), file.stat()
+            first, last = (int(n) for n in self.headers["Range"].removeprefix("bytes=").split("-"))
+            part = content[first : last + 1]
+            with state.lock:
+                number = len(state.asked)
+                state.asked.append((file.name, first))
+                state.sent += len(part)
+            time.sleep(state.slow)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("ETag", f'"{stat.st_mtime_ns}"')
+            self.send_header("Last-Modified", formatdate(stat.st_mtime))
+            self.end_headers()
+            with suppress(BrokenPipeError):  # of a process that was killed
+                self.wfile.write(part[: len(part) // 2] if state.drop(number) else part)
+
+        def log_message(self, *words):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield state
+    finally:
+        server.shutdown(), server.server_close()
+
+
+def stored(paths, folder):
+    """The same files behind `memory://`, whose `created` changes when a file is written."""
+    import fsspec
+
+    for path in paths:
+        fsspec.filesystem("memory").pipe(f"/{folder}/{path.name}", path.read_bytes())
+    return f"memory://{folder}/*"
+
+
+def corpus(folder, count=8, rows=60, kind="jsonl", letter="A"):
+    """Files of a source, and their folder."""
+    folder.mkdir()
+    return [write(folder / f"{n}.{kind}", rows, f"{letter}{n}x", seed=n) for n in range(count)]
+
+
+def steps_of(plan, count, workers=0):
+    (loader,) = loaders(plan, workers=workers)
+    found = [rows_of([loader]) for _ in range(count)]
+    loader.close()
+    return found
+
+
+@contextmanager
+def watched(folder, limit):
+    """Looks at the folder all the time; at the end: the most bytes it ever had."""
+    most, done = [0], threading.Event()
+
+    def look():
+        while not done.is_set():
+            sizes = []
+            for file in folder.glob("*-*"):
+                try:
+                    sizes.append(file.stat().st_size)
+                except FileNotFoundError:
+                    continue
+            most.append(sum(sizes))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+    assert PIECE < max(most) <= limit
+
+
+def test_a_corpus_larger_than_the_folder_gives_the_rows_of_files_here(tmp_path, small):
+    """A single large file by http and several of a file system, in processes, over more than one epoch."""
+    many = corpus(tmp_path / "many", count=4, rows=100, kind="jsonl.gz")
+    alone = write(tmp_path / "one.jsonl", 240, "B", seed=9)
+    settings = {"names": ["many", "one"], "buffer": 16}
+    wanted = steps_of(plan_of([tmp_path / "many", alone], **settings).train, 150)
+    assert sum(file.stat().st_size for file in many) > 1.5 * ROOM and alone.stat().st_size > 1.5 * ROOM
+    with serving(tmp_path) as server:
+        sources = [stored(many, "larger"), f"{server.address}/one.jsonl"]
+        plan = plan_of(sources, cache_gib=ROOM / GIB, **settings).train
+        with watched(small, ROOM):
+            assert steps_of(plan, 150, workers=2) == wanted
+    assert server.sent > alone.stat().st_size and not list((tmp_path / "cache").glob("fetched/*"))
+
+
+def test_a_piece_is_fetched_once_for_all_processes_and_kept_for_the_next(tmp_path):
+    paths = corpus(tmp_path / "many", count=3, rows=40)
+    with serving(tmp_path / "many") as server:
+        server.slow = 0.005
+        addresses = [f"{server.address}/{path.name}" for path in paths]
+        plan = plan_of(addresses, cache_gib=1, buffer=16).train
+        both = loaders(plan, ranks=2, workers=2)
+        for _ in range(60):
+            rows_of(both)
+        for loader in both:
+            loader.close()
+        pieces_of_all = [(path.name, at) for path in paths for at in range(0, path.stat().st_size, PIECE)]
+        looks = [(path.name, 0) for path in paths]  # at the first byte: are there ranges?
+        assert sorted(server.asked) == sorted(pieces_of_all + looks)
+        steps_of(plan_of(addresses, cache_gib=1, buffer=16).train, 30, workers=1)
+        assert sorted(server.asked) == sorted(pieces_of_all + 2 * looks)
+
+
+def test_pieces_are_there_before_they_are_needed(tmp_path, small):
+    write(tmp_path / "a.jsonl", 400, "A")
+    with serving(tmp_path) as server:
+        plan = plan_of([f"{server.address}/a.jsonl"], cache_gib=1, buffer=16).train
+        (loader,) = loaders(plan)
+        rows_of([loader])
+        deadline = time.monotonic() + 20
+        while len(list(small.glob("*-*"))) <= pieces.AHEAD and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(list(small.glob("*-*"))) > pieces.AHEAD
+        loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lost_connections_cost_time_and_nothing_else(tmp_path, workers):
+    paths = corpus(tmp_path / "many", count=2)
+    wanted = steps_of(plan_of(paths, buffer=16).train, 30)
+    with serving(tmp_path / "many") as server:
+        server.drop = lambda number: number % 3 == 2
+        plan = plan_of([f"{server.address}/{path.name}" for path in paths], cache_gib=ROOM / GIB, buffer=16).train
+        assert steps_of(plan, 30, workers) == wanted
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_stays_away_is_one_message(tmp_path, workers):
+    write(tmp_path / "a.jsonl", 200, "A")
+    with serving(tmp_path) as server:
+        plan = plan_of([f"{server.address}/a.jsonl"], cache_gib=ROOM / GIB, buffer=16).train
+        server.drop = lambda number: True
+        count = len(server.asked)
+        with pytest.raises(UserError, match=r"a\.jsonl cannot be read: .*bytes came") as caught:
+            steps_of(plan, 100, workers)
+        assert caught.value.where == "data.sources[0].path" and "continues the run" in caught.value.fix
+        assert len(server.asked) - count > len(ranges.PAUSES)
+
+
+def test_a_run_that_was_killed_goes_on_elsewhere_to_the_token(tmp_path, small):
+    """Mid-file, on another number of processes, with an empty folder."""
+    many = corpus(tmp_path / "many", kind="jsonl.gz")
+    alone = write(tmp_path / "one.jsonl", 200, "B", seed=9)
+    settings = {"names": ["many", "one"], "buffer": 8}
+    wanted = steps_of(plan_of([tmp_path / "many", alone], **settings).train, 60)
+    with serving(tmp_path) as server:
+        settings["cache_gib"] = 2 * ROOM / GIB
+        sources = [stored(many, "killed"), f"{server.address}/one.jsonl"]
+        now, at = loaders(plan_of(sources, **settings).train, 1, 2), 0
+        for ranks, steps in ((1, 25), (2, 15), (4, 10), (1, 10)):
+            state = json.loads(json.dumps(now[0].state_dict()))
+            for loader in now:
+                loader.close()  # its workers are killed where they are
+            for file in small.glob("*"):
+                file.unlink(missing_ok=True)
+            now = loaders(plan_of(sources, **settings).train, ranks, 2 if ranks < 4 else 0)
+            for loader in now:
+                loader.load_state_dict(state)
+            for _ in range(steps):
+                assert rows_of(now) == wanted[at]
+                at += 1
+        for loader in now:
+            loader.close()
+
+
+def test_files_that_were_passed_are_not_fetched_again(tmp_path, small, monkeypatch):
+    address, fetched, read = stored(corpus(tmp_path / "many", count=6), "passed"), set(), ranges.read
+    settings = {"cache_gib": ROOM / GIB, "buffer": 4}
+    (loader,) = loaders(plan_of([address], **settings).train)
+    for _ in range(60):
+        rows_of([loader])
+    state = loader.state_dict()
+    loader.close()
+    assert 3 <= len(state["counts"][0]) < 6, "in the midst of the epoch"
+    for file in small.glob("*"):
+        file.unlink(missing_ok=True)
+    (again,) = loaders(plan_of([address], **settings).train)
+    again.load_state_dict(state)
+    monkeypatch.setattr(ranges, "read", lambda file, *where: fetched.add(file.url[-7]) or read(file, *where))
+    rows_of([again])
+    again.close()
+    assert fetched and fetched <= {str(n) for n in range(len(state["counts"][0]) - 2, 6)}
+
+
+def test_a_file_that_changed_is_named(tmp_path, small):
+    paths = corpus(tmp_path / "many", count=2, rows=100)
+    with serving(tmp_path / "many") as server:
+        addresses = [f"{server.address}/{path.name}" for path in paths]
+        settings = {"cache_gib": ROOM / GIB, "buffer": 8}
+        (loader,) = loaders(plan_of(addresses, **settings).train)
+        for _ in range(3):
+            rows_of([loader])
+        state = json.loads(json.dumps(loader.state_dict()))
+        loader.close()
+        (same,) = loaders(plan_of(addresses, **settings).train)
+        same.load_state_dict(state)
+        os.utime(paths[1], ns=(1, 1))  # as long as before
+        (again,) = loaders(plan_of(addresses, **settings).train)
+        with pytest.raises(UserError, match=r"a file changed since the run began\. .*/1\.jsonl is another") as caught:
+            again.load_state_dict(state)
+        assert caught.value.where == "data.sources[1].path"
+        with pytest.raises(UserError, match=r"a file changed since the run began\. .*/1\.jsonl: ") as caught:
+            for _ in range(100):  # while it is read
+                rows_of([same])
+        assert caught.value.where == "data.sources[1].path"
+        same.close()
