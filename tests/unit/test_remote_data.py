@@ -32,6 +32,27 @@ except UserError as error:
     os.environ["HF_TOKEN"] = "{TOKEN}"
     print(json.dumps([str(error), [place.row.value for place in read_all(files_of(source), source.split)]]))
 """
+STREAM = f"""
+import json, os, pathlib
+from ftlib.data import pieces, ranges
+from ftlib.data.sources import read_all, streamed_files
+from ftlib.errors import UserError
+from ftlib.sections import Source
+folder = pathlib.Path(os.environ["FTLIB_CACHE"]) / "pieces"
+folder.mkdir(parents=True)
+pieces.PIECE, held = 64, pieces.Pieces(folder, 1 << 10)
+found = []
+for path, split in (("org/rows@v2", "train"), ("hf://datasets/org/rows@v2/data/*.jsonl", None)):
+    source = Source(path=path, split=split)
+    try:
+        streamed_files(source, held, "key")
+    except UserError as error:
+        found.append(str(error))
+        os.environ["HF_TOKEN"] = "{TOKEN}"
+    files = streamed_files(source, held, "key")
+    found.append([[file.found.url for file in files], [place.row.value for place in read_all(files)]])
+print(json.dumps(found))
+"""
 
 
 @pytest.fixture
@@ -74,17 +95,16 @@ def serve():
         server.server_close()
 
 
-def test_a_private_dataset_at_a_revision(serve, cache, tmp_path):
-    """`datasets` itself asks the Hub: with the token, for the revision, once."""
-    asked = []
+def dataset_hub(asked):
+    """Answers for `org/rows`, which has a revision v2 and wants the token; `asked`: paths and ranges that came."""
     files = {"data/train.jsonl": LINES, "data/test.jsonl": LINES[: len(LINES) // 4]}
 
     def answer(method, path, query, headers, body):
-        asked.append(path)
+        asked.append((path, headers.get("Range")))
         if headers.get("Authorization") != f"Bearer {TOKEN}":
             return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
         as_json = {"Content-Type": "application/json"}
-        entries = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files.items()]
+        entries = [{"type": "file", "path": p, "size": len(c), "oid": f"{len(c):040}"} for p, c in files.items()]
         if path.startswith("/api/datasets/org/rows"):
             rest = path.removeprefix("/api/datasets/org/rows").strip("/").split("/")
             if rest[0] in ("revision", "tree", "paths-info") and rest[1] not in ("v2", COMMIT):
@@ -106,22 +126,49 @@ def test_a_private_dataset_at_a_revision(serve, cache, tmp_path):
         name = next((p for p in files if path.endswith(p) and "/resolve/" in path), None)
         if name is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        etag = f'"{hashlib.sha256(files[name]).hexdigest()}"'
-        return 200, {"ETag": etag, "X-Repo-Commit": COMMIT}, files[name]
+        etag = {"ETag": f'"{hashlib.sha256(files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        if headers.get("Range"):
+            first, last = (int(n) for n in headers["Range"].removeprefix("bytes=").split("-"))
+            return 206, etag, files[name][first : last + 1]
+        return 200, etag, files[name]
 
+    return answer
+
+
+def with_hub(code, address, folder):
+    """What a process prints that has this Hub; HF_ENDPOINT is read when the library is imported."""
     env = {
-        **os.environ, "HF_ENDPOINT": serve(answer), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
-        "FTLIB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        **os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0",
+        "FTLIB_CACHE": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_TOKEN": "",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", READ], env={**env, "HF_TOKEN": ""}, capture_output=True, text=True, cwd=ROOT
-    )  # HF_ENDPOINT is read when the library is imported: a process of its own
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    refused, rows = json.loads(done.stdout)
-    assert "HF_TOKEN" in refused and rows == ROWS[1:] and any("v2" in path for path in asked)
+    return json.loads(done.stdout)
+
+
+def test_a_private_dataset_at_a_revision(serve, cache, tmp_path):
+    """`datasets` itself asks the Hub: with the token, for the revision, once."""
+    asked = []
+    refused, rows = with_hub(READ, serve(dataset_hub(asked)), tmp_path)
+    assert "HF_TOKEN" in refused and rows == ROWS[1:] and any("v2" in path for path, _ in asked)
     count = len(asked)
     again = files_of(Source(path="org/rows@v2", split="train"))
     assert [row.value for row in read(again)] == ROWS and len(asked) == count  # fetched once, offline from then on
+
+
+def test_a_private_dataset_is_streamed_at_its_commit(serve, tmp_path):
+    """Its files by ranges of bytes, whatever becomes of the branch; of a split, and by an address."""
+    asked = []
+    refused, *found = with_hub(STREAM, serve(dataset_hub(asked)), tmp_path)
+    assert "HF_TOKEN" in refused
+    (urls, rows), (more, lines) = found
+    assert urls == [f"hf://datasets/org/rows@{COMMIT}/data/train.jsonl"] and rows == ROWS
+    assert [url.rsplit("/")[-1] for url in more] == ["test.jsonl", "train.jsonl"] and lines == [ROWS[0], *ROWS]
+    assert all(COMMIT in url for url in more)
+    read = [(path, where) for path, where in asked if "/resolve/" in path]
+    assert read and all(COMMIT in path and where for path, where in read if path.endswith(".jsonl"))
+    assert not list((tmp_path / "cache").glob("fetched/*")) and len(list((tmp_path / "cache" / "pieces").glob("*-*")))
 
 
 def test_s3_through_a_driver(serve, cache, monkeypatch):

@@ -1,20 +1,27 @@
 """Text from elsewhere: in pieces, on less disk than the corpus has, past lost connections, after a restart."""
 
+import gzip
 import json
 import os
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
-from test_streaming import loaders, plan_of, rows_of, write
+from test_streaming import Letters, loaders, plan_of, rows_of, write
 
-from ftlib.data import pieces, ranges
+from ftlib.data import pieces, ranges, streaming
+from ftlib.data.files import read_file
+from ftlib.data.pieces import Pieces, RemoteFile
+from ftlib.data.streaming import open_stream
 from ftlib.errors import UserError
+from ftlib.sections import Data, Source
+from ftlib.sections.stream import Stream
 
 PIECE, GIB = 1 << 10, 1 << 30
 ROOM = 8 * PIECE  # of the folder in most tests; a corpus has more
@@ -255,3 +262,106 @@ def test_a_file_that_changed_is_named(tmp_path, small):
                 rows_of([same])
         assert caught.value.where == "data.sources[1].path"
         same.close()
+
+
+KINDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.csv", "a.txt", "a.parquet", "a.arrow"]
+
+
+def of_kind(file, rows):
+    """Rows of a text, in a file of the kind that its name says."""
+    import pyarrow
+    from pyarrow import feather, parquet
+
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = pyarrow.Table.from_pylist(rows)
+    if file.name.endswith(".gz"):
+        file.write_bytes(gzip.compress(text))
+    elif file.name.endswith(".zst"):
+        with pyarrow.CompressedOutputStream(str(file), "zstd") as out:
+            out.write(text)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    elif file.suffix == ".csv":
+        file.write_text("text\n" + "".join(f'"{row["text"]}"\n' for row in rows))
+    elif file.suffix == ".txt":
+        file.write_text("\n\n".join(row["text"] for row in rows))
+    elif file.suffix == ".parquet":
+        parquet.write_table(table, file, row_group_size=25)
+    elif file.suffix == ".arrow":
+        feather.write_feather(table, file, compression="uncompressed", chunksize=25)
+    else:
+        file.write_bytes(text)
+    return file
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_is_read_from_elsewhere_as_from_here(tmp_path, small, name):
+    rows = [{"text": f"{n} {'lorem ipsum ' * (n % 7)}".strip()} for n in range(200)]
+    file = of_kind(tmp_path / name, rows)
+    small.mkdir(parents=True)
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/{name}")
+        away = RemoteFile(found, "data.sources[0].path", Pieces(small, 4 * PIECE), ahead=1)
+        assert [row.value for row in read_file(away)] == [row.value for row in read_file(file)] == rows
+        server.drop, other = lambda number: True, tmp_path / "other"
+        other.mkdir()
+        with pytest.raises(UserError, match=f"{name} cannot be read: .*bytes came"):
+            list(read_file(replace(away, pieces=Pieces(other, 4 * PIECE))))
+
+
+def test_held_out_rows_are_those_of_files_here(tmp_path, small):
+    paths = [write(tmp_path / f"{n}.jsonl", 60, n.upper(), seed=i) for i, n in enumerate("ab")]
+    near = plan_of(paths, eval=5, rows=1)
+    with serving(tmp_path) as server:
+        away = plan_of([f"{server.address}/{path.name}" for path in paths], eval=5, rows=1, cache_gib=ROOM / GIB)
+        assert steps_of(away.train, 20) == steps_of(near.train, 20)
+        assert all(line in "".join(away.report.lines()) for line in ("1 file elsewhere", "read while training"))
+        data = Data(sources=(Source(path=str(paths[0])),), eval=(Source(path=f"{server.address}/b.jsonl", name="b"),))
+        named = open_stream(data, Stream(cache_gib=ROOM / GIB), Letters(), rows=1, seed=3, vocab=1000)
+    assert {k: [d.input_ids.tolist() for d in v] for k, v in away.eval.items()} == {
+        k: [d.input_ids.tolist() for d in v] for k, v in near.eval.items()
+    }
+    assert len(named.eval["b"]) == 60
+
+
+def test_a_folder_that_is_too_small_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", 200, "A")
+    source = Source(path="s3://bucket/a.jsonl", name="a")
+    with pytest.raises(UserError, match=r"too small for 2 remote sources") as caught:
+        streaming.check(Data(sources=(source, source)), Stream(cache_gib=7 * PIECE / GIB), 5)
+    assert caught.value.where == "stream.cache_gib"
+    streaming.check(Data(sources=(source, source)), Stream(cache_gib=8 * PIECE / GIB), 5)
+    monkeypatch.setattr(pieces.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * PIECE))
+    with serving(tmp_path) as server:
+        with pytest.raises(UserError, match=r"has room for 0\.00") as caught:
+            plan_of([f"{server.address}/a.jsonl"])
+        assert caught.value.where == "stream.cache_gib" and "FTLIB_CACHE" in caught.value.fix
+        plan_of([f"{server.address}/a.jsonl"], cache_gib=2 * PIECE / GIB)
+
+
+def test_what_a_killed_process_left_half_is_fetched_again_or_swept_away(tmp_path, small):
+    file = write(tmp_path / "a.jsonl", 200, "A")
+    small.mkdir(parents=True)
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/a.jsonl")
+        away = RemoteFile(found, "key", Pieces(small, 4 * PIECE))
+        for name in (away.mark(0), "of-another-run"):
+            (small / f"{name}.part").write_bytes(b"\0" * PIECE)
+        (small / "of-a-former-run").write_bytes(b"\0" * 9 * PIECE)
+        with away.open() as opened:
+            assert opened.read() == file.read_bytes()
+    assert sum(piece.stat().st_size for piece in small.glob("*-*")) <= 4 * PIECE and not list(small.glob("*.part"))
+
+
+def test_a_missing_file_is_told_at_once(tmp_path):
+    import fsspec
+
+    with serving(tmp_path) as server:
+        for path in (f"{server.address}/none.jsonl", "memory://none/*.jsonl", "nothing://x/y", "memory://none"):
+            start = time.monotonic()
+            with pytest.raises(UserError) as caught:
+                plan_of([path])
+            assert caught.value.where == "data.sources[0].path" and time.monotonic() - start < 5
+    fsspec.filesystem("memory").pipe("/page/README.md", b"# hello")
+    with pytest.raises(UserError, match="without data files"):
+        plan_of(["memory://page"])
