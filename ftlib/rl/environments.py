@@ -18,6 +18,7 @@ from ftlib.tokenizers import Tokenizer
 
 CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 MARK = "\u2402answer\u2402"  # stands for what the model said while a template is rendered
+MOST_SLOW = 5
 KINDS = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array", dict: "object"}
 Messages = list[dict[str, Any]]
 
@@ -25,11 +26,12 @@ Messages = list[dict[str, Any]]
 class Dialogues:
     """`answer(sample)` asks the environment or runs the tools that the last turn calls.
 
-    An environment that fails ends that completion; the first such failure is said.
+    An environment that fails ends that completion; the first such failure is said. One that gives no answer in time to
+    `MOST_SLOW` completions in a row ends the run.
     """
 
     def __init__(self, cfg: Dialogue, say: Callable[[str], None] = print) -> None:
-        self.cfg, self._say, self._told = cfg, say, False
+        self.cfg, self._say, self._told, self._slow = cfg, say, False, 0
         self.tools = {find("tools", ref).__name__: Worker("tools", ref) for ref in cfg.tools}
         self.environment = Worker("environments", cfg.environment) if cfg.environment else None
 
@@ -41,10 +43,15 @@ class Dialogues:
         try:
             said = self.environment.call(self.cfg.timeout_s, history, sample.prompt.columns)
         except (Failed, TooSlow) as error:
+            self._slow = self._slow + 1 if isinstance(error, TooSlow) else 0
+            if self._slow == MOST_SLOW:
+                fix = "mend the function, or raise dialogue.timeout_s"
+                raise UserError(f"{error}, {MOST_SLOW} times in a row", where="dialogue.environment", fix=fix) from None
             if not self._told:
                 self._say(f"dialogue: {error}; such completions end there and count in tool_failures")
                 self._told = True
             return None, 1
+        self._slow = 0
         if said is None:
             return None, 0
         good = isinstance(said, list) and all(isinstance(m, dict) and m.keys() >= {"role", "content"} for m in said)

@@ -6,8 +6,10 @@ import pytest
 
 from ftlib import tokenizers
 from ftlib.data import prompts
+from ftlib.errors import UserError
 from ftlib.generation import Completion
 from ftlib.models import hub
+from ftlib.rl import environments
 from ftlib.rl.environments import Dialogues, hidden, schemas
 from ftlib.rl.rollouts import Rollouts
 from ftlib.sections import Source
@@ -23,6 +25,10 @@ def add(a: int, b: int) -> int:
 def wait(seconds: int, self: str = ""):
     """Names that are also those of what calls it; and nothing that JSON can hold."""
     return seconds if seconds else {1, 2}
+
+def sleeps(messages, columns):
+    while True:
+        pass
 
 def breaks(messages, columns):
     raise RuntimeError("boom")
@@ -97,6 +103,16 @@ def test_failures_are_said_and_end_nothing_else(made):
         engine = Scripted(tokenizer, ["a", "b"])
         samples = Rollouts(Rollout(max_new_tokens=400), engine, tokenizer, dialogues)([prompt], 2, (0, 1, 0, 0))
     assert [s.failed_calls for s in samples] == [1, 1] and len(said) == 1 and "RuntimeError: boom" in said[0]
+
+
+def test_an_environment_that_always_hangs_ends_the_run(made):
+    tokenizer, cfg, prompt = made
+    own, count = cfg.tools[0].removesuffix(":add"), environments.MOST_SLOW
+    with Dialogues(Dialogue(environment=f"{own}:sleeps", timeout_s=0.1), lambda line: None) as dialogues:
+        engine = Scripted(tokenizer, ["a"] * (count + 1))
+        with pytest.raises(UserError, match=f"no answer within 0.1 s, {count} times in a row") as error:
+            Rollouts(Rollout(max_new_tokens=400), engine, tokenizer, dialogues)([prompt], count + 1, (0, 1, 0, 0))
+    assert error.value.where == "dialogue.environment"
 
 
 def test_tools_that_the_template_does_not_show_are_told(made):

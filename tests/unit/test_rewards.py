@@ -10,6 +10,7 @@ from shared_data import shared
 from ftlib.errors import Problems, UserError
 from ftlib.rl.rewards import BUILTIN, form, maths, run, text
 from ftlib.rl.rewards.run import Rewards
+from ftlib.rl.rewards.worker import Worker
 from ftlib.sections.rl import Reward
 
 
@@ -187,6 +188,19 @@ def test_a_function_that_is_wrong_ends_the_run(own):
     said = []
     assert values(own, "raises", ["none", "nan"], said)[0] == [None, None]
     assert len(said) == 1 and "None or NaN for every completion" in said[0]
+
+
+@pytest.mark.parametrize(("name", "bad", "seconds"), [("slow", "hang", 0.1), ("dies", "die", 20)])
+def test_a_function_that_always_hangs_or_crashes_costs_a_few_processes(own, name, bad, seconds, monkeypatch):
+    started, usual = [], Worker._start
+    monkeypatch.setattr(Worker, "_start", lambda self: (started.append(self.ref), usual(self)))
+    with pytest.raises(UserError, match="on every completion"):
+        values(own, name, [bad] * 40, timeout_s=seconds)
+    assert len(started) == 1 + run.MOST_LOST, "one for all at once, then one each"
+    said = []
+    found, counts = values(own, name, ["a", bad, bad, "b", bad, "c", "d"], said, timeout_s=max(seconds, 0.5))
+    assert found == [1, None, None, 1, None, None, None] and counts["unscorable"] == 5
+    assert len(said) == 1 and "3 times in one step: the rest of it was not asked" in said[0]
 
 
 def test_checked_before_a_run(own):

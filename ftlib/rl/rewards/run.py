@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ftlib.errors import Problems, UserError
-from ftlib.rl.rewards.worker import Failed, TooSlow, Worker, find
+from ftlib.errors import Problems, UserError, about
+from ftlib.rl.rewards.worker import Died, Failed, TooSlow, Worker, find
 from ftlib.sections.rl import Reward
 
 PASSED = ("prompts", "completions", "completion_ids")  # what every function is offered besides the columns
+MOST_LOST = 3  # processes that a function may hang or crash in a step, before the rest of its completions is left out
 Values = list[float | None]
 Messages = list[dict[str, Any]]
 Scorer = Callable[[list[Messages], list[Messages]], list[float]]  # prompts, completions -> a score for each
@@ -75,12 +76,18 @@ class Rewards:
         return values
 
     def _chunk(self, reward: Reward, worker: Worker, given: dict, span: range, failed: list) -> Values:
-        """A stretch of completions in one call; if that fails, one by one, so that one bad answer costs only itself."""
+        """A stretch of completions in one call; if that fails, one by one, so that one bad answer costs only itself.
+        `failed` is that of all workers of the function: after `MOST_LOST` no more is asked of it in this step."""
         try:
             return self._call(reward, worker, given, span, reward.timeout_s * max(1, len(span)) ** 0.5)
         except (Failed, TooSlow):
             found: Values = []
             for i in span:
+                lost = [error for error in failed if isinstance(error, (Died, TooSlow))]
+                if len(lost) >= MOST_LOST:
+                    failed.append(lost[0])
+                    found.append(None)
+                    continue
                 try:
                     found += self._call(reward, worker, given, range(i, i + 1), reward.timeout_s)
                 except (Failed, TooSlow) as error:
@@ -94,8 +101,13 @@ class Rewards:
         if not isinstance(values, (list, tuple)) or len(values) != len(span):
             got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
             fix = "return a list with a number, or None, for each completion"
-            raise UserError(f"{reward.fn} returned {got} for {len(span)} completions", where="rewards", fix=fix)
-        return [_value(value, reward.fn) for value in values]
+            what = f"{reward.fn} returned {got} for {len(span)} completions"
+            raise UserError(what, where=self._key(reward), fix=fix)
+        with about(self._key(reward)):
+            return [_value(value, reward.fn) for value in values]
+
+    def _key(self, reward: Reward) -> str:
+        return f"rewards[{self.cfg.index(reward)}].fn"
 
     def _note(self, reward: Reward, values: Values, failed: Sequence[Failed | TooSlow]) -> None:
         slow, raised = ([str(e) for e in failed if isinstance(e, kind)] for kind in (TooSlow, Failed))
@@ -106,11 +118,13 @@ class Rewards:
             more = "raise its timeout_s" if slow else "let it return None for what it cannot score"
             raise UserError(
                 f"it failed on every completion: {failed[0]}",
-                where=f"rewards: {reward.fn}",
+                where=self._key(reward),
                 fix=f"mend the function, or {more}",
             )
+        lost = sum(isinstance(error, (Died, TooSlow)) for error in failed)
+        rest = f" ({MOST_LOST} times in one step: the rest of it was not asked)" if lost > MOST_LOST else ""
         for text in slow[:1] + raised[:1]:
-            self._tell(text)
+            self._tell(text + rest)
         if not failed and values and all(value is None for value in values):
             self._tell(f"{reward.fn or reward.model} gave None or NaN for every completion of a step")
 

@@ -29,6 +29,10 @@ class Failed(Exception):
     """The function raised; the text says what and where."""
 
 
+class Died(Failed):
+    """Its process ended."""
+
+
 class TooSlow(Exception):
     """No answer within the time."""
 
@@ -49,7 +53,7 @@ class Worker:
         self._pipe: multiprocessing.connection.Connection | None = None
 
     def call(self, seconds: float, /, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns. `Failed` if it raises or its process dies, `TooSlow` after `seconds`."""
+        """What the function returns. `Failed` if it raises, `Died` if its process does, `TooSlow` after `seconds`."""
         if self._process is None:
             self._start()
         try:
@@ -60,7 +64,7 @@ class Worker:
             kind, value = self._pipe.recv()
         except (EOFError, OSError):
             code = self.stop()
-            raise Failed(f"{self.ref}: its process ended with code {code}") from None
+            raise Died(f"{self.ref}: its process ended with code {code}") from None
         if kind == "error":
             raise Failed(f"{self.ref}: {value}")
         return value
