@@ -94,6 +94,22 @@ def test_codes_are_the_nearest_numbers(kind):
             torch.testing.assert_close((found - x)[:3].abs() / scale[:3, None], wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_what_a_compiler_makes_of_it_finds_the_same_codes(kind, signed, monkeypatch):
+    """At the middles of two neighbours too, on either side of them, and in every decade."""
+    numbers = lowbit.book(kind, signed, CPU)
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.full_like(middles, towards)) for towards in (-2, 2)]
+    drawn = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    decades = torch.logspace(-9, 0, 10)
+    x = torch.cat((numbers, middles, *beside, drawn, drawn**9, decades, -decades))
+    x = (x if signed else x.abs())[: len(x) // 2 * 2][None]
+    eager = lowbit.encode(x, kind, signed, numbers)[0]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(lowbit.encode(x, kind, signed, numbers)[0], eager)
+
+
 @pytest.mark.parametrize("kind", lowbit.KINDS)
 def test_the_recurrence_with_moments_through_few_bits(kind):
     """AdamW written down again; between steps both moments of the large matrix go through their codes by blocks."""
