@@ -20,6 +20,7 @@ from ftlib.kernels import flash4_attention
 from ftlib.layers.attention import attend, choose_backend
 from ftlib.layers.batch import Batch, Layout
 from ftlib.models import initial, load
+from ftlib.models.decoder import Decoder
 from ftlib.parallel import recompute
 from ftlib.sections import Memory, Parallel
 
@@ -120,6 +121,29 @@ def test_output_and_gradients(stand_in, layout, window, softcap, sunk):
     found = gradients("flash4", layout(), inputs, **terms)
     for ours, exact in zip(found, gradients("reference", layout(), inputs, **terms), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("ends", [ENDS, DENSE], ids=["packed", "dense"])
+def test_whole_rows_are_no_documents(monkeypatch, ends):
+    """Rows that are one document each go to the kernels that need no list of documents."""
+    told = []
+
+    class Spy(StandIn):
+        @staticmethod
+        def _flash_attn_fwd(q, k, v, **terms):
+            told.append("cu_seqlens_q" in terms)
+            return StandIn._flash_attn_fwd(q, k, v, **terms)
+
+    monkeypatch.setattr(flash4_attention, "package", lambda: Spy)
+    gradients("flash4", Layout.packed(ends, 16, (2, 16)), operands()[:3])
+    assert told == [ends is ENDS]
+
+
+@pytest.mark.parametrize(("backend", "taken"), [("flash4", "flash4"), ("flex", "flex"), ("varlen", "reference")])
+def test_a_model_with_capped_scores_keeps_it(backend, taken):
+    model = SimpleNamespace(arch=SimpleNamespace(softcap=True), layers=[])
+    Decoder.use_attention(model, backend)
+    assert model.backend == taken
 
 
 @pytest.mark.parametrize("ends", [ENDS, None], ids=["packed", "dense"])
