@@ -26,8 +26,8 @@ def check(cfg: Any) -> None:
     schedule = getattr(cfg, "schedule", None)
     if steps is not None and schedule is not None and schedule.warmup_steps >= steps:
         _warn_of_warmup(schedule.warmup_steps, steps)
-    if not -(1 << 63) <= getattr(cfg, "seed", 0) < 1 << 63:
-        raise UserError("a seed has at most 63 bits", where="seed", fix="a smaller number, such as 0")
+    if not 0 <= getattr(cfg, "seed", 0) < 1 << 63:
+        raise UserError("a seed has at most 63 bits and no sign", where="seed", fix="a number such as 0")
     if getattr(cfg, "neftune", 0) < 0:
         raise UserError(f"noise of {cfg.neftune:g} is none", where="neftune", fix="above 0 (5 is usual), or 0 for none")
     log, evaluation, checkpoint = (getattr(cfg, name, None) for name in ("log", "eval", "checkpoint"))
@@ -38,11 +38,19 @@ def check(cfg: Any) -> None:
     best, patience = getattr(checkpoint, "keep_best", False), getattr(evaluation, "patience", 0)
     if best and not evaluation.every:
         raise UserError("there is no evaluation to pick the best by", where="eval.every", fix="set it above 0")
-    if (best or patience) and getattr(getattr(cfg, "data", None), "eval", 0) is None:
+    held_out = getattr(getattr(cfg, "data", None), "eval", 0)
+    if (best or patience) and held_out is None:
         raise UserError(
             "checkpoint.keep_best and eval.patience look at held-out rows, and none are set apart",
             where="data.eval",
             fix="name files, or a share of the training rows: data.eval=0.05",
+        )
+    asked = [key for key in ("every", "exact_match") if getattr(evaluation, key, 0)]
+    if asked and held_out is None and not getattr(evaluation, "prompts", ()):
+        raise UserError(
+            f"{' and '.join(f'eval.{key}' for key in asked)} would look at held-out rows, and none are set apart",
+            where=f"data.eval, {', '.join(f'eval.{key}' for key in asked)}",
+            fix="name files, or a share of the training rows: data.eval=0.05; or leave the evaluation out",
         )
 
 

@@ -68,9 +68,9 @@ class Config:
     output_dir: OutputDir = Path("output/grpo")  # config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/ and final/
 
 
-def check(cfg: Config, world: int = 1) -> None:
-    """What `tune validate` runs, and `main` before anything is loaded."""
-    setup.check(cfg, world)
+def check(cfg: Config, world: int = 1) -> list[str]:
+    """What `tune validate` runs and says, and `main` before anything is loaded."""
+    return setup.check(cfg, world)
 
 
 def draw(

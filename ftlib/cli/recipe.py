@@ -84,7 +84,7 @@ def check(path: Path, argv: Sequence[str], world: int) -> list[str]:
 
 def _check(cfg: Any, own_check: Callable[..., None] | None, world: int) -> list[str]:
     said: list[str] = []
-    parts = [] if own_check is None else [lambda: own_check(cfg, world=world)]
+    parts = [] if own_check is None else [lambda: said.extend(own_check(cfg, world=world) or ())]
     if hasattr(cfg, "model"):  # what has no model has nothing that the library could check
         from ftlib import build  # imports torch
 

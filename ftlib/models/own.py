@@ -95,7 +95,11 @@ def noted(folder: Path, key: str) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8")).get(key) if file.is_file() else None
     except (ValueError, AttributeError):
-        raise UserError(f"{ABOUT} is no record of a run", where=str(file), fix="copy it again, or remove it") from None
+        raise _no_record(file) from None
+
+
+def _no_record(file: Path) -> UserError:
+    return UserError(f"{ABOUT} is no record of a run", where=str(file), fix="copy it again, or remove it")
 
 
 def recorded(folder: Path) -> Mark | None:
@@ -103,6 +107,8 @@ def recorded(folder: Path) -> Mark | None:
     not known."""
     if not (found := noted(folder, "model.code")):
         return None
+    if not (isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("code", "sha256"))):
+        raise _no_record(folder / ABOUT)
     copies = folder / COPIES
     files = {file.relative_to(copies).as_posix(): file.read_bytes() for file in sorted(copies.rglob("*.py"))}
     return Mark(found["code"], found["sha256"], files)

@@ -12,6 +12,7 @@ from ftlib.adapters import lora
 from ftlib.adapters import setup as adapters
 from ftlib.checkpoint.agree import exchange
 from ftlib.data import prompts as asked
+from ftlib.data.report import counted
 from ftlib.errors import Problems, UserError
 from ftlib.kernels.linear_logprobs import linear_logprobs
 from ftlib.models import LanguageModel
@@ -24,16 +25,19 @@ from ftlib.sections import Train
 from ftlib.tokenizers import Tokenizer
 
 
-def check(cfg: Any, world: int = 1) -> None:
-    """Everything about a run that can be known without loading weights; raises one error with all problems."""
+def check(cfg: Any, world: int = 1) -> list[str]:
+    """Everything about a run that can be known without loading weights; raises one error with all problems, and returns
+    what a run would say of its prompts."""
     problems: list[str] = []
-    for part in (lambda: build.check(cfg, world), lambda: _check_algorithm(cfg, world), lambda: _check_data(cfg)):
+    said: list[str] = []
+    for part in (lambda: build.check(cfg, world), lambda: _check_algorithm(cfg, world), lambda: _check_data(cfg, said)):
         try:
             part()
         except UserError as error:
             problems += error.problems if isinstance(error, Problems) else [str(error)]
     if problems:
         raise Problems(dict.fromkeys(problems))
+    return said
 
 
 def load_prompts(cfg: Any, tokenizer: Tokenizer) -> asked.PromptSets:
@@ -41,6 +45,10 @@ def load_prompts(cfg: Any, tokenizer: Tokenizer) -> asked.PromptSets:
     tools = environments.schemas(cfg.dialogue)
     sets = asked.load(cfg.data, tokenizer, cfg.rollout.max_new_tokens, cfg.seed, tools)
     sets.report += environments.hidden(next(p for source in sets.train.sources for p in source), tokenizer)
+    epoch = round(asked.PromptLoader(sets.train, 1, cfg.seed).steps_per_epoch())
+    if cfg.rollout.prompts > epoch:
+        what = f"rollout.prompts is {cfg.rollout.prompts}, and an epoch has {counted(epoch, 'prompt')}"
+        sets.report.append(f"warning: {what}: a step asks the same ones several times, as groups of their own")
     return sets
 
 
@@ -170,6 +178,9 @@ def _check_algorithm(cfg: Any, world: int) -> None:
     if cfg.rollout.group == 1 and compares:
         fix = "raise it, or take algorithm.preset=reinforce++"
         wrong("completions are compared with others of their prompt, and there are none", "rollout.group", fix)
+    if cfg.rewards and not any(reward.weight for reward in cfg.rewards) and algorithm.overlong != "soft":
+        keys = ", ".join(f"rewards[{i}].weight" for i in range(len(cfg.rewards)))
+        wrong("every reward counts 0 times, so there is nothing to learn", keys, "give one another weight, such as 1")
     if algorithm.advantage == "gdpo" and len(cfg.rewards) < 2:
         wrong("gdpo sets several rewards on one scale", "rewards", "name two or more, or take algorithm.preset=grpo")
     if cfg.rollout.staleness:
@@ -198,8 +209,9 @@ def _check_algorithm(cfg: Any, world: int) -> None:
         raise Problems(problems)
 
 
-def _check_data(cfg: Any) -> None:
+def _check_data(cfg: Any, said: list[str]) -> None:
     environments.check(cfg.dialogue)
     sets = load_prompts(cfg, build.tokenizer(cfg))
+    said += sets.report
     rewards.check(cfg.rewards, sets.columns)
     reward_model.check(cfg)

@@ -30,6 +30,8 @@ class Lora:
                 object.__setattr__(self, key, {})
         if self.rank < 1:
             raise ValueError("rank: must be at least 1")
+        if not all(alpha > 0 for alpha in (self.alpha, *self.alpha_pattern.values())):
+            raise ValueError("alpha, alpha_pattern: must be above 0, twice the rank is usual")
         if any(rank < 1 for rank in self.rank_pattern.values()):
             raise ValueError("rank_pattern: every rank must be at least 1; leave a layer out of targets to skip it")
         if not 0 <= self.dropout < 1:

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from ftlib import cli
+from ftlib.errors import UserError
+from ftlib.models import own
 
 ASK, SAY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 GOOD = b'{"text": "abcd"}\n'
@@ -207,3 +209,14 @@ def test_a_wrong_setting_of_a_source_is_one_message(tmp_path, capsys, monkeypatc
 def test_there_are_sixty_different_ones():
     assert len({content for _, content in FILES}) + len(KEYS) >= 60
     assert len({content for _, content in FILES}) == len(FILES)
+
+
+RECORDS = ("[]", "x", '{"model.code": "a.py:B"}', '{"model.code": {"code": "a.py:B"}}', '{"model.code": {"sha256": 3}}')
+
+
+@pytest.mark.parametrize("content", RECORDS)
+def test_a_damaged_record_of_a_class_is_one_message(tmp_path, content):
+    (tmp_path / "ftlib.json").write_text(content)
+    with pytest.raises(UserError, match="is no record of a run") as error:
+        own.recorded(tmp_path)
+    assert error.value.where == str(tmp_path / "ftlib.json")

@@ -63,6 +63,9 @@ ADDED = {  # from line 10 on
     "decay": ("optim: {weight_decay: -0.1}\n", "c.yaml:10: optim.eps and weight_decay: must not be negative"),
     "no pad token": ("tokenizer: {pad_token: ''}\n", "c.yaml:10: tokenizer.pad_token: an empty text"),
     "a long seed": ("seed: 1180591620717411303424\n", "63 bits", "seed (c.yaml:10)"),
+    "a signed seed": ("seed: -1\n", "no sign", "seed (c.yaml:10)"),
+    "alpha": ("lora: {alpha: -16}\n", "c.yaml:10: lora.alpha", "must be above 0"),
+    "evaluations of nothing": ("eval: {every: 5}\n", "eval.every would look", "data.eval, eval.every (c.yaml:10)"),
     "noise": ("neftune: -1\n", "neftune (c.yaml:10)", "above 0"),
 }  # fmt: skip
 COMMANDS = {

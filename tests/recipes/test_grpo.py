@@ -304,6 +304,7 @@ def test_tools(toy, tmp_path):
 def test_checked_before_a_run(toy, tmp_path, capsys):
     wrong = {
         "rewards": ({"rewards": []}, "nothing says how good"),
+        "weight": ({"rewards": [{"fn": "exact", "weight": 0}]}, "rewards[0].weight"),
         "alone": ({"rollout": {"group": 1}}, "none"),
         "gdpo": ({"algorithm": {"preset": "gdpo"}}, "several rewards"),
         "distill": ({"algorithm": {"preset": "distill"}}, "teacher.path"),
@@ -337,7 +338,10 @@ def test_checked_before_a_run(toy, tmp_path, capsys):
         assert message in capsys.readouterr().err, name
     good = rl_toys.settings(toy, "copy", tmp_path / "out", steps=1)
     (tmp_path / "good.yaml").write_text(json.dumps(good))
-    assert cli.main(["validate", "recipes/grpo.py", "--config", str(tmp_path / "good.yaml")]) == 0
+    words = ["validate", "recipes/grpo.py", "--config", str(tmp_path / "good.yaml")]
+    assert cli.main([*words, "rollout.prompts=9999"]) == 0
+    assert "rollout.prompts is 9999, and an epoch has" in capsys.readouterr().out
+    assert cli.main(words) == 0
 
 
 def test_every_preset_says_what_it_is():
