@@ -10,19 +10,20 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import BinaryIO
 
 from ftlib.data import json_list
 from ftlib.data.pieces import RemoteFile
-from ftlib.data.rows import Row, as_object, bad_json, not_utf8
+from ftlib.data.rows import Row, Start, as_object, bad_json, not_utf8
 from ftlib.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 CSV_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", *CSV_SUFFIXES, *TEXT_SUFFIXES)
 PACKED = (".gz", ".zst")
+SCANNED = 64 << 20  # bytes of a text that are searched for paragraphs
 _SIGNS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the data itself", "run `git lfs pull` in its repository"),
     (b"<!doctype html", "an HTML page, not data", "download the raw file, not the page that shows it"),
@@ -44,8 +45,8 @@ def stem(file: File) -> str:
     return name.rsplit(".", 1)[0]
 
 
-def read_file(file: File) -> Iterator[Row]:
-    """Rows of one file, lazily."""
+def read_file(file: File, start: Start = Start()) -> Iterator[Row]:
+    """Rows of one file, lazily; those behind `start`, before which no more is read and parsed than has to be."""
     name = file.name
     for suffix in PACKED:
         name = name.removesuffix(suffix)
@@ -56,7 +57,7 @@ def read_file(file: File) -> Iterator[Row]:
             if head[:4] == b"PAR1" or head[:6] == b"ARROW1" or name.endswith(".arrow"):
                 from ftlib.data import tables  # pyarrow, only where it is needed
 
-                yield from tables.read(file, parquet=head[:4] == b"PAR1")
+                yield from tables.read(file, head[:4] == b"PAR1", start.rows)
             elif name.endswith(".parquet") and head[:1] not in (b"{", b"["):
                 what = f"{file} is no Parquet file: it does not begin with PAR1"
                 raise UserError(what, fix="fetch it again, or give it the name of what it is")
@@ -64,13 +65,13 @@ def read_file(file: File) -> Iterator[Row]:
                 what = f"{file} holds binary data, or text that is not UTF-8"
                 raise UserError(what, fix="rows are JSON, JSON lines or UTF-8 text")
             elif name.endswith(TEXT_SUFFIXES):
-                yield from _text_rows(file, stream)
+                yield from islice(_text_rows(file, stream), start.rows, None)
             elif name.endswith(CSV_SUFFIXES):
-                yield from _csv_rows(file, stream, "\t" if name.endswith(".tsv") else ",")
+                yield from islice(_csv_rows(file, stream, "\t" if name.endswith(".tsv") else ","), start.rows, None)
             elif head[:1] == b"[":
-                yield from json_list.read(file, stream)
+                yield from islice(json_list.read(file, stream), start.rows, None)
             elif head[:1] == b"{" or not head:
-                yield from _line_rows(file, stream)
+                yield from _line_rows(file, stream, start)
             else:
                 raise UserError(
                     f"{file} holds neither JSON objects nor a list of them; it begins with {_quoted(head)}",
@@ -116,16 +117,28 @@ def _decode(file: File, raw: bytes, line: int) -> str:
         raise not_utf8(file, error, line - 1, 0) from None
 
 
-def _line_rows(file: File, stream: BinaryIO) -> Iterator[Row]:
-    for line, raw in enumerate(stream, 1):
+def _line_rows(file: File, stream: BinaryIO, start: Start) -> Iterator[Row]:
+    end = start.end
+    _forward(stream, end)
+    for line, raw in enumerate(stream, start.line + 1):
+        end += len(raw)
         try:
             text = _decode(file, raw, line).rstrip()  # columns count from the start of the line
             if line == 1 and text.strip() == "{":  # one object over several lines
-                yield Row(line, _line_row(file, line, _decode(file, raw + stream.read(), line)))
+                raw += stream.read()
+                yield Row(line, _line_row(file, line, _decode(file, raw, line)), len(raw))
             elif text.strip():
-                yield Row(line, _line_row(file, line, text))
+                yield Row(line, _line_row(file, line, text), end)
         except UserError as error:
-            yield Row(line, error)
+            yield Row(line, error, end)
+
+
+def _forward(stream: BinaryIO, end: int) -> None:
+    """Go on from byte `end`; what is packed is unpacked up to there."""
+    if stream.seekable():
+        stream.seek(end)
+    while not stream.seekable() and end and (part := stream.read(min(1 << 20, end))):
+        end -= len(part)
 
 
 def _line_row(file: File, line: int, text: str) -> dict:
@@ -185,6 +198,14 @@ def _text_rows(file: File, stream: BinaryIO) -> Iterator[Row]:
 
 
 def _has_paragraphs(lines: BinaryIO) -> bool:
-    """Whether a blank line has text before and behind it."""
-    texts = (text for text, _ in groupby(lines, key=lambda line: bool(line.strip())) if text)
+    """Whether a blank line has text before and behind it; in a large file, among the first bytes."""
+    texts = (text for text, _ in groupby(_first(lines, SCANNED), key=lambda line: bool(line.strip())) if text)
     return next(texts, False) and next(texts, False)
+
+
+def _first(lines: BinaryIO, size: int) -> Iterator[bytes]:
+    for line in lines:
+        yield line
+        size -= len(line)
+        if size < 0:
+            return

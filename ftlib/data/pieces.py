@@ -234,7 +234,7 @@ class _Raw(io.RawIOBase):
     """The bytes of a remote file, a piece at a time."""
 
     def __init__(self, file: RemoteFile) -> None:
-        self._file, self._at, self._number = file, 0, -1
+        self._file, self._at, self._number, self._begun = file, 0, -1, False
         self._wanted: queue.SimpleQueue[int | None] | None = None
 
     def readable(self) -> bool:
@@ -248,12 +248,13 @@ class _Raw(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:
+        if self._begun and self._at // PIECE != self._number:  # not yet at the first bytes, which tell its kind
+            self._number = self._at // PIECE
+            self._look_ahead()
+        self._begun = True
         size = min(len(buffer), self._file.found.size - self._at)
         if size <= 0:
             return 0
-        if self._at // PIECE != self._number:
-            self._number = self._at // PIECE
-            self._look_ahead()
         data = self._file.pieces.read(self._file, self._at, size)
         buffer[: len(data)] = data
         self._at += len(data)

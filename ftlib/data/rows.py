@@ -8,10 +8,20 @@ from ftlib.errors import UserError
 
 
 class Row(NamedTuple):
-    """One row of a file and the line it starts at (from 1), or what is wrong with that line."""
+    """One row of a file and the line it starts at (from 1), or what is wrong with that line. `end`: of files of JSON
+    lines, bytes up to the next one."""
 
     line: int
     value: dict | UserError
+    end: int = 0
+
+
+class Start(NamedTuple):
+    """Where reading a file goes on: behind so many rows, the last of them at `line` and `end` (as of a `Row`)."""
+
+    rows: int = 0
+    line: int = 0
+    end: int = 0
 
 
 def not_utf8(file: Path, error: UnicodeDecodeError, lines: int, column: int) -> UserError:

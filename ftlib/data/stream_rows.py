@@ -20,6 +20,7 @@ from ftlib.data.formats import read_examples
 from ftlib.data.masks import Masked, Tokenizer, tokenize
 from ftlib.data.packing import shuffled
 from ftlib.data.pieces import RemoteFile
+from ftlib.data.rows import Start
 from ftlib.errors import UserError
 from ftlib.layers.batch import IGNORED, Piece
 from ftlib.sections import Data
@@ -113,7 +114,7 @@ class Reader:
 
     Block b of an epoch is rows b * lanes * block and following; lane i has every lanes-th of them. What a lane behind
     the others still needs is kept. `counts` are rows of the first files, as far as they were read; `start` is the first
-    (epoch, block) that a lane will ask for.
+    (epoch, block) that a lane will ask for, `mark` where it begins, if that is known: a file's number and a `Start`.
     """
 
     source: StreamSource
@@ -121,12 +122,16 @@ class Reader:
     own: Sequence[int]
     counts: list[int]
     start: tuple[int, int]
+    mark: list[int] | None = None
+    _marks: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     _next: tuple[int, int] = field(init=False)
     _rows: Iterator[tuple[str, Any]] | None = None
     _kept: dict[tuple[int, int], dict[int, list]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._next = self.start
+        if self.mark is not None:
+            self._marks[self.start] = self.mark
 
     def block(self, epoch: int, number: int, lane: int) -> list[tuple[str, Any]] | None:
         """(`file:line`, row) of a lane's block; None behind the last one of the epoch."""
@@ -141,12 +146,17 @@ class Reader:
     def forget(self, first: tuple[int, int]) -> None:
         """No lane needs blocks before `first` any more."""
         self._kept = {key: rows for key, rows in self._kept.items() if key >= first}
+        self._marks = {key: mark for key, mark in self._marks.items() if key >= first}
+
+    def begins(self, epoch: int, number: int) -> list[int] | None:
+        """The mark of a block; None if it is not known yet, or the first of an epoch."""
+        return self._marks.get((epoch, number))
 
     def _read(self) -> None:
         epoch, number = self._next
         size = self.plan.lanes * self.plan.block
         if self._rows is None:
-            self._rows = self._from(self.source.skip + number * size)
+            self._rows = self._from(self.source.skip + number * size, self.begins(epoch, number))
         found: dict[int, list] = {lane: [] for lane in self.own}
         count = 0
         for row in self._rows:
@@ -159,23 +169,27 @@ class Reader:
             self._kept[epoch, number] = found
         if count == size:
             self._next = epoch, number + 1
+            self._marks[self._next] = self.mark
         else:
             self._next, self._rows = (epoch + 1, 0), None
 
-    def _from(self, first: int) -> Iterator[tuple[str, Any]]:
-        """Rows from number `first` on; files that are known to lie before it are not opened."""
-        at = 0
-        for i, file in enumerate(self.source.files):
-            if i < len(self.counts) and at + self.counts[i] <= first:
-                at += self.counts[i]
-                continue
-            count = 0
-            for row in read_file(file):
+    def _from(self, first: int, mark: list[int] | None) -> Iterator[tuple[str, Any]]:
+        """Rows from number `first` on, which is at `mark`; files that are known to lie before it are not opened."""
+        at, begin, start = 0, 0, Start()
+        while mark is None and begin < len(self.counts) and at + self.counts[begin] <= first:
+            at, begin = at + self.counts[begin], begin + 1
+        if mark is not None:
+            begin, start = mark[0], Start(*mark[1:])
+            at = first - start.rows
+        for number, file in enumerate(self.source.files[begin:], begin):
+            count = start.rows
+            for row in read_file(file, start):
                 count += 1
                 if at + count > first:
+                    self.mark = [number, count, row.line, row.end]
                     yield f"{file}:{row.line}", row.value
-            at += count
-            if i == len(self.counts):
+            at, start = at + count, Start()
+            if number == len(self.counts):
                 self.counts.append(count)
 
 
@@ -227,6 +241,7 @@ class Lane:
             "rows": self.rows,
             "owed": list(self.owed),
             "cursors": [list(cursor) for cursor in self.cursors],
+            "marks": [reader.begins(*cursor[:2]) for reader, cursor in zip(self.readers, self.cursors, strict=True)],
             "open": None if self.at is None else list(self.at),
         }
 

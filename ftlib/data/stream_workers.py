@@ -28,8 +28,9 @@ def make_lanes(
     states = [state or first_state(plan, number) for number, state in zip(own, states, strict=True)]
     readers = []
     for i, source in enumerate(plan.sources):
-        start = min(tuple(state["cursors"][i][:2]) for state in states)
-        readers.append(Reader(source, plan, own, list(counts[i]), start))
+        first = min(states, key=lambda state: state["cursors"][i][:2])
+        mark = first["marks"][i] if first.get("marks") else None
+        readers.append(Reader(source, plan, own, list(counts[i]), tuple(first["cursors"][i][:2]), mark))
     return [Lane(plan, number, readers, state) for number, state in zip(own, states, strict=True)]
 
 

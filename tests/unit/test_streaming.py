@@ -181,7 +181,7 @@ def test_files_that_were_read_are_not_opened_again(tmp_path, monkeypatch):
     state, opened = loader.state_dict(), []
     assert state["counts"][0][:2] == [30, 30]
     read = stream_rows.read_file
-    monkeypatch.setattr(stream_rows, "read_file", lambda file: opened.append(file.name) or read(file))
+    monkeypatch.setattr(stream_rows, "read_file", lambda file, *start: opened.append(file.name) or read(file, *start))
     (again,) = loaders(plan)
     again.load_state_dict(state)
     rows_of([again])

@@ -1,23 +1,17 @@
 """Text from elsewhere: in pieces, on less disk than the corpus has, past lost connections, after a restart."""
 
-import gzip
 import json
 import os
 import threading
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from types import SimpleNamespace
-from urllib.parse import urlsplit
 
 import pytest
+from range_server import serving
 from test_streaming import Letters, loaders, plan_of, rows_of, write
 
 from ftlib.data import pieces, ranges, streaming
-from ftlib.data.files import read_file
-from ftlib.data.pieces import Pieces, RemoteFile
 from ftlib.data.streaming import open_stream
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
@@ -33,49 +27,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", PIECE)
     monkeypatch.setattr(pieces, "BUFFER", 256)
     monkeypatch.setattr(ranges, "PAUSES", (0.01,) * 6)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return tmp_path / "cache" / "pieces"
-
-
-@contextmanager
-def serving(folder):
-    """Files over HTTP with ranges. `.asked`: (name, first byte) of each answer; `.drop(number of the answer)`: whether
-    its connection breaks off; `.slow`: seconds an answer takes."""
-    state = SimpleNamespace(asked=[], drop=lambda number: False, slow=0.0, lock=threading.Lock(), sent=0)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            file = folder / urlsplit(self.path).path.strip("/")
-            if not file.is_file():
-                self.send_error(404)
-                return
-            content, stat = file.read_bytes(), file.stat()
-            first, last = (int(n) for n in self.headers["Range"].removeprefix("bytes=").split("-"))
-            part = content[first : last + 1]
-            with state.lock:
-                number = len(state.asked)
-                state.asked.append((file.name, first))
-                state.sent += len(part)
-            time.sleep(state.slow)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
-            self.send_header("Content-Length", str(len(part)))
-            self.send_header("ETag", f'"{stat.st_mtime_ns}"')
-            self.send_header("Last-Modified", formatdate(stat.st_mtime))
-            self.end_headers()
-            with suppress(BrokenPipeError):  # of a process that was killed
-                self.wfile.write(part[: len(part) // 2] if state.drop(number) else part)
-
-        def log_message(self, *words):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    state.address = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield state
-    finally:
-        server.shutdown(), server.server_close()
 
 
 def stored(paths, folder):
@@ -240,6 +193,29 @@ def test_files_that_were_passed_are_not_fetched_again(tmp_path, small, monkeypat
     assert fetched and fetched <= {str(n) for n in range(len(state["counts"][0]) - 2, 6)}
 
 
+def test_a_large_file_is_not_fetched_again_from_its_beginning(tmp_path, small):
+    """The mark of a block in a lane's position says where in the file it begins."""
+    write(tmp_path / "a.jsonl", 700, "A")
+    settings = {"cache_gib": ROOM / GIB, "buffer": 16}
+    wanted = steps_of(plan_of([tmp_path / "a.jsonl"], **settings).train, 85)
+    with serving(tmp_path) as server:
+        (loader,) = loaders(plan_of([f"{server.address}/a.jsonl"], **settings).train)
+        assert [rows_of([loader]) for _ in range(80)] == wanted[:80]
+        state = json.loads(json.dumps(loader.state_dict()))
+        loader.close()
+        for file in small.glob("*"):
+            file.unlink(missing_ok=True)
+        now = loaders(plan_of([f"{server.address}/a.jsonl"], **settings).train, ranks=2)
+        server.asked.clear()
+        for loader in now:
+            loader.load_state_dict(state)
+        assert [rows_of(now) for _ in range(5)] == wanted[80:]
+        for loader in now:
+            loader.close()
+    again = {at for _, at in server.asked} - {0}  # its first bytes tell what kind of file it is
+    assert min(again) > 0.3 * (tmp_path / "a.jsonl").stat().st_size and state["counts"] == [[]]
+
+
 def test_a_file_that_changed_is_named(tmp_path, small):
     paths = corpus(tmp_path / "many", count=2, rows=100)
     with serving(tmp_path / "many") as server:
@@ -262,51 +238,6 @@ def test_a_file_that_changed_is_named(tmp_path, small):
                 rows_of([same])
         assert caught.value.where == "data.sources[1].path"
         same.close()
-
-
-KINDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.csv", "a.txt", "a.parquet", "a.arrow"]
-
-
-def of_kind(file, rows):
-    """Rows of a text, in a file of the kind that its name says."""
-    import pyarrow
-    from pyarrow import feather, parquet
-
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    table = pyarrow.Table.from_pylist(rows)
-    if file.name.endswith(".gz"):
-        file.write_bytes(gzip.compress(text))
-    elif file.name.endswith(".zst"):
-        with pyarrow.CompressedOutputStream(str(file), "zstd") as out:
-            out.write(text)
-    elif file.suffix == ".json":
-        file.write_text(json.dumps(rows))
-    elif file.suffix == ".csv":
-        file.write_text("text\n" + "".join(f'"{row["text"]}"\n' for row in rows))
-    elif file.suffix == ".txt":
-        file.write_text("\n\n".join(row["text"] for row in rows))
-    elif file.suffix == ".parquet":
-        parquet.write_table(table, file, row_group_size=25)
-    elif file.suffix == ".arrow":
-        feather.write_feather(table, file, compression="uncompressed", chunksize=25)
-    else:
-        file.write_bytes(text)
-    return file
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_file_is_read_from_elsewhere_as_from_here(tmp_path, small, name):
-    rows = [{"text": f"{n} {'lorem ipsum ' * (n % 7)}".strip()} for n in range(200)]
-    file = of_kind(tmp_path / name, rows)
-    small.mkdir(parents=True)
-    with serving(tmp_path) as server:
-        (found,), _ = ranges.find(f"{server.address}/{name}")
-        away = RemoteFile(found, "data.sources[0].path", Pieces(small, 4 * PIECE), ahead=1)
-        assert [row.value for row in read_file(away)] == [row.value for row in read_file(file)] == rows
-        server.drop, other = lambda number: True, tmp_path / "other"
-        other.mkdir()
-        with pytest.raises(UserError, match=f"{name} cannot be read: .*bytes came"):
-            list(read_file(replace(away, pieces=Pieces(other, 4 * PIECE))))
 
 
 def test_held_out_rows_are_those_of_files_here(tmp_path, small):
@@ -337,20 +268,6 @@ def test_a_folder_that_is_too_small_is_refused(tmp_path, monkeypatch):
             plan_of([f"{server.address}/a.jsonl"])
         assert caught.value.where == "stream.cache_gib" and "FTLIB_CACHE" in caught.value.fix
         plan_of([f"{server.address}/a.jsonl"], cache_gib=2 * PIECE / GIB)
-
-
-def test_what_a_killed_process_left_half_is_fetched_again_or_swept_away(tmp_path, small):
-    file = write(tmp_path / "a.jsonl", 200, "A")
-    small.mkdir(parents=True)
-    with serving(tmp_path) as server:
-        (found,), _ = ranges.find(f"{server.address}/a.jsonl")
-        away = RemoteFile(found, "key", Pieces(small, 4 * PIECE))
-        for name in (away.mark(0), "of-another-run"):
-            (small / f"{name}.part").write_bytes(b"\0" * PIECE)
-        (small / "of-a-former-run").write_bytes(b"\0" * 9 * PIECE)
-        with away.open() as opened:
-            assert opened.read() == file.read_bytes()
-    assert sum(piece.stat().st_size for piece in small.glob("*-*")) <= 4 * PIECE and not list(small.glob("*.part"))
 
 
 def test_a_missing_file_is_told_at_once(tmp_path):

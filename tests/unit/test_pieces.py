@@ -1,0 +1,101 @@
+"""Remote files in pieces: they are read as files of here are, from anywhere in them, in the room there is."""
+
+import gzip
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from range_server import serving
+
+from ftlib.data import pieces, ranges
+from ftlib.data.files import read_file
+from ftlib.data.pieces import Pieces, RemoteFile
+from ftlib.data.rows import Start
+from ftlib.errors import UserError
+
+PIECE = 1 << 10
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    """A folder of pieces."""
+    monkeypatch.setattr(pieces, "PIECE", PIECE)
+    monkeypatch.setattr(pieces, "BUFFER", 256)
+    monkeypatch.setattr(ranges, "PAUSES", (0.01,) * 6)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    (tmp_path / "pieces").mkdir()
+    return tmp_path / "pieces"
+
+
+KINDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.csv", "a.txt", "a.parquet", "a.arrow"]
+
+
+def of_kind(file, rows):
+    """Rows of a text, in a file of the kind that its name says."""
+    import pyarrow
+    from pyarrow import feather, parquet
+
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = pyarrow.Table.from_pylist(rows)
+    if file.name.endswith(".gz"):
+        file.write_bytes(gzip.compress(text))
+    elif file.name.endswith(".zst"):
+        with pyarrow.CompressedOutputStream(str(file), "zstd") as out:
+            out.write(text)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    elif file.suffix == ".csv":
+        file.write_text("text\n" + "".join(f'"{row["text"]}"\n' for row in rows))
+    elif file.suffix == ".txt":
+        file.write_text("\n\n".join(row["text"] for row in rows))
+    elif file.suffix == ".parquet":
+        parquet.write_table(table, file, row_group_size=25)
+    elif file.suffix == ".arrow":
+        feather.write_feather(table, file, compression="uncompressed", chunksize=25)
+    else:
+        file.write_bytes(text)
+    return file
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_is_read_from_elsewhere_as_from_here(tmp_path, small, name):
+    rows = [{"text": f"{n} {'lorem ipsum ' * (n % 7)}".strip()} for n in range(200)]
+    file = of_kind(tmp_path / name, rows)
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/{name}")
+        away = RemoteFile(found, "data.sources[0].path", Pieces(small, 4 * PIECE), ahead=1)
+        assert [row.value for row in read_file(away)] == [row.value for row in read_file(file)] == rows
+        for at, row in list(enumerate(read_file(file), 1))[::33]:  # what begins behind a row is the rest
+            start = Start(at, row.line, row.end)
+            assert list(read_file(away, start)) == list(read_file(file, start)) == list(read_file(file))[at:]
+        server.drop, other = lambda number: True, tmp_path / "other"
+        other.mkdir()
+        with pytest.raises(UserError, match=f"{name} cannot be read: .*bytes came"):
+            list(read_file(replace(away, pieces=Pieces(other, 4 * PIECE))))
+
+
+def test_groups_of_a_parquet_file_that_were_passed_are_not_fetched(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 16 * PIECE)
+    dice = np.random.default_rng(0)
+    rows = [{"text": "".join(chr(97 + c) for c in dice.integers(0, 26, 3000))} for _ in range(200)]
+    size = of_kind(tmp_path / "a.parquet", rows).stat().st_size
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/a.parquet")
+        away = RemoteFile(found, "key", Pieces(small, 64 * PIECE))
+        assert [row.value for row in read_file(away, Start(rows=125))] == rows[125:]
+    assert min({at for _, at in server.asked} - {0}) > 0.4 * size
+
+
+def test_what_a_killed_process_left_half_is_fetched_again_or_swept_away(tmp_path, small):
+    file = of_kind(tmp_path / "a.jsonl", [{"text": f"{n} lorem ipsum dolor"} for n in range(300)])
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/a.jsonl")
+        away = RemoteFile(found, "key", Pieces(small, 4 * PIECE))
+        for name in (away.mark(0), "of-another-run"):
+            (small / f"{name}.part").write_bytes(b"\0" * PIECE)
+        (small / "of-a-former-run").write_bytes(b"\0" * 9 * PIECE)
+        with away.open() as opened:
+            assert opened.read() == file.read_bytes()
+    assert sum(piece.stat().st_size for piece in small.glob("*-*")) <= 4 * PIECE and not list(small.glob("*.part"))
