@@ -104,7 +104,6 @@ def _check(model: nn.Module, cfg: Any) -> None:
     every, optim, steps = cfg.relora.every, cfg.optim, getattr(cfg, "steps", None)
     adapted = list(lora.adapted(model))
     started = {f.init for _, _, f in adapted} & {*initial.FROM_WEIGHT, "loftq"}
-    head = any(linear is model.lm_head for _, linear, _ in adapted)
     problems = (
         (bool(cfg.model.quantize or cfg.model.fp8), "model.quantize, model.fp8",
          "a base kept in few bits would be rounded anew at every merge"),
@@ -112,7 +111,6 @@ def _check(model: nn.Module, cfg: Any) -> None:
          "what is pruned are AdamW's moments, in 16 bits at least"),
         (any(f.magnitude is not None for _, _, f in adapted), "lora.dora", "the length of a row is no low-rank change"),
         (bool(started), "lora.init", f"{', '.join(started)} begins inside W, every time anew"),
-        (head and model.arch.tied, "lora.targets", "the head is the embedding, which would change with it"),
         (steps is not None and every >= steps, "steps", f"nothing is merged in {steps} steps"),
     )  # fmt: skip
     found = [(where, f"{where}: {why}") for wrong, where, why in problems if wrong]

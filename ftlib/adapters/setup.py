@@ -30,6 +30,12 @@ def attach(model: nn.Module, cfg: Lora, reference: bool = False, tokens: Sequenc
         if reference:
             lora.attach_section(model, dataclasses.replace(cfg, dropout=0.0), name=REFERENCE, tokens=where)
     lora.attach_section(model, cfg, tokens=where)
+    if any(linear is getattr(model, "lm_head", None) for _, linear, _ in lora.adapted(model)):
+        raise UserError(
+            "losses are made from the head's matrix itself, tile by tile: low-rank factors on it would never train",
+            where="lora.targets, lora.start_from",
+            fix="leave lm_head out of the targets, or train it whole: lora.modules_to_save=[lm_head]",
+        )
     peft_format.check(model)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_model import ROOT, losses, probe, steps, train, tune, write_config, wr
 
 from ftlib import build, cli, config, models, plugins, preflight
 from ftlib.errors import UserError
-from ftlib.observe import output
+from ftlib.observe import output, watch
 
 SETTINGS = {
     "schedule": {"name": "cosine", "warmup_steps": 1, "min_ratio": 0.5},
@@ -135,6 +136,28 @@ def test_the_best_evaluation_is_what_is_kept(best, lab, monkeypatch):
     assert again[0]["eval_loss"] == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_going_back_over_a_merge_with_new_rows(tied, lab, monkeypatch):
+    """A loss spike in the step after the first merge sends the run to the checkpoint before it, which has no base; rows
+    of new tokens, which grew embedding and head, go along. What follows is merged again, and kept."""
+    model = write_model(lab.at / f"tied_{tied}", tie_word_embeddings=tied)
+    watched = watch.Watch.__call__
+    monkeypatch.setattr(watch.Watch, "__call__", lambda self, step, *a: watched(self, step, *a) or step == 4)
+    new = 'tokenizer.add_tokens=["<x>", "<y>"]'
+    out = lab.at / f"back_{tied}"
+    rows = lab.run(out.name, f"model.path={model}", new, "eval.every=1")
+    monkeypatch.undo()
+    scores = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert scores[4] == scores[3] and len({scores[step] for step in range(4, 9)}) == 5
+    look = train("lora_sft", "--config", lab.file, f"output_dir={out}_look", f"model.path={out / 'final'}", "steps=5")
+    assert look[0]["eval_loss"] == pytest.approx(scores[8], rel=1e-5)
+    checkpoint = out / "checkpoints" / "step_000008"
+    assert cli.main(["merge", str(model), str(checkpoint), f"{out}_merged"]) == 0
+    written = [load_file(folder / "model.safetensors") for folder in (out / "final", Path(f"{out}_merged"))]
+    assert written[0].keys() == written[1].keys() and len(written[0]["model.embed_tokens.weight"]) >= 261
+    assert all(torch.equal(written[0][key], written[1][key]) for key in written[0])
+
+
 def test_an_adapter_that_is_continued_is_merged_too(lab):
     adapter = lab.at / "plain" / "final"
     lab.run("plain", "relora.every=0")
@@ -206,6 +229,7 @@ def rows_of(out):
         (["optim.states=int8"], "in 16 bits at least"),
         (["lora.dora=true"], r"lora\.dora: the length"),
         (["lora.init=pissa"], "pissa begins inside W"),
+        (["lora.targets=[lm_head,q_proj]"], "would never train"),
         (["steps=3"], "nothing is merged in 3 steps"),
     ],
     ids=lambda words: words[0] if isinstance(words, list) else "",
