@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from ftlib import plugins, tokenizers
+from ftlib import build, config, plugins, tokenizers
 from ftlib.tokenizers import render_chat_template
 
 ROOT = Path(__file__).parents[2]
@@ -191,3 +191,14 @@ def test_config_is_a_small_llama():
     assert all(n % 256 == 0 for n in (config.vocab_size, config.hidden_size, config.intermediate_size))
     assert config.num_key_value_heads >= 4
     assert transformers.LlamaForCausalLM(config).num_parameters() < 3_000_000
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "pretrain", "dpo", "reward", "quantize"])
+def test_nothing_that_a_demo_holds_out_is_trained_on(name):
+    recipe = {"lora": "lora_sft", "full": "full_sft"}.get(name, name)
+    words = ["--config", str(ROOT / "configs" / f"demo_{name}.yaml")]
+    cfg = config.load(plugins.load_file(ROOT / "recipes" / f"{recipe}.py").Config, words)
+    rows = build.datasets(cfg, build.tokenizer(cfg))
+    train, held_out = (getattr(x, "documents", x) for x in (rows.train, next(iter(rows.eval.values()))))
+    assert not set(train.hashes.tolist()) & set(held_out.hashes.tolist())
+    assert not any("repeats: data.deduplicate" in line for line in rows.report.lines())

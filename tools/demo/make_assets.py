@@ -79,6 +79,7 @@ def train_model(out: Path, work: Path, steps: int) -> None:
     sources = SOURCES.replace("DATA", str((out / "data").resolve()))
     settings = [f"model.path={(out / 'model').resolve()}", f"data.sources={sources}", f"output_dir={work}"]
     settings += [f"steps={steps}", "schedule.warmup_steps=135", "optim.weight_decay=0.1", "data.eval=200"]
+    settings += ["data.deduplicate=false"]  # as the weights that ship were made
     settings += ["eval.exact_match=100", "eval.max_new_tokens=24", "checkpoint.every=300"]
     subprocess.run([*command, *settings], cwd=ROOT, check=True)
     model = models.from_pretrained(work / "final", dtype=torch.bfloat16, device="cpu")
