@@ -215,8 +215,9 @@ class RemoteFile:
 
 def changed(what: str, key: str | None) -> UserError:
     """The error of a file that is no longer what the run began with."""
-    fix = "put the files back as they were (a Hub id or hf:// path may name a commit), or start over: "
-    return UserError(f"a file changed since the run began. {what}", where=key, fix=f"{fix}checkpoint.resume=never")
+    fix = "put the files back (of the Hub: name the commit that the run told when it began, org/name@commit)"
+    fix += ", or start over: checkpoint.resume=never"
+    return UserError(f"a file changed since the run began. {what}", where=key, fix=fix)
 
 
 def in_order(files: Sequence["RemoteFile | Path"], ahead: int) -> tuple["RemoteFile | Path", ...]:

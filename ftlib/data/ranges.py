@@ -21,7 +21,7 @@ _MARKS = (
     "blob_id", "ETag", "etag", "xet_hash", "generation", "crc32c", "content_md5", "Last-Modified", "LastModified",
     "last_modified", "updated", "mtime", "created",
 )  # fmt: skip
-_COMMIT = re.compile(r"@[0-9a-f]{40}/")
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
 _LATER = (408, 425, 429)  # answers of a server that is busy; other 4xx stay as they are
 
 
@@ -38,6 +38,12 @@ class Found(NamedTuple):
     url: str
     size: int
     version: str
+
+    @property
+    def commit(self) -> str | None:
+        """Of a file of the Hub: where its branch stood."""
+        match = _COMMIT.search(self.url)
+        return match[1] if match else None
 
 
 def find(path: str, subset: str | None = None, split: str | None = None) -> tuple[list[Found], bool] | None:
@@ -128,7 +134,7 @@ def _fsspec(file: Found, start: int, size: int) -> tuple[bytes, Found]:
     with files.open(place, "rb", cache_type="none") as opened:
         opened.seek(start)
         data = opened.read(size)
-    if _COMMIT.search(file.url):  # which nobody can change
+    if file.commit:  # which nobody can change
         return data, file
     files.invalidate_cache()
     return data, _found(file.url, files.info(place))

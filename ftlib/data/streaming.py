@@ -135,8 +135,9 @@ class _Opened(SourceReport):
     def lines(self) -> list[str]:
         """Human lines."""
         files = f"{len(self.files):,} file{'s' if len(self.files) != 1 else ''}"
-        if away := [file.found.size for file in self.files if isinstance(file, RemoteFile)]:
-            files += f" elsewhere ({sum(away) / GIB:,.2f} GiB)"
+        if away := [file.found for file in self.files if isinstance(file, RemoteFile)]:
+            commit = f", at commit {away[0].commit}" if away[0].commit else ""
+            files += f" elsewhere ({sum(found.size for found in away) / GIB:,.2f} GiB{commit})"
         how = f"{files}, read while training, format {self.format} ({self.evidence}), {self.share:.1%}"
         lost = f"  warning: the reasoning of {self.unwritten:,} messages in its first {CHUNK} rows {UNWRITTEN}"
         return [f"{self.name}: {how}", *([lost] if self.unwritten else [])]

@@ -37,7 +37,7 @@ def of_kind(file, rows):
     import pyarrow
     from pyarrow import feather, parquet
 
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    text = "\n".join(json.dumps(row) for row in rows).encode()  # the last line has no end
     table = pyarrow.Table.from_pylist(rows)
     if file.name.endswith(".gz"):
         file.write_bytes(gzip.compress(text))

@@ -12,6 +12,7 @@ from range_server import serving
 from test_streaming import Letters, loaders, plan_of, rows_of, write
 
 from ftlib.data import pieces, ranges, streaming
+from ftlib.data.pieces import Pieces, RemoteFile
 from ftlib.data.streaming import open_stream
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
@@ -268,6 +269,13 @@ def test_a_folder_that_is_too_small_is_refused(tmp_path, monkeypatch):
             plan_of([f"{server.address}/a.jsonl"])
         assert caught.value.where == "stream.cache_gib" and "FTLIB_CACHE" in caught.value.fix
         plan_of([f"{server.address}/a.jsonl"], cache_gib=2 * PIECE / GIB)
+
+
+def test_a_run_says_which_commit_of_the_hub_it_reads(small):
+    found = ranges.Found(f"hf://datasets/org/rows@{'0a' * 20}/train.jsonl", GIB, "1")
+    file = RemoteFile(found, "key", Pieces(small, ROOM))
+    (line,) = streaming._Opened("rows", "org/rows", "text", "why", [file], 1.0).lines()
+    assert f"1 file elsewhere (1.00 GiB, at commit {'0a' * 20})" in line
 
 
 def test_a_missing_file_is_told_at_once(tmp_path):
