@@ -131,11 +131,17 @@ def dice(text: str) -> torch.Generator:
 def use(model: nn.Module, name: str | None) -> Iterator[None]:
     """Within the block, layers use adapter `name`; None: the frozen base alone, a reference policy for free."""
     modules = [m for m in model.modules() if isinstance(getattr(m, "adapters", None), nn.ModuleDict)]
-    before = [module.active for module in modules]
+    gates = {id(gate): gate for m in modules if (gate := getattr(m, "gate", None))}.values()
+    before = [module.active for module in modules], [gate.on for gate in gates]
     for module in modules:
-        module.active = name if name in module.adapters else None
+        if name is not None or getattr(module, "gate", None) is None:  # else it stays active behind a shut gate
+            module.active = name if name in module.adapters else None
+    for gate in gates:
+        gate.turn(name is not None)
     try:
         yield
     finally:
-        for module, active in zip(modules, before, strict=True):
+        for module, active in zip(modules, before[0], strict=True):
             module.active = active
+        for gate, on in zip(gates, before[1], strict=True):
+            gate.turn(on)

@@ -19,8 +19,9 @@ Kind = tuple[int, torch.dtype]
 
 @torch.library.custom_op("ftlib::lora_project", mutates_args=())
 def _project(
-    x: Tensor, low: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
-) -> Tensor:
+    x: Tensor, low: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float,
+    gate: Tensor | None,
+) -> Tensor:  # fmt: skip
     rank = low.shape[1]
     out, dim = stacked.shape[0] - rank, stacked.shape[1] - rank
     weight = stacked[:out]
@@ -35,32 +36,35 @@ def _project(
 
 @_project.register_fake
 def _(
-    x: Tensor, low: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
-) -> Tensor:
+    x: Tensor, low: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float,
+    gate: Tensor | None,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], stacked.shape[0] - low.shape[1])
 
 
 @torch.library.custom_op("ftlib::lora_project_backward", mutates_args=())
 def _project_backward(
-    grad: Tensor, x: Tensor, low: Tensor, stacked: Tensor, scale: float
+    grad: Tensor, x: Tensor, low: Tensor, stacked: Tensor, scale: float, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     rank = low.shape[1]
     out, dim = stacked.shape[0] - rank, stacked.shape[1] - rank
     if out < dim:
-        grad_low = (grad @ stacked[:out, dim:]).mul_(scale)
+        grad_low = gated((grad @ stacked[:out, dim:]).mul_(scale), gate)
         wide = grad.new_empty(grad.shape[0], out + rank)
         wide[:, :out].copy_(grad)
         wide[:, out:].copy_(grad_low)
         grad_x = wide @ stacked[:, :dim]
     else:
         both = grad @ stacked[:out]
-        grad_low = both[:, dim:] * scale
+        grad_low = gated(both[:, dim:] * scale, gate)
         grad_x = both[:, :dim].addmm_(grad_low, stacked[out:, :dim])
     return grad_x, grad_low.T @ x, grad.T @ low
 
 
 @_project_backward.register_fake
-def _(grad: Tensor, x: Tensor, low: Tensor, stacked: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, low: Tensor, stacked: Tensor, scale: float, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     rank = low.shape[1]
     out, dim = stacked.shape[0] - rank, stacked.shape[1] - rank
     stored = dim if out < dim else dim + rank
@@ -72,8 +76,8 @@ def _(grad: Tensor, x: Tensor, low: Tensor, stacked: Tensor, scale: float) -> tu
 
 
 def _setup(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
-    x, low, stacked, lora_a, lora_b, ctx.scale = inputs
-    ctx.save_for_backward(x, low, stacked)
+    x, low, stacked, lora_a, lora_b, ctx.scale, gate = inputs
+    ctx.save_for_backward(x, low, stacked, gate)
     ctx.lora_a, ctx.lora_b = kinds(lora_a), kinds(lora_b)
 
 
@@ -83,9 +87,9 @@ def kinds(factors: Sequence[Tensor]) -> list[Kind]:
 
 
 def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
-    x, low, stacked = ctx.saved_tensors
-    grad_x, grad_a, grad_b = torch.ops.ftlib.lora_project_backward(grad.contiguous(), x, low, stacked, ctx.scale)
-    return grad_x, None, None, *split_factors(grad_a, grad_b, ctx.lora_a, ctx.lora_b), None
+    x, low, stacked, gate = ctx.saved_tensors
+    grad_x, grad_a, grad_b = torch.ops.ftlib.lora_project_backward(grad.contiguous(), x, low, stacked, ctx.scale, gate)
+    return grad_x, None, None, *split_factors(grad_a, grad_b, ctx.lora_a, ctx.lora_b), None, None
 
 
 def split_factors(
@@ -104,22 +108,30 @@ _project.register_autograd(_backward, setup_context=_setup)
 
 
 def lora_project(
-    x: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float
-) -> Tensor:
+    x: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float,
+    gate: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """y [N, O] of sibling layers over x [N, D], their outputs side by side.
 
     stacked [O + R, D + R] as above, in x's dtype, its copies of the factors current. lora_a [r_i, D] and lora_b
-    [out_i, r_i]: the parameters, which receive the gradients. Kept for backward: x, s x A^T and the weights.
+    [out_i, r_i]: the parameters, which receive the gradients. `gate` [] on x's device, in its dtype: 1, or 0 for the
+    frozen projections alone, by the same code. Kept for backward: x, s x A^T and the weights.
     """
     factors = list(lora_a), list(lora_b)
-    low = low_product(x, stacked[stacked.shape[0] - sum(a.shape[0] for a in lora_a) :, : x.shape[1]], scale)
-    return torch.ops.ftlib.lora_project(x, low, stacked, *factors, scale)
+    first = stacked.shape[0] - sum(a.shape[0] for a in lora_a)
+    low = low_product(x, stacked[first:, : x.shape[1]], scale, gate)
+    return torch.ops.ftlib.lora_project(x, low, stacked, *factors, scale, gate)
 
 
-def low_product(x: Tensor, lora_a: Tensor, scale: float) -> Tensor:
+def low_product(x: Tensor, lora_a: Tensor, scale: float, gate: Tensor | None) -> Tensor:
     """s x A^T [N, R], whose gradient is the projection's. An operation of its own: it is all that backward needs of the
     forward pass beside x, so who computes that pass again does not repeat the large product."""
-    return (x.detach() @ lora_a.detach().T) * scale
+    return gated((x.detach() @ lora_a.detach().T) * scale, gate)
+
+
+def gated(low: Tensor, gate: Tensor | None) -> Tensor:
+    """`low`, or zeros where `gate` is there and 0."""
+    return low if gate is None else low * gate
 
 
 def lora_project_reference(

@@ -1,6 +1,7 @@
 """The linear layer every projection is made of, and the one place where sibling projections meet."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +12,11 @@ class Linear(nn.Linear):
 
     `active` is a plain attribute so that torch.compile guards on it: switching an adapter off recompiles
     once instead of silently keeping it on. `fused`, on the first of some siblings, computes all of them at once
-    (ftlib.adapters.fuse), or declines with None.
+    (ftlib.adapters.fuse), or declines with None; `gate` switches its adapters off while they stay active.
     """
 
     active: str | None = None
+    gate: Any = None
     fused: Callable[[Tensor], tuple[Tensor, ...] | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,16 +34,16 @@ def stack(
 @torch.library.custom_op("ftlib::frozen_lora_project", mutates_args=())
 def _project(
     x: Tensor, low: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
-    scale: float,
+    scale: float, gate: Tensor | None,
 ) -> Tensor:  # fmt: skip
     stacked = stack(parts, form, lora_a, lora_b, x.dtype)
-    return torch.ops.ftlib.lora_project(x, low, stacked, list(lora_a), list(lora_b), scale)
+    return torch.ops.ftlib.lora_project(x, low, stacked, list(lora_a), list(lora_b), scale, gate)
 
 
 @_project.register_fake
 def _(
     x: Tensor, low: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
-    scale: float,
+    scale: float, gate: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], sum(b.shape[0] for b in lora_b))
 
@@ -51,37 +51,37 @@ def _(
 @torch.library.custom_op("ftlib::frozen_lora_project_backward", mutates_args=())
 def _project_backward(
     grad: Tensor, x: Tensor, low: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor], scale: float,
+    lora_b: Sequence[Tensor], scale: float, gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stacked = stack(parts, form, lora_a, lora_b, grad.dtype)
-    return torch.ops.ftlib.lora_project_backward(grad, x, low, stacked, scale)
+    return torch.ops.ftlib.lora_project_backward(grad, x, low, stacked, scale, gate)
 
 
 @_project_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, low: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor], scale: float,
+    lora_b: Sequence[Tensor], scale: float, gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rank, dim, out = low.shape[1], x.shape[1], grad.shape[1]
     stacked = grad.new_empty(out + rank, dim + rank)
-    return torch.ops.ftlib.lora_project_backward(grad, x, low, stacked, scale)
+    return torch.ops.ftlib.lora_project_backward(grad, x, low, stacked, scale, gate)
 
 
 def _setup(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
-    x, low, parts, ctx.form, lora_a, lora_b, ctx.scale = inputs
+    x, low, parts, ctx.form, lora_a, lora_b, ctx.scale, gate = inputs
     ctx.layers = len(lora_a)
     ctx.kinds = kinds(lora_a), kinds(lora_b)
-    ctx.save_for_backward(x, low, *lora_a, *lora_b, *parts)
+    ctx.save_for_backward(x, low, gate, *lora_a, *lora_b, *parts)
 
 
 def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
-    x, low, *rest = ctx.saved_tensors
+    x, low, gate, *rest = ctx.saved_tensors
     lora_a, lora_b, parts = rest[: ctx.layers], rest[ctx.layers : 2 * ctx.layers], rest[2 * ctx.layers :]
     grad_x, grad_a, grad_b = torch.ops.ftlib.frozen_lora_project_backward(
-        grad.contiguous(), x, low, parts, ctx.form, lora_a, lora_b, ctx.scale
+        grad.contiguous(), x, low, parts, ctx.form, lora_a, lora_b, ctx.scale, gate
     )
     grads = split_factors(grad_a, grad_b, *ctx.kinds)
-    return grad_x, None, [None] * len(parts), None, *grads, None
+    return grad_x, None, [None] * len(parts), None, *grads, None, None
 
 
 _project.register_autograd(_backward, setup_context=_setup)
@@ -89,12 +89,13 @@ _project.register_autograd(_backward, setup_context=_setup)
 
 def frozen_lora_project(
     x: Tensor, parts: Sequence[Tensor], form: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float,
-    once: bool = False,
+    gate: Tensor | None = None, once: bool = False,
 ) -> Tensor:  # fmt: skip
     """y [N, O] of sibling layers over x [N, D], their outputs side by side.
 
     `parts`: of each layer's weight in format `form`, one layer's after the other's. lora_a [r_i, D] and lora_b
-    [out_i, r_i]: the parameters, which receive the gradients. Kept for backward: x, s x A^T and what is given.
+    [out_i, r_i]: the parameters, which receive the gradients. `gate` as in `lora_project`. Kept for backward: x,
+    s x A^T and what is given.
 
     `once`, for blocks that are computed again in backward: the matrix made for that is the one that backward multiplies
     by, and not made a third time. Elsewhere it would be kept from forward to backward, the whole model unpacked.
@@ -102,9 +103,10 @@ def frozen_lora_project(
     parts, lora_a, lora_b = list(parts), list(lora_a), list(lora_b)
     if once:
         factors = [[factor.detach() for factor in factors] for factors in (lora_a, lora_b)]
-        return lora_project(x, torch.ops.ftlib.frozen_stack(parts, form, *factors, x.dtype), lora_a, lora_b, scale)
-    low = low_product(x, torch.cat(lora_a).to(x.dtype), scale)
-    return torch.ops.ftlib.frozen_lora_project(x, low, parts, form, lora_a, lora_b, scale)
+        stacked = torch.ops.ftlib.frozen_stack(parts, form, *factors, x.dtype)
+        return lora_project(x, stacked, lora_a, lora_b, scale, gate)
+    low = low_product(x, torch.cat(lora_a).to(x.dtype), scale, gate)
+    return torch.ops.ftlib.frozen_lora_project(x, low, parts, form, lora_a, lora_b, scale, gate)
 
 
 @torch.library.custom_op("ftlib::frozen_stack", mutates_args=())

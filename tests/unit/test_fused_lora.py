@@ -38,11 +38,16 @@ def operands(dim, outs, rank, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("dim", "outs"), [(6, (5, 3)), (12, (5, 3)), (8, (8,)), (3, (7,)), (16, (4, 2, 2))])
-def test_value_and_gradients_equal_separate_products(dim, outs):
+@pytest.mark.parametrize("gate", [None, 1.0, 0.0])
+def test_value_and_gradients_equal_separate_products(dim, outs, gate):
+    """Behind a shut gate those of the frozen weight alone, and none for the factors."""
     results = []
     for project in (lora_project, lora_project_reference):
         x, stacked, a, b = operands(dim, outs, rank=2)
-        y = project(x, stacked, a, b, 1.5)
+        if project is lora_project_reference:
+            y = project(x, stacked, a, b, 1.5 if gate is None else 1.5 * gate)
+        else:
+            y = project(x, stacked, a, b, 1.5, None if gate is None else torch.tensor(gate))
         weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
         results.append((y, *torch.autograd.grad((y * weights).sum(), (x, *a, *b))))
     assert all(torch.allclose(ours, theirs, rtol=0, atol=1e-12) for ours, theirs in zip(*results, strict=True))
@@ -52,7 +57,7 @@ def test_value_and_gradients_equal_separate_products(dim, outs):
 def test_operator_is_sound_under_autograd_and_fake_tensors(dim, outs):
     x, stacked, a, b = operands(dim, outs, rank=2)
     low = torch.randn(len(x), 2 * len(a), dtype=x.dtype)
-    torch.library.opcheck(torch.ops.ftlib.lora_project.default, (x, low, stacked, a, b, 1.5))
+    torch.library.opcheck(torch.ops.ftlib.lora_project.default, (x, low, stacked, a, b, 1.5, None))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -69,7 +74,7 @@ def test_of_quantized_weights_too(form, once):
     parts = [part for each in held for part in each.values()]
     found = []
     for y in (
-        frozen_lora_project(x, parts, form, a, b, 1.5, once),
+        frozen_lora_project(x, parts, form, a, b, 1.5, once=once),
         torch.cat([
             x @ FORMATS[form].dequantize(*each.values(), x.dtype).T + 1.5 * (x @ low.T) @ high.T
             for each, low, high in zip(held, a, b, strict=True)
@@ -79,7 +84,7 @@ def test_of_quantized_weights_too(form, once):
     assert all(relative(ours, plain) < 1e-5 for ours, plain in zip(*found, strict=True))
     if "fp8" not in form and not once:  # which the check's own comparison cannot do
         low = torch.randn(len(x), 6)
-        torch.library.opcheck(torch.ops.ftlib.frozen_lora_project.default, (x, low, parts, form, a, b, 1.5))
+        torch.library.opcheck(torch.ops.ftlib.frozen_lora_project.default, (x, low, parts, form, a, b, 1.5, None))
 
 
 def test_switched_off_is_what_an_adapter_that_does_nothing_gives(tmp_path):
@@ -92,9 +97,23 @@ def test_switched_off_is_what_an_adapter_that_does_nothing_gives(tmp_path):
     lora.attach(model, "all-linear", rank=4, alpha=8)
     lora.reset(model, 0)
     fuse(model)
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
     policy = model.logits(x)
-    with lora.use(model, None), torch.no_grad():
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with lora.use(model, None):
         assert torch.equal(model.logits(x), policy)
+    assert graphs and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "off has code of its own"
+    with torch.no_grad():
+        for _, _, f in lora.adapted(model):
+            f.lora_B.fill_(0.1)
+    with lora.use(model, None):
+        assert torch.equal(model.logits(x), policy)
+        with lora.use(model, "policy"):
+            assert not torch.equal(model.logits(x), policy)
+        assert torch.equal(model.logits(x), policy)
+    assert not torch.equal(model.logits(x), policy)
 
 
 @pytest.mark.parametrize("form", [None, "nf4"])
