@@ -16,7 +16,7 @@ from torch import nn
 
 from ftlib.adapters import relora
 from ftlib.errors import UserError, about
-from ftlib.kernels.linear_cross_entropy import TILE_BYTES
+from ftlib.kernels.linear_cross_entropy import tile_bytes
 from ftlib.layers.moe import Moe
 from ftlib.models.arch import Arch, Layer
 from ftlib.models.remote import size
@@ -24,6 +24,7 @@ from ftlib.optim import lisa
 from ftlib.sections import Optim, Parallel
 
 PARKED = 4  # tensors on their way to host memory and back
+WIDE = 3 * 4  # bytes of a number while it is merged: weight, change and sum in float32
 STEPPED = 3  # parameters whose states are on the device at a time, where they wait in host memory
 
 
@@ -42,6 +43,7 @@ class Need:
     working: int  # estimate: the block that backward is in
     logits: int  # those that exist at a time, and the gradient of the hidden states
     head: int  # estimate: the head's own gradient, wide until the loss is known
+    merged: int  # estimate: between two steps with `relora`, the largest matrix that an adapter is merged into
     gathered: int  # estimate: the weights of two blocks and the head, where other processes hold parts of them
     adds_up: bool  # gradients of several micro-batches: they are there from the second on
 
@@ -57,7 +59,7 @@ class Need:
 
     @property
     def moments(self) -> dict[str, dict[str, int]]:
-        """Estimate: what is there when the loss is computed, when backward begins and when it ends."""
+        """Estimate: what is there when the loss is computed, when backward begins and when it ends, and in a merge."""
         fixed = {"weights": self.weights, "optimizer": self.optimizer}
         early = self.gradients if self.adds_up else 0
         return {
@@ -66,6 +68,7 @@ class Need:
             "backward": fixed | {"gradients": early + self.head // 3, "activations": self.kept + self.working,
                                  "gathered": self.gathered},
             "last block": fixed | {"gradients": self.gradients, "activations": self.working, "gathered": self.gathered},
+            "merge": fixed | {"merged": self.merged},
         }  # fmt: skip
 
     @property
@@ -87,7 +90,8 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
     asleep, optim = {id(p) for p in lisa.asleep(model, 1)}, cfg.optim if hasattr(cfg, "optim") else Optim()
     active = [p for p in parameters if p.requires_grad and id(p) not in asleep]
     trained, final = sum(map(_bytes, active)), sum(_bytes(p) for p in parameters if p.requires_grad)
-    below = sum(map(_bytes, relora.merged_into(model)))  # once they changed, a checkpoint holds them
+    into = relora.merged_into(model)
+    below = sum(map(_bytes, into))  # once they changed, a checkpoint holds them
     each = [int(p.numel() * optim.state_bytes(p.element_size())) for p in active]
     states, at_a_time = sum(each), min(sum(each), STEPPED * max(each, default=0))
     parked = cfg.memory.offload or cfg.memory.budget_gib is not None  # which offloads where it has to
@@ -104,6 +108,7 @@ def need(model: nn.Module, cfg: Any, shards: int) -> Need:
         host=states // shards if optim.offload else 0,
         checkpoint=final + states + below,
         final=sum(map(_bytes, parameters)) if below else final,
+        merged=WIDE * max((p.numel() for p in into), default=0) // shards,
         gathered=_gathered(model, cfg, shards // mesh.tp) // mesh.tp,
         adds_up=not optim.in_backward and getattr(cfg.batch, "rows", 2 * rows) > rows,
         **_activations(model, cfg, mesh, parked),
@@ -134,7 +139,7 @@ def _activations(model: nn.Module, cfg: Any, mesh: Parallel, parked: bool) -> di
         "activations": inputs,
         "kept": max(kept, inputs) + 2 * hidden,  # the last hidden states and their gradient, for the head
         "working": max(blocks) * 4 // 3,  # the widest of them have gradients at the same time
-        "logits": min(TILE_BYTES, tokens * width * head.shape[0]),
+        "logits": min(tile_bytes(head), tokens * width * head.shape[0]),
         "head": head.numel() * (4 + width) // mesh.tp if head.requires_grad else 0,
     }
 

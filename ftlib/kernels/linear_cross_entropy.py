@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 IGNORE = -100
 TILE_BYTES = 1 << 28  # logits alive at a time; large tiles keep the matrix products efficient
+TRAINED = 4  # times as many under a head that trains: each tile reads and writes all of its gradient, float32 [V, D]
 
 
 def linear_cross_entropy(
@@ -87,7 +88,12 @@ def tiles(rows: Tensor | None, count: int, size: int) -> Iterator[Tensor | slice
 
 def tile_rows(hidden: Tensor, weight: Tensor) -> int:
     """Rows whose logits fill a tile."""
-    return max(1, TILE_BYTES // (weight.shape[0] * hidden.element_size()))
+    return max(1, tile_bytes(weight) // (weight.shape[0] * hidden.element_size()))
+
+
+def tile_bytes(weight: Tensor) -> int:
+    """Logits alive at a time under this head."""
+    return TILE_BYTES * (TRAINED if weight.requires_grad else 1)
 
 
 def tile_reference(logits: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -146,6 +152,14 @@ def tile_function(
     return tile_triton
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b. On a GPU inside the product, whose sums are as wide as `total` already."""
+    if total.dtype != a.dtype and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 class TiledSum(torch.autograd.Function):
     """Base of sums over the rows of a head that have a target; their gradients are made in the forward pass.
 
@@ -179,7 +193,7 @@ class TiledSum(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[rows] = grad @ weight
             if need_weight:
-                grad_weight += grad.T @ x
+                _add_product(grad_weight, grad.T, x)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

@@ -46,6 +46,7 @@ def by_formula(student, teacher, labels, cfg, own=None):
 @pytest.mark.parametrize("own", [None, torch.linspace(0, 3, N)], ids=["", "weighted"])
 def test_value_and_gradients_are_the_formulas(kind, more, own, monkeypatch):
     monkeypatch.setattr(kernel, "TILE_BYTES", V * 8 * 8 * 4)  # tiles of four rows
+    monkeypatch.setattr(kernel, "TRAINED", 1)
     cfg = Distill(teacher="t", divergence=kind, **more)
     (hidden, head, theirs, their_head, labels), (h2, w2, *_) = tensors(), tensors()
     terms, their_terms = {"scale": 0.7, "softcap": 3.0}, {"scale": 0.9, "softcap": None}

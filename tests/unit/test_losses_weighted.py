@@ -52,6 +52,7 @@ RULES = [
 @pytest.mark.parametrize("terms", [{}, {"scale": 0.3, "softcap": 2.0}], ids=["plain", "capped"])
 def test_value_and_gradients_are_the_formulas(rule, terms, monkeypatch):
     monkeypatch.setattr(kernel, "TILE_BYTES", V * 8 * 4)  # tiles of four rows
+    monkeypatch.setattr(kernel, "TRAINED", 1)
     mine, wanted = inputs(), inputs()
     targets = int((mine[2] != -100).sum())
     ours = next_token_loss(*mine, targets, rule, **terms)
@@ -66,6 +67,7 @@ def test_value_and_gradients_are_the_formulas(rule, terms, monkeypatch):
 @pytest.mark.parametrize("count", [None, "known"])
 def test_weights_of_tokens_scale_what_any_rule_makes_of_them(rule, count, monkeypatch):
     monkeypatch.setattr(kernel, "TILE_BYTES", V * 8 * 4)
+    monkeypatch.setattr(kernel, "TRAINED", 1)
     mine, wanted = inputs(), inputs()
     own = 3 * torch.rand(1, N, generator=torch.Generator().manual_seed(4))
     own[mine[2] == -100] = 7.0  # of no target: it must not count
