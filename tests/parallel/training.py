@@ -195,7 +195,7 @@ def compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> 
     for name, value in wanted.items():
         kind = name.split()[0]
         scale = float(value.abs().max()) or 1.0
-        difference = float((found[name] - value).abs().max()) / scale
+        difference = float((found[name].cpu() - value.cpu()).abs().max()) / scale
         worst[kind] = max(worst[kind], difference if difference == difference else float("inf"))
     return worst
 
