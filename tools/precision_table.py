@@ -13,7 +13,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "bench")]
+
+from table import results  # noqa: E402
 
 from ftlib import build, config, plugins  # noqa: E402
 from ftlib.errors import UserError  # noqa: E402
@@ -73,7 +75,7 @@ def table() -> list[str]:
     """Markdown lines."""
     measured = json.loads(MEASURED.read_text())
     lines = [
-        "| mode | layers | bits kept | loss held out | against plain | H100: tokens/s (peak GiB) | validates with |",
+        "| mode | layers | bits kept | loss held out | against plain | GPU: tokens/s (peak GiB) | validates with |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, (recipe, overrides) in MODES.items():
@@ -93,7 +95,7 @@ def gpu(recipe: str, overrides: list[str]) -> str:
     if "qat.scheme" in asked:
         return ""
     mode, cells = (recipe, asked.get("quantize"), asked.get("fp8")), []
-    for path in sorted(RESULTS.glob("h100_*.json")):
+    for path in results():
         rows = [row for row in json.loads(path.read_text()).get("rows", []) if row.get("contender") == "ftlib"]
         rows = [row for row in rows if "tokens_per_s" in row and "work" in row]
         rows = [r for r in rows if tuple(r["work"].get(key) for key in ("method", "quantize", "fp8")) == mode]
@@ -101,6 +103,7 @@ def gpu(recipe: str, overrides: list[str]) -> str:
             slower = min(rows, key=lambda r: r["tokens_per_s"])
             work = slower["work"]
             what = f"{work['shape']} {work['rows']} x {work['seq_len']}, recompute {work['recompute']}"
+            what += f", {slower['device'].split()[1]}"
             cells.append(f"{what}: {slower['tokens_per_s']:,} ({slower['peak_gib']:.1f})")
     return "; ".join(cells)
 

@@ -61,9 +61,10 @@ ROWS = (
     *(Row(f"{{gpu}}_qwen17b_full_within_{gib}", 200, f"sft.py {FULL} {WITHIN} {gib} --vs trl")
       for gib in (16, 24, 48, 75)),
     Row("pretrain_qwen06b_4x4096_{gpu}", 200, "pretrain.py --shape qwen3-0.6b --rows 4 --limit 90"),
-    Row("pretrain_qwen17b_4x4096_{gpu}", 240, "pretrain.py --shape qwen3-1.7b --rows 4 --recompute full --limit 99"),
-    Row("dpo_llama8b_lora_4x1024_{gpu}", 260, "dpo.py --shape llama-3.1-8b --vs trl"),
+    Row("pretrain_qwen17b_4x4096_{gpu}", 240, "pretrain.py --shape qwen3-1.7b --rows 4 --limit 99"),
+    Row("dpo_llama8b_lora_4x1024_{gpu}", 260, "dpo.py --shape llama-3.1-8b --fp8 tensorwise --vs trl"),
     Row("generate_llama8b_64_{gpu}", 280, "generate.py --shape llama-3.1-8b --new 512 --vs transformers --limit 170"),
+    Row("generate_qwen06b_64x256_{gpu}", 120, "generate.py --shape qwen3-0.6b --new 256 --vs transformers --limit 90"),
     Row("generate_qwen06b_64_{gpu}", 240, "generate.py --shape qwen3-0.6b --new 768 --vs transformers --limit 150"),
     Row("grpo_qwen06b_8x8_{gpu}", 300, "grpo.py --shape qwen3-0.6b --vs trl --limit 180"),
     Row("kernels_{gpu}", 110, "kernels.py --limit 90"),

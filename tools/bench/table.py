@@ -1,4 +1,4 @@
-"""The table of README's section on speed, from results/h100_*.json.
+"""The table of README's section on speed, from results/h100_*.json and h200_*.json; of a work in both, the H200's.
 
 python tools/bench/table.py            # print it
 """
@@ -14,18 +14,24 @@ def main() -> None:
     print("\n".join(lines()))
 
 
+def results() -> list[Path]:
+    """The files of all works, one each."""
+    files = {path.stem.partition("_")[2]: path for path in sorted(RESULTS.glob("h[12]00_*.json"))}
+    return [path for _, path in sorted(files.items())]
+
+
 def lines() -> list[str]:
     """Markdown: one row a file, tokens per second (peak GiB); ours is the slower of its two runs."""
     found = [
-        "| one H100, tokens/s (peak GiB) | ftlib | " + " | ".join(PEERS.values()) + " |",
+        "| one H100 or H200, tokens/s (peak GiB) | ftlib | " + " | ".join(PEERS.values()) + " |",
         "|---" * (2 + len(PEERS)) + "|",
     ]
-    for path in sorted(RESULTS.glob("h100_*.json")):
+    for path in results():
         rows = json.loads(path.read_text())["rows"]
         ours = min((row for row in rows if row["contender"] == "ftlib"), key=lambda row: row["tokens_per_s"])
         others = {row["contender"]: row for row in rows if row.get("agrees")}
         cells = [cell(ours), *(cell(others[peer]) if peer in others else "" for peer in PEERS)]
-        found.append(f"| {title(ours['work'])} | " + " | ".join(cells) + " |")
+        found.append(f"| {title(ours['work'])}, {ours['device'].split()[1]} | " + " | ".join(cells) + " |")
     return found
 
 
