@@ -44,6 +44,8 @@ def find(group: str, ref: str, builtin: Mapping[str, Callable]) -> Callable:
                 f"{group}: the plug-in {ref!r} ({installed[ref].value}) cannot be imported: {_reason(error)}",
                 fix="install or mend the package that provides it",
             ) from error
+    if ref.endswith(".py"):
+        raise UserError(f"{ref} names a file and no function in it", fix=f"write {ref}:function")
     names = sorted([*builtin, *installed])
     raise UserError(
         f"{group}: there is none named {ref!r}{did_you_mean(ref, names)}",

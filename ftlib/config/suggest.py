@@ -17,14 +17,17 @@ _ELSEWHERE = {
     "gradient_checkpointing": "memory.recompute", "model_name_or_path": "model.path",
     "save_steps": "checkpoint.every", "logging_steps": "log.every", "eval_steps": "eval.every",
     "chat_template": "data.template", "packing": "data.pack", "precision": "dtype",
+    "loss_type": "dpo.loss", "ref_model": "dpo.reference", "beta": "algorithm.kl_coef", "epsilon": "algorithm.clip_low",
+    "epsilon_high": "algorithm.clip_high", "reward_funcs": "rewards", "num_generations": "rollout.group",
+    "max_completion_length": "rollout.max_new_tokens",
 }  # fmt: skip
 
 
 def near_keys(key: str, known: Iterable[str]) -> list[str]:
     """Up to three of the `known` dotted keys that the unknown dotted `key` may have meant, best first.
 
-    In this order: the same last word in another section, a misspelt neighbour, another library's name for one of our
-    keys, a misspelt path, a misspelt last word.
+    In this order: the same last word in another section, another library's name for one of our keys, a misspelt
+    neighbour, such a name misspelt, a misspelt path, a misspelt last word.
     """
     known = list(known)
     key = re.sub(r"\[\d+\]", "[]", key)
@@ -34,13 +37,15 @@ def near_keys(key: str, known: Iterable[str]) -> list[str]:
         leaves.setdefault(other.rpartition(".")[2], []).append(other)
     if leaf in leaves:
         return leaves[leaf][:3]
+    theirs = {name: ours for name, ours in _ELSEWHERE.items() if ours in known}
+    if leaf.lower() in theirs:
+        return [theirs[leaf.lower()]]
     neighbours = [other for other in known if other.rpartition(".")[0] == parent]
     if near := difflib.get_close_matches(key, neighbours, n=1, cutoff=0.8):
         return near
     by_leaf = {other.rpartition(".")[2]: other for other in neighbours}
     if near := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6):
         return [by_leaf[near[0]]]
-    theirs = {name: ours for name, ours in _ELSEWHERE.items() if ours in known}
     if near := difflib.get_close_matches(leaf.lower(), theirs, n=1, cutoff=0.85):
         return [theirs[near[0]]]
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.7):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ftlib.data import preference, sources, thinking
-from ftlib.data.examples import Example, Shape
+from ftlib.data.examples import Example, Shape, shown
 from ftlib.data.formats import FORMATS, choose_shape, kind, read_examples
 from ftlib.data.masks import Masked, Tokenizer, tokenize_all
 from ftlib.data.preference import KINDS, Wanted
@@ -198,6 +198,8 @@ def find_shape(
         found = kind(shape.format)
         fix += f"; {_LEARN[found]} from these" if found in _LEARN else ""
         what = f"format {shape.format} ({shape.evidence}): these are {_USES[found]}"
+        if wanted.kind == "rated" and (label := first.get(source.columns.get("label", "label"))) is not None:
+            fix = f"write true or false for `label`, here: {shown(label)}"
         raise UserError(what, where=key, fix=fix)
     plain = shape.format in TEMPLATE_FREE or isinstance(first.get("completion", first.get("canonical_solution")), str)
     if not plain and not tokenizer.chat_template:

@@ -13,7 +13,7 @@ from ftlib.data.files import stem
 from ftlib.data.masks import Tokenizer
 from ftlib.data.packing import shuffled
 from ftlib.data.parts import Part
-from ftlib.data.preference import Wanted
+from ftlib.data.preference import EMPTY, Wanted
 from ftlib.data.report import BROKEN, UNTRAINED, LoadReport, SourceReport, by_source, describe, mixture, repeats, spread
 from ftlib.errors import UserError, about
 from ftlib.sections import Data, Source
@@ -163,6 +163,8 @@ def _mend(reasons: set[str], cfg: Data) -> str:
     if UNTRAINED in reasons:
         roles = f"data.train_on ({', '.join(cfg.train_on)})"
         fixes.append(f"give messages of {roles} a text, and no `train: false` or weight of 0 to all of them")
+    if EMPTY in reasons:
+        fixes.append(f"let each answer have a message of data.train_on ({', '.join(cfg.train_on)}) with a text")
     if BROKEN in reasons:
         fixes.append("see what is wrong with the rows: data.on_bad_row=report")
     return "; ".join(fixes) or "give other rows than these"

@@ -91,7 +91,9 @@ def describe(name: str, documents: Documents) -> str:
         lengths = preference.sizes(documents.lengths, documents.pieces)
         steps, pairs = (documents.pieces[:, 1] == 0).any(), (lengths > documents.lengths).any()
         noun = "pair" if pairs else "answer" if steps else "rated answer"
-        how = f" ({preference.BOTH})" if pairs else " in steps" if steps else ""
+        good = int((documents.pieces[:, 2] > 0).sum())
+        rated = f" ({good:,} good, {len(lengths) - good:,} bad)"
+        how = f" ({preference.BOTH})" if pairs else " in steps" if steps else rated
     tokens, trained = int(lengths.sum(dtype=np.int64)), int(documents.target_counts.sum())
     weighted = ""
     if documents.weighted:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ftlib import plugins
 from ftlib.data.preference_batch import Answers
-from ftlib.errors import UserError
+from ftlib.errors import UserError, about
 from ftlib.losses.preference import LOSSES, Pairs, Rated, Settings
 from ftlib.sections import Dpo, methods
 from ftlib.sections.dpo import CONSTANTS
@@ -123,7 +123,8 @@ def resolve(cfg: Dpo) -> Objective:
     for name, weight in weights.items():
         constants: dict[str, Any] = dict(methods.method(name).constants)
         constants |= {k: getattr(cfg, k) for k in CONSTANTS if k in constants and getattr(cfg, k) is not None}
-        loss = plugins.find("losses", name, LOSSES)
+        with about("dpo.loss"):
+            loss = plugins.find("losses", name, LOSSES)
         if name not in LOSSES:
             plugins.check_call(loss, ["pairs", "settings"], {}, "dpo.loss")
             loss = _own(name, loss)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ftlib.data.prompts import Prompt
-from ftlib.errors import UserError
+from ftlib.errors import UserError, about
 from ftlib.rl.rewards.worker import Failed, TooSlow, Worker, find
 from ftlib.rl.samples import Sample
 from ftlib.sections.rl import Dialogue
@@ -128,9 +128,11 @@ def hidden(prompt: Prompt, tokenizer: Tokenizer) -> list[str]:
 
 def check(cfg: Dialogue) -> None:
     """UserError where a tool or an environment does not exist or has no use here."""
-    schemas(cfg)
+    with about("dialogue.tools"):
+        schemas(cfg)
     if cfg.environment is not None:
-        find("environments", cfg.environment)
+        with about("dialogue.environment"):
+            find("environments", cfg.environment)
 
 
 def _schema(function: Callable[..., Any]) -> dict[str, Any]:

@@ -33,7 +33,10 @@ class Dpo:
             terms = preset(self.loss).terms
         except KeyError as error:
             name = error.args[0]
-            known = f"{did_you_mean(name, NAMES)}; there are {', '.join(NAMES)}"
+            if name.endswith(".py"):
+                raise ValueError(f"loss: {name} names a file and no function in it (write {name}:function)") from None
+            hint = " (DPO itself is 'sigmoid')" if name.lower() == "dpo" else did_you_mean(name, NAMES)
+            known = f"{hint}; there are {', '.join(NAMES)}"
             raise ValueError(f"loss: there is no {name!r}{known}") from None
         if not terms:
             raise ValueError("loss: name at least one")
@@ -46,6 +49,12 @@ class Dpo:
         self._check_ranges(terms)
 
     def _check_ranges(self, terms: dict[str, float]) -> None:
+        if min(terms.values()) < 0 or not (any(terms.values()) or self.sft):
+            raise ValueError("loss: weights must not be negative, and one must be above 0")
+        if any((getattr(self, key) or 0) < 0 for key in ("desirable", "undesirable", "sft")):
+            raise ValueError("desirable, undesirable, sft: weights, which must not be negative")
+        if self.desirable == self.undesirable == 0:
+            raise ValueError("desirable, undesirable: one of them must be above 0")
         if self.beta is not None and self.beta <= 0:
             raise ValueError("beta: must be above 0")
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 0.5:

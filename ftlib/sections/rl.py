@@ -93,8 +93,8 @@ class Rollout:
             raise ValueError("temperature: must be above 0, greedy completions of one prompt are all alike")
         if self.minibatches > self.prompts:
             raise ValueError("minibatches: each needs a prompt, so at most `prompts`")
-        if min(self.show, self.show_every) < 0:
-            raise ValueError("show, show_every: must not be negative")
+        if min(self.show, self.show_every, self.mismatch_warn, self.mismatch_abort) < 0:
+            raise ValueError("show, show_every, mismatch_warn, mismatch_abort: must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

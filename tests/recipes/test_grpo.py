@@ -305,6 +305,9 @@ def test_checked_before_a_run(toy, tmp_path, capsys):
     wrong = {
         "rewards": ({"rewards": []}, "nothing says how good"),
         "weight": ({"rewards": [{"fn": "exact", "weight": 0}]}, "rewards[0].weight"),
+        "environment": ({"dialogue": {"environment": "./nothere.py:f"}}, "dialogue.environment"),
+        "mismatch": ({"rollout": {"mismatch_warn": -1}}, "must not be negative"),
+        "theirs": ({"rollout": {"num_generations": 4}}, "did you mean 'rollout.group'"),
         "alone": ({"rollout": {"group": 1}}, "none"),
         "gdpo": ({"algorithm": {"preset": "gdpo"}}, "several rewards"),
         "distill": ({"algorithm": {"preset": "distill"}}, "teacher.path"),

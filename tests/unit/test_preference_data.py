@@ -144,7 +144,9 @@ def test_what_is_dropped_and_cut_is_counted(tokenizer, tmp_path):
         load(rows[3:4], tokenizer, tmp_path, overlong="error")
 
 
-@pytest.mark.parametrize(("wanted", "noun"), [(PAIRS, "1 pair (both answers, each"), (RATED, "2 rated answers")])
+@pytest.mark.parametrize(
+    ("wanted", "noun"), [(PAIRS, "1 pair (both answers, each"), (RATED, "2 rated answers (1 good, 1 bad)")]
+)
 def test_lengths_are_told_as_they_are_judged(wanted, noun, tokenizer, tmp_path):
     """What the report calls the length of a row is what the loader packs, and the least seq_len that holds it."""
     row = {"prompt": "long " * 20, "chosen": "right", "rejected": "wrong!"}
@@ -186,6 +188,10 @@ def test_rows_that_say_nothing_of_better_and_worse_are_refused(tokenizer, tmp_pa
     with pytest.raises(UserError, match="answers with a label") as error:
         load([{"prompt": "a", "completion": "b", "label": True}], tokenizer, tmp_path)
     assert "recipes/dpo.py with dpo.loss=kto (or bco) learns from these" in str(error.value)
+    with pytest.raises(UserError, match='true or false for `label`, here: "yes"'):
+        load([{"prompt": "a", "completion": "b", "label": "yes"}], tokenizer, tmp_path, RATED)
+    with pytest.raises(UserError, match=r"message of data.train_on \(assistant\) with a text"):
+        load([{"prompt": "a", "chosen": "", "rejected": ""}], tokenizer, tmp_path)
     own = tmp_path / "own.py"
     own.write_text("def rows(row):\n    return {'prompt': row['q'], 'chosen': row['a'], 'rejected': row['b']}\n"
                    "def messages(row):\n    return [{'role': 'user', 'content': row['q']}]\n")  # fmt: skip

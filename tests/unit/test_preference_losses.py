@@ -128,6 +128,13 @@ def test_presets_resolve_every_constant_and_say_so():
         ({"loss": "exo_pair", "label_smoothing": 0.0}, "exo_pair needs at least 0.001"),
         ({"loss": "robust", "label_smoothing": 0.5}, "must be in [0, 0.5)"),
         ({"beta": 0.0}, "beta: must be above 0"),
+        ({"loss": "dpo"}, "there is no 'dpo' (DPO itself is 'sigmoid')"),
+        ({"loss": "./mine.py"}, "names a file and no function in it (write ./mine.py:function)"),
+        ({"loss": {"sigmoid": 0.0}}, "one must be above 0"),
+        ({"loss": {"sigmoid": 1.0, "sft": -1.0}}, "must not be negative"),
+        ({"sft": -1.0}, "must not be negative"),
+        ({"loss": "kto", "desirable": -1.0}, "must not be negative"),
+        ({"loss": "bco", "desirable": 0.0, "undesirable": 0.0}, "one of them must be above 0"),
         ({"loss": "kto", "sft": 1.0}, "are for pairs"),
     ],
 )

@@ -140,6 +140,7 @@ def dies(completions, **kw):
     return [1.0] * len(completions)
 def short(completions, **kw): return [1.0]
 def other(completions, unknown_column): return []
+def typo(completion): return []
 '''
 
 
@@ -207,11 +208,12 @@ def test_checked_before_a_run(own):
     run.check([Reward(fn="exact"), Reward(fn="regex", args={"pattern": "a"}), Reward(fn=f"{own}:good")], {"answer"})
     bad = [
         Reward(fn="exakt"), Reward(fn="exact", args={"ignore": True}), Reward(fn="regex"), Reward(fn=f"{own}:other"),
-        Reward(fn="code_tests", args={"tests": []}),
+        Reward(fn="code_tests", args={"tests": []}), Reward(fn=f"{own}:typo"), Reward(fn=str(own)),
     ]  # fmt: skip
     with pytest.raises(Problems) as error:
         run.check(bad, {"answer"})
-    for words in ("did you mean 'exact'", "exact has no ignore", "regex needs pattern", "unknown_column", "args.allow"):
+    told = ("did you mean 'exact'", "exact has no ignore", "regex needs pattern", "unknown_column", "args.allow")
+    for words in (*told, "mean 'completions'", "no function"):
         assert words in str(error.value)
     alike = [Reward(fn="exact"), Reward(fn="./a.py:exact"), Reward(fn="length")]
     assert run.names(alike) == ["exact", "exact_2", "length"]

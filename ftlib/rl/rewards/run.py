@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ftlib.errors import Problems, UserError, about
+from ftlib.errors import Problems, UserError, about, did_you_mean
 from ftlib.rl.rewards.worker import Died, Failed, TooSlow, Worker, find
 from ftlib.sections.rl import Reward
 
@@ -173,8 +173,10 @@ def _problems(reward: Reward, columns: set[str], number: int) -> list[UserError]
     missing = required - {*PASSED, *columns} - reward.args.keys()
     found = []
     if missing:
-        fix = f"the rows have {', '.join(sorted(columns)) or 'no columns'}; give it in {key}.args, or rename a column"
-        found.append(UserError(f"{reward.fn} needs {', '.join(sorted(missing))}", where=key, fix=fix))
+        have = f"every row has {', '.join(sorted(columns))}" if columns else "no column is in every row"
+        fix = f"{have}; give it in {key}.args, or rename a column"
+        what = f"{reward.fn} needs {', '.join(sorted(missing))}{did_you_mean(min(missing), {*PASSED, *columns})}"
+        found.append(UserError(what, where=key, fix=fix))
     wanted = _parameters(function)
     own = {name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD} - {*PASSED}
     strange = reward.args.keys() - own
