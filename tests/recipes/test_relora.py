@@ -256,3 +256,5 @@ def test_the_plan_counts_the_base_on_disk(lab):
     assert least[3].final == pytest.approx(written, rel=0.05) and least[0].final < 0.5 * written
     held = sum(file.stat().st_size for file in (lab.whole / "checkpoints" / "step_000008").glob("*.safetensors"))
     assert least[3].checkpoint == pytest.approx(held, rel=0.1) and least[3].memory == least[0].memory
+    matrices = [tensor for name, tensor in load_file(lab.base / "model.safetensors").items() if ".layers." in name]
+    assert least[3].moments["merge"]["merged"] == 12 * max(tensor.numel() for tensor in matrices) > least[0].merged == 0
