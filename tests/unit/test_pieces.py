@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import threading
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -99,3 +101,22 @@ def test_what_a_killed_process_left_half_is_fetched_again_or_swept_away(tmp_path
         with away.open() as opened:
             assert opened.read() == file.read_bytes()
     assert sum(piece.stat().st_size for piece in small.glob("*-*")) <= 4 * PIECE and not list(small.glob("*.part"))
+
+
+def test_who_finds_no_room_waits_for_those_who_are_fetching(tmp_path, small):
+    of_kind(tmp_path / "a.jsonl", [{"text": "lorem"}])
+    with serving(tmp_path) as server, ExitStack() as others:
+        (found,), _ = ranges.find(f"{server.address}/a.jsonl")
+        away = RemoteFile(found, "key", Pieces(small, 4 * PIECE))
+        for number in range(4):
+            own = others.enter_context(pieces._turn(small / f"{number}.part"))
+            os.truncate(own, PIECE)
+        (small / pieces.BOOK).write_bytes(b"%d" % (4 * PIECE))
+        rows = []
+        reader = threading.Thread(target=lambda: rows.extend(read_file(away)), daemon=True)
+        reader.start()
+        reader.join(0.3)
+        assert reader.is_alive() and sum(file.stat().st_size for file in small.glob("*.part")) == 4 * PIECE
+        others.close()
+        reader.join(20)
+        assert [row.value for row in rows] == [{"text": "lorem"}]
