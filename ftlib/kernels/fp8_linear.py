@@ -118,14 +118,20 @@ class _Frozen(torch.autograd.Function):
         return grad_x, None, None, None, None
 
 
-# In the graph as they are: torch 2.11, asked to look inside, gives some of their inputs no gradient.
-@torch.compiler.allow_in_graph
+def keep_in_graphs() -> None:
+    """Call it before either of these is compiled: torch 2.11, asked to look inside, gives some inputs no gradient.
+
+    Not done where they are defined: it imports the compiler, a third of what starting a program here takes.
+    """
+    for function in (fp8_linear, fp8_frozen_linear):
+        torch.compiler.allow_in_graph(function)
+
+
 def fp8_linear(x: Tensor, weight: Tensor, rows: bool) -> Tensor:
     """x W^T [N, out] of x [N, in] and a parameter [out, in], whose sizes are multiples of 16; also its gradients."""
     return _Trained.apply(x, weight, rows)
 
 
-@torch.compiler.allow_in_graph
 def fp8_frozen_linear(x: Tensor, codes: Tensor, scales: Tensor, turned: Tensor | None, rows: bool) -> Tensor:
     """x W^T [N, out] of x [N, in] and the frozen W = codes * scales: e4m3 [out, in], float32 [out].
 

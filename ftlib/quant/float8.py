@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ftlib.kernels.fp8_linear import MULTIPLE, fp8_frozen_linear, fp8_linear
+from ftlib.kernels.fp8_linear import MULTIPLE, fp8_frozen_linear, fp8_linear, keep_in_graphs
 from ftlib.layers.linear import Linear
 from ftlib.quant.convert import replace
 from ftlib.quant.frozen import QuantizedLinear
@@ -43,6 +43,7 @@ class Float8Frozen(QuantizedLinear):
 def compute_in_fp8(model: nn.Module, rows: bool, smallest: int, frozen: bool, turn: bool = True) -> int:
     """Put one of these in place of each linear layer in the blocks whose sizes are multiples of 16 and not below
     `smallest`; returns how many. Load weights afterwards. `frozen`: the layers will not train."""
+    keep_in_graphs()
 
     def fits(linear: Linear) -> bool:
         sizes = linear.in_features, linear.out_features

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ftlib.kernels import nf4
-from ftlib.kernels.fp8_linear import fp8_frozen_linear, fp8_linear
+from ftlib.kernels.fp8_linear import fp8_frozen_linear, fp8_linear, keep_in_graphs
 from ftlib.quant import FORMATS
 from ftlib.quant.float8 import supported
 from ftlib.quant.fused import frozen_lora_project
@@ -75,6 +75,7 @@ def test_products_in_fp8(tokens, rows, compiled):
     def frozen(x, weight):
         return fp8_frozen_linear(x.tanh(), *kept.values(), rows)
 
+    keep_in_graphs()
     for run, inputs in ((trained, (x, weight)), (frozen, (x,))):
         y = (torch.compile(run, fullgraph=True) if compiled else run)(x, weight)
         ours = y, *torch.autograd.grad(y, inputs, y.detach().sin())

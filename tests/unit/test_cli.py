@@ -96,6 +96,16 @@ def test_config_and_cli_import_no_torch():
     assert subprocess.run([sys.executable, "-c", code], env=ENV).returncode == 0
 
 
+def test_reading_a_recipe_imports_no_compiler():
+    """A third of what starting takes: whoever compiles imports it."""
+    code = (
+        "import sys; from pathlib import Path; from ftlib import plugins\n"
+        "for file in Path('recipes').glob('*.py'): plugins.load_file(file.resolve())\n"
+        "assert not {'torch._dynamo', 'torch._inductor', 'triton', 'datasets', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 # ---------------------------------------------------------------- help, ls, mistakes
 
 

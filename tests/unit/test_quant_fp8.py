@@ -19,7 +19,7 @@ from ftlib.adapters import lora, peft_format
 from ftlib.adapters.fuse import fuse
 from ftlib.cli import checkpoints
 from ftlib.cli import main as tune
-from ftlib.kernels.fp8_linear import E4M3, E5M2, cast, fp8_frozen_linear, fp8_linear
+from ftlib.kernels.fp8_linear import E4M3, E5M2, cast, fp8_frozen_linear, fp8_linear, keep_in_graphs
 from ftlib.layers.linear import Linear, project
 from ftlib.models.load import base_state, build
 from ftlib.parallel import gather8
@@ -176,6 +176,7 @@ def test_compiled_is_eager(frozen, rows):
     x = drawn(2, 16, 64).requires_grad_()
     inputs = (x, linear.bias) if frozen else (x, linear.weight, linear.bias)
     eager = gradients(layer(x), *inputs)
+    keep_in_graphs()
     compiled = gradients(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), *inputs)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(eager, compiled, strict=True))
     assert relative(eager[0], F.linear(x, linear.weight, linear.bias)) < 0.06
