@@ -113,14 +113,13 @@ class Reader:
     """Blocks of rows of one source for some lanes, read forward once for all of them.
 
     Block b of an epoch is rows b * lanes * block and following; lane i has every lanes-th of them. What a lane behind
-    the others still needs is kept. `counts` are rows of the first files, as far as they were read; `start` is the first
-    (epoch, block) that a lane will ask for, `mark` where it begins, if that is known: a file's number and a `Start`.
+    the others still needs is kept. `start` is the first (epoch, block) that a lane will ask for, `mark` where that one
+    begins: a file's number and a `Start`; None at the beginning of an epoch.
     """
 
     source: StreamSource
     plan: StreamPlan
     own: Sequence[int]
-    counts: list[int]
     start: tuple[int, int]
     mark: list[int] | None = None
     _marks: dict[tuple[int, int], list[int]] = field(default_factory=dict)
@@ -174,10 +173,8 @@ class Reader:
             self._next, self._rows = (epoch + 1, 0), None
 
     def _from(self, first: int, mark: list[int] | None) -> Iterator[tuple[str, Any]]:
-        """Rows from number `first` on, which is at `mark`; files that are known to lie before it are not opened."""
+        """Rows from number `first` on, which is at `mark`; files before it are not opened."""
         at, begin, start = 0, 0, Start()
-        while mark is None and begin < len(self.counts) and at + self.counts[begin] <= first:
-            at, begin = at + self.counts[begin], begin + 1
         if mark is not None:
             begin, start = mark[0], Start(*mark[1:])
             at = first - start.rows
@@ -189,15 +186,14 @@ class Reader:
                     self.mark = [number, count, row.line, row.end]
                     yield f"{file}:{row.line}", row.value
             at, start = at + count, Start()
-            if number == len(self.counts):
-                self.counts.append(count)
 
 
 def first_state(plan: StreamPlan, lane: int) -> dict[str, Any]:
     """Where a lane begins. Lanes owe different sources the most, so that the first step is mixed too."""
     weights = plan.weights(1)
     owed = [w * plan.cfg.seq_len * ((lane * 0.618034 + i / len(weights)) % 1) for i, w in enumerate(weights)]
-    return {"rows": 0, "owed": owed, "cursors": [[0, 0, 0] for _ in weights], "open": None}
+    nowhere = [None] * len(weights)
+    return {"rows": 0, "owed": owed, "cursors": [[0, 0, 0] for _ in weights], "marks": nowhere, "open": None}
 
 
 class Lane:

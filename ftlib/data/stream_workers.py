@@ -15,36 +15,26 @@ from typing import Any
 from ftlib.data.stream_rows import Lane, Packed, Reader, StreamPlan, first_state
 from ftlib.errors import UserError
 
-Counts = list[list[int]]  # of each source, rows of its first files
-
 PIPE_BYTES = 1 << 20  # rows that a worker may be ahead
 _F_SETPIPE_SZ = 1031  # Linux
 
 
-def make_lanes(
-    plan: StreamPlan, own: Sequence[int], states: Sequence[dict[str, Any] | None], counts: Counts
-) -> list[Lane]:
+def make_lanes(plan: StreamPlan, own: Sequence[int], states: Sequence[dict[str, Any] | None]) -> list[Lane]:
     """Lanes `own` (of `states` the entries in the same order) over readers that they share."""
     states = [state or first_state(plan, number) for number, state in zip(own, states, strict=True)]
     readers = []
     for i, source in enumerate(plan.sources):
         first = min(states, key=lambda state: state["cursors"][i][:2])
-        mark = first["marks"][i] if first.get("marks") else None
-        readers.append(Reader(source, plan, own, list(counts[i]), tuple(first["cursors"][i][:2]), mark))
+        readers.append(Reader(source, plan, own, tuple(first["cursors"][i][:2]), first["marks"][i]))
     return [Lane(plan, number, readers, state) for number, state in zip(own, states, strict=True)]
 
 
-def next_rows(lanes: Sequence[Lane]) -> tuple[list[Packed], Counts]:
-    """One row of each lane, and rows of the files that were read; blocks that all lanes have passed are dropped."""
-    rows, readers = [lane.row() for lane in lanes], lanes[0].readers
-    for source, reader in enumerate(readers):
+def next_rows(lanes: Sequence[Lane]) -> list[Packed]:
+    """One row of each lane; blocks that all lanes have passed are dropped."""
+    rows = [lane.row() for lane in lanes]
+    for source, reader in enumerate(lanes[0].readers):
         reader.forget(min((lane.cursors[source][0], lane.cursors[source][1]) for lane in lanes))
-    return rows, [list(reader.counts) for reader in readers]
-
-
-def known(*counts: Counts) -> Counts:
-    """Of each source the longest of several lists."""
-    return [max(lists, key=len) for lists in zip(*counts, strict=True)]
+    return rows
 
 
 class Workers:
@@ -55,7 +45,6 @@ class Workers:
         plan: StreamPlan,
         own: Sequence[int],
         states: Sequence[dict[str, Any] | None],
-        counts: Counts,
         workers: int,
     ) -> None:
         self._places = [list(range(number, len(own), workers)) for number in range(min(workers, len(own)))]
@@ -67,7 +56,7 @@ class Workers:
         self._processes = []
         for places, (_, send) in zip(self._places, pipes, strict=True):
             others = [*self._ends, *(end for _, end in pipes if end is not send)]
-            part = (plan, [own[i] for i in places], [states[i] for i in places], counts, send, others)
+            part = (plan, [own[i] for i in places], [states[i] for i in places], send, others)
             process = context.Process(target=_work, args=part, daemon=True)
             process.start()
             self._processes.append(process)
@@ -75,12 +64,9 @@ class Workers:
             send.close()
         self._end = weakref.finalize(self, _terminate, self._processes)  # also when nobody wants rows any more
 
-    def rows(self) -> tuple[list[Packed], Counts]:
-        """The next row of each lane, and rows of the files that were read.
-
-        UserError as the worker met it; RuntimeError when one ended."""
+    def rows(self) -> list[Packed]:
+        """The next row of each lane. UserError as the worker met it; RuntimeError when one ended."""
         found: list[Packed | None] = [None] * self._count
-        counts = []
         for places, end in zip(self._places, self._ends, strict=True):
             try:
                 message = end.recv()
@@ -90,11 +76,9 @@ class Workers:
                 if "trace" in message:
                     raise RuntimeError(f"a process that reads and tokenises failed:\n{message['trace']}")
                 raise UserError(message["what"], where=message["where"], fix=message["fix"])
-            rows, read = message
-            counts.append(read)
-            for place, row in zip(places, rows, strict=True):
+            for place, row in zip(places, message, strict=True):
                 found[place] = row
-        return found, known(*counts)
+        return found
 
     def close(self) -> None:
         """End the processes; what they made and nobody took is made again by whoever continues."""
@@ -112,7 +96,6 @@ def _work(
     plan: StreamPlan,
     own: Sequence[int],
     states: Sequence[dict[str, Any] | None],
-    counts: Counts,
     send: Connection,
     others: Sequence[Connection],
 ) -> None:
@@ -126,7 +109,7 @@ def _work(
     with contextlib.suppress(OSError):
         fcntl.fcntl(send.fileno(), _F_SETPIPE_SZ, PIPE_BYTES)
     try:
-        lanes = make_lanes(plan, own, states, counts)
+        lanes = make_lanes(plan, own, states)
         while True:
             send.send(next_rows(lanes))
     except UserError as error:

@@ -23,7 +23,7 @@ from ftlib.data.pieces import Pieces, RemoteFile
 from ftlib.data.remote import cache_folder, is_remote
 from ftlib.data.report import UNWRITTEN, LoadReport, SourceReport, describe
 from ftlib.data.stream_rows import Packed, StreamPlan, StreamSource, check_tokens
-from ftlib.data.stream_workers import Counts, Workers, known, make_lanes, next_rows
+from ftlib.data.stream_workers import Workers, make_lanes, next_rows
 from ftlib.errors import UserError
 from ftlib.layers.batch import Batch, from_documents
 from ftlib.sections import Data, Source
@@ -234,11 +234,10 @@ class StreamLoader:
         self._micro_rows, self._pad_id, self._pin, self._share = micro_rows, pad_id, pin, share
         self._workers, self._rank, self._gather = workers, rank, gather
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
-        self._source: Callable[[], tuple[list[Packed], Counts]] | None = None
+        self._source: Callable[[], list[Packed]] | None = None
         self._processes: Workers | None = None
         self._states: list[dict[str, Any] | None] = [None] * own
-        self._counts: Counts = [[] for _ in plan.sources]
-        self._made: deque[Future[tuple[list[Batch], list[Packed], Counts]]] = deque()
+        self._made: deque[Future[tuple[list[Batch], list[Packed]]]] = deque()
 
     def __iter__(self) -> Iterator[StreamStep]:
         return self
@@ -248,8 +247,8 @@ class StreamLoader:
             self._start()
         while len(self._made) <= AHEAD:
             self._made.append(self._pool.submit(self._make))
-        batches, rows, counts = self._made.popleft().result()
-        self._states, self._counts = [row.state for row in rows], known(self._counts, counts)
+        batches, rows = self._made.popleft().result()
+        self._states = [row.state for row in rows]
         taken = zip(*(row.taken for row in rows), strict=True)
         own = sum(row.targets for row in rows), sum(row.weight for row in rows)
         targets, weight, *taken = self._summed([*own, *map(sum, taken)])
@@ -257,27 +256,26 @@ class StreamLoader:
         return StreamStep(batches, targets, weight, sum(taken), dict(zip(names, taken, strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the next step: the state of every lane, and rows of the files that were read. Collective."""
-        mine = {"rank": self._rank, "lanes": self._states, "counts": self._counts}
+        """Position of the next step: the state of every lane, and the versions of remote files. Collective."""
+        mine = {"rank": self._rank, "lanes": self._states}
         parts = [mine] if self._gather is None else self._gather(mine)
         by_rank = {part["rank"]: part for part in parts}  # processes that share rows tell the same
         lanes = [state for rank in sorted(by_rank) for state in by_rank[rank]["lanes"]]
-        files = [source.versions for source in self.plan.sources]
-        return {"lanes": lanes, "counts": known(*(part["counts"] for part in parts)), "files": files}
+        return {"lanes": lanes, "files": [source.versions for source in self.plan.sources]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict` taken at any number of ranks. UserError if it belongs to another stream."""
-        lanes, counts = state.get("lanes"), state.get("counts")
-        if lanes is None or len(lanes) != self.plan.lanes or len(counts) != len(self.plan.sources):
+        lanes, files = state.get("lanes", ()), state.get("files", ())
+        if len(lanes) != self.plan.lanes or len(files) != len(self.plan.sources):
             raise UserError(
                 "the checkpoint's position is not one of this stream",
                 where="stream, data.sources, batch.rows",
                 fix="set them back as they were, or start over: checkpoint.resume=never",
             )
-        for source, then in zip(self.plan.sources, state.get("files", ()), strict=False):
+        for source, then in zip(self.plan.sources, files, strict=True):
             _check_unchanged(source, then)
         self.close()
-        self._states, self._counts = [lanes[i] for i in self._own], counts
+        self._states = [lanes[i] for i in self._own]
 
     def close(self) -> None:
         """End the workers; the position stays."""
@@ -292,16 +290,16 @@ class StreamLoader:
 
     def _start(self) -> None:
         if self._workers:
-            self._processes = Workers(self.plan, self._own, self._states, self._counts, self._workers)
+            self._processes = Workers(self.plan, self._own, self._states, self._workers)
             self._source = self._processes.rows
         else:
-            lanes = make_lanes(self.plan, self._own, self._states, self._counts)
+            lanes = make_lanes(self.plan, self._own, self._states)
             self._source = lambda: next_rows(lanes)
 
-    def _make(self) -> tuple[list[Batch], list[Packed], Counts]:
-        rows, counts = self._source()
+    def _make(self) -> tuple[list[Batch], list[Packed]]:
+        rows = self._source()
         starts = range(0, len(rows), self._micro_rows)
-        return [self._batch(rows[at : at + self._micro_rows]) for at in starts], rows, counts
+        return [self._batch(rows[at : at + self._micro_rows]) for at in starts], rows
 
     def _batch(self, rows: list[Packed]) -> Batch:
         seq_len = self.plan.cfg.seq_len

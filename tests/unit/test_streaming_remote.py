@@ -183,7 +183,8 @@ def test_files_that_were_passed_are_not_fetched_again(tmp_path, small, monkeypat
         rows_of([loader])
     state = loader.state_dict()
     loader.close()
-    assert 3 <= len(state["counts"][0]) < 6, "in the midst of the epoch"
+    first = min(lane["marks"][0][0] for lane in state["lanes"])
+    assert 2 <= first < 6, "in the midst of the epoch"
     for file in small.glob("*"):
         file.unlink(missing_ok=True)
     (again,) = loaders(plan_of([address], **settings).train)
@@ -191,7 +192,7 @@ def test_files_that_were_passed_are_not_fetched_again(tmp_path, small, monkeypat
     monkeypatch.setattr(ranges, "read", lambda file, *where: fetched.add(file.url[-7]) or read(file, *where))
     rows_of([again])
     again.close()
-    assert fetched and fetched <= {str(n) for n in range(len(state["counts"][0]) - 2, 6)}
+    assert fetched and fetched <= {str(n) for n in range(first, 6)}
 
 
 def test_a_large_file_is_not_fetched_again_from_its_beginning(tmp_path, small):
@@ -214,7 +215,7 @@ def test_a_large_file_is_not_fetched_again_from_its_beginning(tmp_path, small):
         for loader in now:
             loader.close()
     again = {at for _, at in server.asked} - {0}  # its first bytes tell what kind of file it is
-    assert min(again) > 0.3 * (tmp_path / "a.jsonl").stat().st_size and state["counts"] == [[]]
+    assert min(again) > 0.3 * (tmp_path / "a.jsonl").stat().st_size
 
 
 def test_a_file_that_changed_is_named(tmp_path, small):
