@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch._dynamo  # the compiler's own memory, before anything is counted
 import torch.distributed as dist
 
 from ftlib import build

@@ -36,6 +36,10 @@ def example(row, **source):
     return read_example(row, shape, "file:1")
 
 
+def read_pairs(path):
+    return [(row.line, row.value) for row in read(path)]
+
+
 def trained_text(example):
     """What is trained, character by character; `·` stands for what is not."""
     tokenizer = FakeTokenizer()
@@ -52,15 +56,15 @@ def test_json_lines_know_their_lines(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(text.encode())
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("a.jsonl", "b.jsonl.gz"):
-        assert list(read(tmp_path / name)) == [(1, {"text": "a"}), (3, {"text": "ü"})]
+        assert read_pairs(tmp_path / name) == [(1, {"text": "a"}), (3, {"text": "ü"})]
 
 
 def test_json_list_knows_its_lines(tmp_path):
     rows = [{"text": "a", "more": [1, {"b": 2}]}, {"text": "c"}]
     (tmp_path / "one.json").write_text(json.dumps(rows))
-    assert [row for _, row in read(tmp_path / "one.json")] == rows
+    assert [row.value for row in read(tmp_path / "one.json")] == rows
     (tmp_path / "many.json").write_text("\n" + json.dumps(rows, indent=2))
-    assert [line for line, _ in read(tmp_path / "many.json")] == [3, 12]
+    assert [row.line for row in read(tmp_path / "many.json")] == [3, 12]
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64, 1 << 20])
@@ -79,9 +83,9 @@ def test_json_lists_are_read_in_windows(tmp_path, chunk, monkeypatch):
 
 def test_text_is_paragraphs_or_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n\n")
-    assert list(read(tmp_path / "a.txt")) == [(1, {"text": "one\ntwo"}), (5, {"text": "three"})]
+    assert read_pairs(tmp_path / "a.txt") == [(1, {"text": "one\ntwo"}), (5, {"text": "three"})]
     (tmp_path / "b.txt").write_text("one\ntwo\n\n")
-    assert list(read(tmp_path / "b.txt")) == [(1, {"text": "one"}), (2, {"text": "two"})]
+    assert read_pairs(tmp_path / "b.txt") == [(1, {"text": "one"}), (2, {"text": "two"})]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +105,7 @@ def test_text_is_paragraphs_or_lines(tmp_path):
 )
 def test_split(tmp_path, split, kept):
     file = Path(write(tmp_path / "rows.jsonl", [{"n": n} for n in range(10)]))
-    assert [row["n"] for _, row in read(file, split)] == list(kept)
+    assert [row.value["n"] for row in read(file, split)] == list(kept)
 
 
 def test_shipped_files_go_through_the_hub_module():
