@@ -6,6 +6,7 @@ from typing import Any
 from ftlib import data, tokenizers
 from ftlib.checkpoint import exchange
 from ftlib.data import streaming
+from ftlib.data.report import counted
 from ftlib.errors import UserError, about
 from ftlib.models import hub, own
 from ftlib.parallel.run import Run
@@ -41,6 +42,7 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
             where="tokenizer.path" if cfg.tokenizer.path else str(hub.resolve(cfg.model.path) / "config.json"),
             fix="use the tokenizer that belongs to the model",
         )
+    found.report.totals += _short(cfg, found)
     if asked.kind == "train":
         return found
     mismatched = asked.kind == "rated" and cfg.dpo.mismatched
@@ -50,9 +52,24 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
     return data.Datasets(data.Preferences(found.train, **options), sets, found.report)
 
 
+def _short(cfg: Any, found: data.Datasets) -> list[str]:
+    """A line where an epoch does not fill one step."""
+    train, batch = found.train, getattr(cfg, "batch", None)
+    if not hasattr(cfg, "steps") or not hasattr(batch, "rows"):
+        return []
+    lengths = data.Preferences(train).lengths if train.compared else train.lengths
+    rows = -(-int(lengths.sum()) // cfg.data.seq_len) if cfg.data.pack else len(train)
+    if rows >= batch.rows:
+        return []
+    what = f"batch.rows is {batch.rows}, and all of the data fills about {counted(rows, 'row')} of data.seq_len"
+    return [f"warning: {what}: each step has the same documents several times"]
+
+
 def _known_tokens(cfg: Any, tokenizer: Tokenizer) -> int:
     """How many tokens the model has an embedding for."""
     added = [tokenizer.special_tokens[token] + 1 for token in cfg.tokenizer.add_tokens]
+    with about("model.path"):
+        hub.read_config(hub.resolve(cfg.model.path))
     with about("model.code"):
         return max([own.arch(cfg.model, cfg.model.path).vocab, *added])
 

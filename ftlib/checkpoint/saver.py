@@ -355,11 +355,19 @@ def _intact(folder: Path) -> bool:
 
 def _drift(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints, a line each; rows that differ because a key does are not listed too."""
+    saved, mine = _flat(saved), _flat(mine)
     keys = [key for key in sorted(saved.keys() | mine.keys()) if saved.get(key) != mine.get(key)]
     if not ROWS_FOLLOW.isdisjoint(keys):
         keys = [key for key in keys if key != "data"]
     values = {key: f"{saved.get(key)!r} then, {mine.get(key)!r} now" for key in keys} | DIGESTS
     return [f"{key}: {values[key]}" for key in keys]
+
+
+def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """With the keys of whole sections as entries of their own."""
+    sections = {key: value for key, value in fingerprint.items() if isinstance(value, dict)}
+    inner = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {key: value for key, value in fingerprint.items() if key not in sections} | inner
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:

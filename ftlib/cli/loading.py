@@ -9,7 +9,7 @@ import torch
 from ftlib import models, tokenizers
 from ftlib.adapters import peft_format
 from ftlib.errors import UserError
-from ftlib.models import LanguageModel, hub, own
+from ftlib.models import LanguageModel, heads, hub, own
 from ftlib.models.load import DTYPES
 from ftlib.models.weights import PRECISIONS, precisions
 from ftlib.tokenizers import Tokenizer
@@ -63,6 +63,10 @@ def load(
     now, was = own.mark(code), {folder: own.recorded(folder) for folder in (adapter, base) if folder is not None}
     for folder, one in was.items():
         own.compare(folder, one, now)
+    name = (hub.read_config(base).get("architectures") or [""])[0]
+    if name.endswith((heads.SEQUENCE.task, heads.STEPS.task)):
+        fix = "name a language model; recipes/grpo.py takes this one as a reward: rewards=[{model: …}]"
+        raise UserError(f"{base} is a {name}: it scores texts and writes none", fix=fix)
     model = models.from_pretrained(base, dtype=dtype, device=device, decoder=own.find(code))
     model.code = now or next(filter(None, was.values()), None)
     if adapter is not None:

@@ -37,7 +37,7 @@ _USES = {
 
 _LEARN = {  # which recipe does, of what is not for the one that was asked
     "train": "recipes/lora_sft.py learns",
-    "preference": "recipes/dpo.py or recipes/reward.py learns",
+    "preference": "recipes/dpo.py or recipes/reward.py (reward.kind=pairs) learns",
     "unpaired": "recipes/dpo.py with dpo.loss=kto (or bco) learns",
     "stepwise": "recipes/reward.py with reward.kind=steps learns",
     "prompt": "recipes/grpo.py, given rewards, learns",

@@ -47,6 +47,9 @@ def read_config(folder: Path) -> dict:
     """config.json of a model folder."""
     file = folder / "config.json"
     if not file.exists():
+        if (folder / "adapter_config.json").is_file():
+            fix = "name the model it belongs to; lora.start_from continues an adapter, and `tune merge` makes one model"
+            raise UserError(f"{folder} is an adapter, not a model", fix=fix)
         raise UserError(f"{folder} has no config.json", fix="give a model folder in Hugging Face layout")
     try:
         return json.loads(file.read_text(encoding="utf-8"))

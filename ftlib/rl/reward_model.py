@@ -66,7 +66,7 @@ def check(cfg: Any) -> None:
         where = f"rewards[{i}].model"
         with about(where):
             folder = hub.resolve(reward.model)
-        name = (hub.read_config(folder).get("architectures") or ["no model"])[0]
+            name = (hub.read_config(folder).get("architectures") or ["no model"])[0]
         if not name.endswith(heads.SEQUENCE.task):
             what, fix = f"{name} gives no scores", f"name a …{heads.SEQUENCE.task}, such as recipes/reward.py writes"
             raise UserError(what, where=where, fix=fix)

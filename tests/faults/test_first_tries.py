@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_model import write_model, write_rows
+from tiny_model import write_model, write_rows, write_tokenizer
 
 from ftlib import cli, errors
 from ftlib.errors import UserError, about
@@ -71,6 +71,7 @@ ADDED = {  # from line 10 on
 COMMANDS = {
     ("data.sources.0.path=x",): "(an item is named data.sources[0])",
     ("--steps", "3"): "unknown option '--steps'; keys are set as steps=VALUE",
+    ("model.path=adapter",): "adapter is an adapter, not a model\n  where: model.path (command line)\n  fix: name",
     ("data.template=locked/x.jinja",): "data.template (command line)",
     ("data.template=latin.jinja",): "is not UTF-8 text (byte 2)\n  where: data.template (command line)\n  fix: ",
 }
@@ -85,6 +86,9 @@ def here(tmp_path_factory):
     (folder / "mixed").mkdir()
     write_rows(folder / "mixed" / "a.jsonl", 8)
     (folder / "mixed" / "broken.jsonl").write_text("hello")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    write_tokenizer(folder / "adapter")
     (folder / "latin.jinja").write_bytes(b"{#\xe9#}")
     (folder / "mine.py").write_text(
         "import torch\ndef f():\n    pass\nclass A:\n    pass\nclass B(torch.nn.Module):\n    def __init__(self):\n"
@@ -119,6 +123,16 @@ def test_a_first_try(name, verb, here, monkeypatch, capsys):
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_first_command(words, here, monkeypatch, capsys):
     assert COMMANDS[words] in told(here, monkeypatch, capsys, "validate", GOOD, words)
+
+
+@pytest.mark.parametrize(("words", "rows"), [((), "5 rows"), (("data.pack=false",), "8 rows"), (("batch.rows=4",), "")])
+def test_a_step_of_more_than_all_rows_is_said(words, rows, here, monkeypatch, capsys):
+    monkeypatch.chdir(here)
+    Path("c.yaml").write_text(GOOD)
+    assert cli.main(["validate", "lora_sft", "--config", "c.yaml", "batch.rows=99", "batch.micro_rows=1", *words]) == 0
+    said = capsys.readouterr().out
+    assert (f"batch.rows is 99, and all of the data fills about {rows} of data.seq_len" in said) == bool(rows)
+    assert ("several times" in said) == bool(rows)
 
 
 def test_what_the_system_refuses_is_a_message(here, monkeypatch, capsys):

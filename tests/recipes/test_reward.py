@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_model import losses, steps, train, write_config
 
-from ftlib import tokenizers
+from ftlib import cli, tokenizers
 from ftlib.errors import UserError
 
 WORDS = ("red", "blue", "green", "white", "black", "brown")
@@ -90,11 +90,15 @@ def test_transformers_scores_held_out_answers_alike(lora, toy, tmp_path):
     assert rows[-1]["eval_margin"] > 0.5 and abs((sides[0] + sides[1]).mean()) < 2, "scores stay around 0"
 
 
-def test_a_reward_model_goes_on_as_one_and_resumes_to_the_bit(toy, tmp_path):
+def test_a_reward_model_goes_on_as_one_and_resumes_to_the_bit(toy, tmp_path, capsys):
     file = toy(tmp_path, steps=4, checkpoint={"every": 2, "keep": 3})
     first = train("reward", "--config", file)
     (tmp_path / "out/checkpoints/step_000004/manifest.json").write_text("{")
     assert losses(train("reward", "--config", file)) == losses(first)
+    assert cli.main(["generate", f"{tmp_path}/out/final", "--prompt", "hi"]) == 2
+    assert "ForSequenceClassification: it scores texts and writes none" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"other settings:\n    reward\.centre: 0\.01 then, 0\.5 now\n"):
+        train("reward", "--config", file, "reward.centre=0.5")
     more = train("reward", "--config", file, f"model.path={tmp_path}/out/final", f"output_dir={tmp_path}/more")
     assert more[0]["eval_loss"] == pytest.approx(first[-1]["eval_loss"], rel=1e-5)
 

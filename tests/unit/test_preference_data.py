@@ -184,7 +184,7 @@ def test_rows_that_say_nothing_of_better_and_worse_are_refused(tokenizer, tmp_pa
     assert "`chosen` and `rejected`" in str(error.value)
     with pytest.raises(UserError, match="not trained on here") as error:
         load([{"prompt": "a", "chosen": "b", "rejected": "c"}], tokenizer, tmp_path, Wanted())
-    assert "recipes/dpo.py or recipes/reward.py learns from these" in str(error.value)
+    assert "recipes/dpo.py or recipes/reward.py (reward.kind=pairs) learns from these" in str(error.value)
     with pytest.raises(UserError, match="answers with a label") as error:
         load([{"prompt": "a", "completion": "b", "label": True}], tokenizer, tmp_path)
     assert "recipes/dpo.py with dpo.loss=kto (or bco) learns from these" in str(error.value)
