@@ -112,11 +112,10 @@ def measured(name: str, work: dict, limit: float, save: str, link: float) -> dic
         return planned | {"skipped": f"about {gib(wanted)} GiB are needed, {where} has {gib(have)}"}
     if save and name.split("@")[0] in SAVED:
         free = shutil.disk_usage(save).free
-        if free > 2.2 * expected.checkpoint:
-            work = work | {"save": save}
+        if free > 1.1 * expected.checkpoint:
+            work = work | {"save": save, "save_wait": 120}
         else:
-            size = gib(2 * expected.checkpoint)
-            planned["not_saved"] = f"two checkpoints are {size} GiB, {save} has {gib(free)} free"
+            planned["not_saved"] = f"a checkpoint is {gib(expected.checkpoint)} GiB, {save} has {gib(free)} free"
     row = parallel.run(work, limit)
     if "failed" in row:
         return planned | {"failed": row["failed"]}

@@ -24,7 +24,7 @@ LORA = {"shape": "llama-3.1-8b", "kind": "lora", "rows": 4, "micro_rows": 2, "se
 LONG = LORA | {"rows": 1, "micro_rows": 1, "seq_len": 65536, "recompute": "full", "warm": 2, "timed": 2}
 FULL = LORA | {"shape": "qwen3-1.7b", "kind": "full", "rows": 8, "micro_rows": 2, "recompute": "full"}
 BIG = LORA | {"shape": "llama-3.3-70b", "recompute": "full", "warm": 2, "timed": 3}
-SAVE = LORA | {"kind": "full", "recompute": "full", "warm": 2, "timed": 4, "save": "."}  # 8B, every weight, saved twice
+SAVE = LORA | {"kind": "full", "recompute": "full", "warm": 2, "timed": 4, "save": ".", "save_wait": 40}
 ONE = {"dp_shard": 1}
 GROUPS = {
     "lora": (LORA, {"one": ONE, "dp_replicate=2": {"dp_replicate": 2, "dp_shard": 1}, "dp_shard=2": {"dp_shard": 2},
@@ -71,7 +71,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = "groups, comma separated; save needs 50 GiB in this folder"
+    groups = "groups, comma separated; save writes 80 GB into this folder"
     parser.add_argument("--only", default="lora,long,full,70b", help=groups)
     parser.add_argument("--case", default="", help="of these groups only the cases whose names contain this, and `one`")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see whether it all runs")

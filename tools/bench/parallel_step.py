@@ -1,6 +1,9 @@
 """One process of a case of parallel.py: the step of the SFT recipes on dense rows, timed, checked and traced."""
 
+import itertools
 import json
+import os
+import shutil
 import sys
 import tempfile
 import time
@@ -44,6 +47,8 @@ def main() -> None:
         row |= saving(step, run, work, State(model, optimizer, Nowhere()), shape["vocab_size"])
     if run.is_main:
         print("ROW " + json.dumps({"case": work["case"], "work": work, "processes": run.world, **row}), flush=True)
+    if work.get("save"):  # without waiting for the disk
+        os._exit(0)
     torch.distributed.destroy_process_group()
 
 
@@ -169,28 +174,35 @@ class Nowhere:
 def saving(
     step: Callable[[torch.Tensor], tuple[float, float]], run: processes.Run, work: dict, state: State, vocab: int
 ) -> dict:
-    """Two saves in the background: seconds that training stands still for each, until each is on disk, and the slowest
-    step meanwhile. The first also makes the page-locked memory."""
+    """One save in the background, of a run that saves every 100 steps: seconds that making the page-locked memory took
+    beside training (it begins after the first step), that training stood still for the save, the slowest step while
+    it was written, and until it was on disk, if that was within `work["save_wait"]` seconds."""
     tokens = torch.randint(0, vocab, (work["rows"], work["seq_len"] + 1), device=run.device)
-    stalls, totals, slowest = [], [], 0.0
-    with tempfile.TemporaryDirectory(dir=work["save"]) as folder:
-        folder = exchange(run, folder)[0]  # one for all
-        saver = Saver(Checkpoint(keep=1, background=True), Path(folder), run, {}, say=lambda text: None)
-        for number in (1, 2):
-            wait(run)
-            start = time.perf_counter()
-            saver.save(number, state)
-            stalls.append(round(time.perf_counter() - start, 2))
-            for _ in range(3):
-                began = time.perf_counter()
-                step(tokens)
-                slowest = max(slowest, time.perf_counter() - began)
-            saver.wait()
-            totals.append(round(time.perf_counter() - start, 1))
-        size = sum(file.stat().st_size for file in Path(folder).rglob("shard-*"))
-        exchange(run, None)  # nobody removes it before all have looked
-    return {"save_stall_s": stalls, "save_total_s": totals, "save_gib": round(size / 2**30, 1),
-            "slowest_step_while_saving_ms": round(1e3 * slowest, 1)}  # fmt: skip
+    folder = Path(exchange(run, tempfile.mkdtemp(dir=work["save"]) if run.is_main else None)[0])
+    saver = Saver(Checkpoint(every=100, keep=1, background=True), folder, run, {}, say=lambda text: None)
+    saver.resume(state)
+    start = time.perf_counter()
+    saver.due(1, 1000)
+    saver.wait()
+    row = {"save_memory_s": round(time.perf_counter() - start, 1)}
+    wait(run)
+    start = time.perf_counter()
+    saver.save(100, state)
+    row["save_stall_s"] = round(time.perf_counter() - start, 2)
+    slowest = 0.0
+    for number in itertools.count():
+        began = time.perf_counter()
+        step(tokens)
+        slowest = max(slowest, time.perf_counter() - began)
+        taken = time.perf_counter() - start
+        done, late = exchange(run, [any(saver.root.glob("step_*")), number > 4 and taken > work["save_wait"]])[0]
+        if done or late:
+            break
+    size = sum(file.stat().st_size for file in folder.rglob("shard-*"))
+    exchange(run, None)  # nobody removes it before all have looked
+    shutil.rmtree(folder, ignore_errors=True)  # it may still be written
+    return row | {"save_total_s": round(taken, 1) if done else None, "written_gib": round(size / 2**30, 1),
+                  "slowest_step_while_saving_ms": round(1e3 * slowest, 1)}  # fmt: skip
 
 
 def wait(run: processes.Run) -> None:
