@@ -121,13 +121,12 @@ def _line_rows(file: File, stream: BinaryIO, start: Start) -> Iterator[Row]:
     end = start.end
     _forward(stream, end)
     for line, raw in enumerate(stream, start.line + 1):
+        if line == 1 and raw.removeprefix(b"\xef\xbb\xbf").strip() == b"{":  # one object over several lines
+            raw += stream.read()
         end += len(raw)
         try:
             text = _decode(file, raw, line).rstrip()  # columns count from the start of the line
-            if line == 1 and text.strip() == "{":  # one object over several lines
-                raw += stream.read()
-                yield Row(line, _line_row(file, line, _decode(file, raw, line)), len(raw))
-            elif text.strip():
+            if text.strip():
                 yield Row(line, _line_row(file, line, text), end)
         except UserError as error:
             yield Row(line, error, end)
@@ -145,7 +144,7 @@ def _line_row(file: File, line: int, text: str) -> dict:
     try:
         return as_object(file, line, json.loads(text))
     except (ValueError, RecursionError) as error:
-        if line == 1 and text.startswith("{\n") and "Extra data" in str(error):
+        if line == 1 and "\n" in text and "Extra data" in str(error):
             raise UserError(
                 f"{file} is not rows: its objects run over several lines",
                 where=f"{file}:1",

@@ -48,20 +48,22 @@ class Pieces:
     def get(self, file: "RemoteFile", number: int, wait: bool = True) -> int | None:
         """A descriptor of a piece, fetched if it is not there. Without `wait`: None where another process does so, and
         one try."""
-        path = self.folder / file.mark(number)
+        path, size = self.folder / file.mark(number), min(PIECE, file.found.size - number * PIECE)
         part = path.with_name(path.name + PART)
         while True:
             with contextlib.suppress(FileNotFoundError):
                 piece = os.open(path, os.O_RDONLY)
-                os.utime(piece)  # it was needed now
-                return piece
+                if os.fstat(piece).st_size == size:
+                    os.utime(piece)  # it was needed now
+                    return piece
+                os.close(piece)  # of a disk that failed: its end would pass for the file's
+                path.unlink()
             with _turn(part, wait) as own:
                 if own is None:
                     return None
                 if path.exists():  # another process was faster
                     part.unlink()
                     continue
-                size = min(PIECE, file.found.size - number * PIECE)
                 self._make_room(own, size)
                 _write(own, file.fetch(number * PIECE, size, patient=wait))
                 with _turn(self.folder / BOOK):  # not while files are counted
@@ -72,21 +74,25 @@ class Pieces:
         """Give the part `own` its size, when the folder has room for it."""
         while True:
             with _turn(self.folder / BOOK) as book:
-                used = int(os.pread(book, 32, 0) or 0)  # at least: what was removed by hand it still counts
-                more = size - os.fstat(own).st_size  # a process that was killed may have given it its size
+                known = os.pread(book, 32, 0).strip()  # at least: what was removed by hand it still counts
+                used = int(known) if known.isdigit() else sum(size for _, size, _ in self._files())
+                more = size - os.fstat(own).st_size
+                if not more:  # a process that was killed gave it its size
+                    return
                 if used + more > self.limit:
                     used = self._prune(self.limit * 7 // 8 - more)
                 fits = used + more <= self.limit
+                os.pwrite(book, b"%-32d" % (used + more * fits), 0)
                 if fits:
                     os.truncate(own, size)
-                os.pwrite(book, b"%-32d" % (used + more * fits), 0)
             if fits:
                 return
             time.sleep(0.01)  # all that is left is being fetched, and will be there whatever its readers do
 
     def room(self) -> int:
         """Bytes of the disk that pieces may take: what is free, and what they have."""
-        return shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._files())
+        with _turn(self.folder / BOOK):
+            return shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._files())
 
     def _files(self) -> list[tuple[int, int, Path]]:
         """When it was last needed, size and place of each file."""
@@ -136,6 +142,10 @@ def _taken(path: Path, how: int) -> int | None:
         except BlockingIOError:
             os.close(own)
             return None
+        except OSError as error:
+            os.close(own)
+            what = f"{path.parent} is on a file system without locks: {error.strerror}"
+            raise UserError(what, where="FTLIB_CACHE", fix="name a folder on a disk of this machine") from None
         os.close(own)
 
 

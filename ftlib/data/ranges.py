@@ -47,8 +47,8 @@ class Found(NamedTuple):
 
 
 def find(path: str, subset: str | None = None, split: str | None = None) -> tuple[list[Found], bool] | None:
-    """Files behind a remote `path` of a source, by name, and whether it names a folder; None where the server gives no
-    ranges. `subset`, `split`: of a Hub id. UserError if there is none."""
+    """Files behind a remote `path` of a source, by name, and whether it names a folder; None where they cannot be read
+    in ranges. `subset`, `split`: of a Hub id. UserError if there is none."""
     try:
         if path.startswith(("http://", "https://")):
             found = patiently(lambda: _probe(path), FIRST)
@@ -116,14 +116,16 @@ def _http(file: Found, start: int, size: int) -> tuple[bytes, Found]:
     wanted = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
     try:
         with urlopen(Request(file.url, headers=wanted), timeout=WAIT) as answer:
-            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            place, _, total = answer.headers.get("Content-Range", "").partition("/")
             if answer.status != 206 or not total.isdigit():
-                raise NotImplementedError(f"{file.url}: the server gives no ranges")
+                raise NotImplementedError("the server gives no ranges")
+            if not place.startswith(f"bytes {start}-"):
+                raise ConnectionError(f"{place} came, bytes {start}- were asked for")
             version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
             return answer.read(size), Found(file.url, int(total), version)
     except HTTPError as error:
         if error.code == 416:  # none of these bytes is there: it is empty, or shorter than it was
-            raise (Changed("it is shorter") if file.size else NotImplementedError(file.url)) from None
+            raise (Changed("it is shorter") if file.size else NotImplementedError("it is empty")) from None
         raise
 
 
@@ -145,7 +147,7 @@ def _found(url: str, info: dict[str, Any]) -> Found:
     return Found(url, int(info["size"]), str(version.timestamp() if isinstance(version, datetime) else version))
 
 
-def _listed(path: str) -> tuple[list[Found], bool]:
+def _listed(path: str) -> tuple[list[Found], bool] | None:
     import fsspec
 
     files, root = fsspec.core.url_to_fs(path)
@@ -157,11 +159,24 @@ def _listed(path: str) -> tuple[list[Found], bool]:
     first = next(iter(listed), None)
     if first is not None and _found(first, listed[first]) != _found(first, files.info(first)):
         listed = {name: files.info(name) for name in listed}  # a driver whose lists say other things of a file
+    folder = not pattern and not single
     names = [name for name in sorted(listed) if listed[name]["type"] == "file"]
+    if folder:
+        names = [name for name in names if "/." not in name.removeprefix(root)]  # hidden, or in what is hidden
     found = [_found(files.unstrip_protocol(name), listed[name]) for name in names]
     if not found:
         raise UserError(f"{path}: there is no such file", fix="check the address, and look at what is there")
-    return found, not pattern and not single
+    return (found, folder) if _leads_to(files, found[0].url) else None
+
+
+def _leads_to(files: Any, url: str) -> bool:
+    """Whether an address made of a file's name leads to it: not within an archive, nor where `path` names a host."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)[0] == files
+    except Exception:  # each driver has errors of its own
+        return False
 
 
 def _pinned(files: Any, root: str) -> str:

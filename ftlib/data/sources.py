@@ -64,7 +64,7 @@ def files_of(source: Source, again: bool = False) -> list[Path]:
 
 def streamed_files(source: Source, pieces: Pieces, key: str) -> list[File]:
     """The files of a source, in order, remote ones to be read as they come; but what was fetched before is read here,
-    and what a server gives no ranges of is fetched whole. `key`: of the source in a config."""
+    and what cannot be read in ranges is fetched whole. `key`: of the source in a config."""
     name, *_ = _parse(source.split, source.path)
     hub = "://" not in source.path
     part = source.subset, (name or None) if hub else None
@@ -76,7 +76,7 @@ def streamed_files(source: Source, pieces: Pieces, key: str) -> list[File]:
     found, folder = listed
     files = [RemoteFile(file, f"{key}.path", pieces) for file in found]
     if folder:
-        files = [file for file in files if _known(file) and not file.name.startswith(".")]
+        files = [file for file in files if _known(file)]
     if not files:
         raise UserError(f"{source.path} is a folder without data files", fix=f"it has: {found[0].url}")
     return files if hub else _of_split(files, name, source.path)

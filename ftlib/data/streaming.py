@@ -198,11 +198,12 @@ def _held_out(
 
 def _check_unchanged(source: StreamSource, then: list[str]) -> None:
     """UserError if the remote files of a source are not those of a checkpoint."""
-    if not then or then == source.versions:
+    if then == source.versions:
         return
     files = [file for file in source.files if isinstance(file, RemoteFile)]
     if len(then) != len(files):
-        raise pieces.changed(f"source {source.name!r} has {len(files):,} files, it had {len(then):,}", files[0].key)
+        what = f"source {source.name!r} has {len(files):,} files elsewhere, it had {len(then):,}"
+        raise pieces.changed(what, "data.sources")
     first = next(file for file, version in zip(files, then, strict=True) if file.version != version)
     now = f"{first.found.size:,} bytes, version {first.found.version!r}"
     raise pieces.changed(f"{first} is another one now ({now})", first.key)

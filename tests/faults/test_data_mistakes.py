@@ -54,6 +54,7 @@ FILES = {
     ("nested.jsonl", b'{"text": ' + b"[" * 200_000): ["nested.jsonl:1", "invalid JSON"],
     ("object.json", b'{\n "rows": [{"text": "a"}]\n}'): ["[rows]", "no known format"],
     ("objects.json", b'{\n "text": "a"\n}\n{\n "text": "b"\n}'): ["objects.json:1", "several lines"],
+    ("windows.json", b'{\r\n "text": "a"\r\n}\r\n{\r\n "text": "b"\r\n}'): ["windows.json:1", "several lines"],
     ("wrapped.json", b'{"data": [{"text": "a"}]}'): ["[data]", "no known format", "data.sources[0]"],
     ("numbers.jsonl", b"[1]\n"): ["numbers.jsonl:1", "object with named columns", "a int"],
     ("null.jsonl", b'{"text": "a"}\nnull\n'): ["null.jsonl:2", "null"],

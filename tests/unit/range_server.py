@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 @contextmanager
 def serving(folder):
     """Files over HTTP with ranges. `.asked`: (name, first byte) of each answer; `.drop(number of the answer)`: whether
-    its connection breaks off; `.slow`: seconds an answer takes."""
-    state = SimpleNamespace(asked=[], drop=lambda number: False, slow=0.0, lock=threading.Lock(), sent=0)
+    its connection breaks off; `.slow`: seconds an answer takes; `.fault`: `wrong` bytes, `no` ranges,
+    a `shorter` file."""
+    state = SimpleNamespace(asked=[], drop=lambda number: False, slow=0.0, lock=threading.Lock(), sent=0, fault="")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -23,13 +24,18 @@ def serving(folder):
                 return
             content, stat = file.read_bytes(), file.stat()
             first, last = (int(n) for n in self.headers["Range"].removeprefix("bytes=").split("-"))
+            if state.fault == "shorter":
+                self.send_error(416)
+                return
+            if state.fault == "wrong":
+                first, last = 0, last - first
             part = content[first : last + 1]
             with state.lock:
                 number = len(state.asked)
                 state.asked.append((file.name, first))
                 state.sent += len(part)
             time.sleep(state.slow)
-            self.send_response(206)
+            self.send_response(200 if state.fault == "no" else 206)
             self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
             self.send_header("Content-Length", str(len(part)))
             self.send_header("ETag", f'"{stat.st_mtime_ns}"')

@@ -120,3 +120,90 @@ def test_who_finds_no_room_waits_for_those_who_are_fetching(tmp_path, small):
         others.close()
         reader.join(20)
         assert [row.value for row in rows] == [{"text": "lorem"}]
+
+
+def test_a_piece_that_was_cut_off_is_not_the_end_of_its_file(tmp_path, small):
+    rows = [{"text": f"{n} lorem ipsum dolor"} for n in range(300)]
+    of_kind(tmp_path / "a.jsonl", rows)
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/a.jsonl")
+        away = RemoteFile(found, "key", Pieces(small, 64 * PIECE))
+        for size in (0, PIECE // 2):
+            assert [row.value for row in read_file(away)] == rows
+            os.truncate(small / away.mark(2), size)
+        assert [row.value for row in read_file(away)] == rows
+    assert [at for _, at in server.asked].count(2 * PIECE) == 3
+
+
+@pytest.mark.parametrize("book", [None, b"\0" * 32], ids=["none", "zeros"])
+def test_a_folder_whose_book_is_lost_is_counted(tmp_path, small, book):
+    """As a machine may leave it that loses its power."""
+    of_kind(tmp_path / "a.jsonl", [{"text": f"{n} lorem ipsum dolor"} for n in range(300)])
+    for number in range(4):
+        (small / f"of-a-former-run-{number}").write_bytes(b"\0" * PIECE)
+    if book is not None:
+        (small / pieces.BOOK).write_bytes(book)
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/a.jsonl")
+        away = RemoteFile(found, "key", Pieces(small, 4 * PIECE))
+        for _ in read_file(away):
+            assert sum(file.stat().st_size for file in small.glob("*-*")) <= 4 * PIECE
+
+
+def test_readers_of_what_was_left_half_do_not_wait_for_each_other(tmp_path, small, monkeypatch):
+    """The folder was larger when their processes were killed."""
+    make_room, all_of_them = Pieces._make_room, threading.Barrier(6)
+    monkeypatch.setattr(Pieces, "_make_room", lambda *given: (all_of_them.wait(20), make_room(*given)))
+    file = of_kind(tmp_path / "a.jsonl", [{"text": f"{n} lorem ipsum dolor"} for n in range(300)])
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/a.jsonl")
+        away, read = RemoteFile(found, "key", Pieces(small, 4 * PIECE)), {}
+        for number in range(6):
+            (small / f"{away.mark(number)}.part").write_bytes(b"\0" * PIECE)
+        (small / pieces.BOOK).write_bytes(b"%d" % (6 * PIECE))
+
+        def reader(number):
+            read[number] = away.pieces.read(away, number * PIECE, 9)
+
+        threads = [threading.Thread(target=reader, args=(number,), daemon=True) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(5)
+    assert read == {n: file.read_bytes()[n * PIECE :][:9] for n in range(6)}
+
+
+def test_a_folder_without_locks_is_told(small, monkeypatch):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(pieces.fcntl, "flock", none)
+    with pytest.raises(UserError, match="without locks: No locks available") as caught:
+        Pieces(small, 4 * PIECE).room()
+    assert caught.value.where == "FTLIB_CACHE"
+
+
+def test_a_connection_that_is_lost_within_an_object_over_several_lines_is_no_bad_row(tmp_path, small):
+    (tmp_path / "a.json").write_text('{\n"text": "' + 5 * PIECE * "x" + '"\n}')
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/a.json")
+        away = RemoteFile(found, "key", Pieces(small, 8 * PIECE))
+        rows = read_file(away)
+        server.drop = lambda number: number > 2
+        with pytest.raises(UserError, match="cannot be read"):  # a bad row would be left out where the config says so
+            next(rows)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "no", "shorter"])
+def test_ranges_that_are_not_those_asked_for_are_not_read(tmp_path, monkeypatch, fault):
+    """Of other bytes, of the whole file, or of one that has become shorter; an address may have a key in it."""
+    monkeypatch.setattr(ranges, "PAUSES", ())
+    of_kind(tmp_path / "a.jsonl", [{"text": "lorem ipsum dolor"}] * 100)
+    with serving(tmp_path) as server:
+        (found,), _ = ranges.find(f"{server.address}/a.jsonl?key=secret")
+        server.fault = fault
+        away = RemoteFile(found, "key", Pieces(tmp_path / "pieces", 4 * PIECE))
+        words = {"wrong": "bytes 0-.* came, bytes 1024-", "no": "gives no ranges", "shorter": "changed since"}
+        with pytest.raises(UserError, match=words[fault]) as caught:
+            away.fetch(PIECE, PIECE)
+    assert "secret" not in str(caught.value)

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+import zipfile
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -291,3 +292,64 @@ def test_a_missing_file_is_told_at_once(tmp_path):
     fsspec.filesystem("memory").pipe("/page/README.md", b"# hello")
     with pytest.raises(UserError, match="without data files"):
         plan_of(["memory://page"])
+
+
+def test_what_cannot_be_addressed_file_by_file_is_fetched_whole(tmp_path):
+    """A file of an archive; what lies on a host that its driver takes out of the address."""
+    import fsspec
+
+    file, archive = write(tmp_path / "a.jsonl", 40, "A"), tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.write(file, "a.jsonl")
+
+    class Hosted(fsspec.AbstractFileSystem):
+        protocol = "hosted"
+
+        def __init__(self, host, **options):
+            super().__init__(**options)
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.partition("://")[2].partition("/")[2] if "://" in path else path
+
+        @staticmethod
+        def _get_kwargs_from_urls(url):
+            host = url.partition("://")[2].partition("/")[0]
+            return {"host": host} if host else {}
+
+        def info(self, path, **options):
+            return {"name": path, "size": file.stat().st_size, "type": "file", "mtime": 1}
+
+        def ls(self, path, detail=True, **options):
+            raise NotADirectoryError(path)
+
+        def _open(self, path, mode="rb", **options):
+            return open(tmp_path / path.strip("/"), mode)
+
+    fsspec.register_implementation("hosted", Hosted, clobber=True)
+    wanted = steps_of(plan_of([file], buffer=16).train, 5)
+    for address in (f"zip://a.jsonl::file://{archive}", "hosted://there/a.jsonl"):
+        assert steps_of(plan_of([address], cache_gib=ROOM / GIB, buffer=16).train, 5) == wanted
+
+
+def test_files_without_rows_and_hidden_ones_are_passed_over(tmp_path):
+    import fsspec
+
+    paths = [*corpus(tmp_path / "many", count=1, rows=30), tmp_path / "many" / "1.jsonl"]
+    paths[1].touch()
+    wanted = steps_of(plan_of([tmp_path / "many"], buffer=8).train, 12)
+    stored(paths, "hidden")
+    fsspec.filesystem("memory").pipe("/hidden/.half/2.jsonl", b"{}\n")
+    plan = plan_of(["memory://hidden"], cache_gib=ROOM / GIB, buffer=8).train
+    assert [file.name for file in plan.sources[0].files] == ["0.jsonl", "1.jsonl"]
+    assert steps_of(plan, 12) == wanted
+
+
+def test_a_source_that_is_here_now_is_not_what_the_run_began_with(tmp_path):
+    paths = corpus(tmp_path / "many", count=2)
+    plan = plan_of([stored(paths, "moved")], names=["many"], cache_gib=ROOM / GIB).train
+    state = loaders(plan)[0].state_dict()
+    for other, now, then in ((plan_of([tmp_path / "many"], names=["many"]).train, 0, 2), (plan, 2, 0)):
+        state["files"] = [plan.sources[0].versions[:then]]
+        with pytest.raises(UserError, match=f"'many' has {now} files elsewhere, it had {then}"):
+            loaders(other)[0].load_state_dict(state)
