@@ -134,8 +134,9 @@ def use(model: nn.Module, name: str | None) -> Iterator[None]:
     gates = {id(gate): gate for m in modules if (gate := getattr(m, "gate", None))}.values()
     before = [module.active for module in modules], [gate.on for gate in gates]
     for module in modules:
-        if name is not None or getattr(module, "gate", None) is None:  # else it stays active behind a shut gate
-            module.active = name if name in module.adapters else None
+        gate = getattr(module, "gate", None)
+        wanted = gate.name if name is None and gate is not None else name  # behind a shut gate
+        module.active = wanted if wanted in module.adapters else None
     for gate in gates:
         gate.turn(name is not None)
     try:

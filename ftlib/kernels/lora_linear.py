@@ -114,7 +114,7 @@ def lora_project(
     """y [N, O] of sibling layers over x [N, D], their outputs side by side.
 
     stacked [O + R, D + R] as above, in x's dtype, its copies of the factors current. lora_a [r_i, D] and lora_b
-    [out_i, r_i]: the parameters, which receive the gradients. `gate` [] on x's device, in its dtype: 1, or 0 for the
+    [out_i, r_i]: the parameters, which receive the gradients. `gate` [] on x's device, of floats: 1, or 0 for the
     frozen projections alone, by the same code. Kept for backward: x, s x A^T and the weights.
     """
     factors = list(lora_a), list(lora_b)

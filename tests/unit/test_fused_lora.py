@@ -116,6 +116,33 @@ def test_switched_off_is_what_an_adapter_that_does_nothing_gives(tmp_path):
     assert not torch.equal(model.logits(x), policy)
 
 
+def test_switched_off_while_another_adapter_is_on(tmp_path):
+    config = shrunk("qwen3-0.6b")
+    reference(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.randint(3, 160, (2, 20), generator=torch.Generator().manual_seed(0))
+    model = models.from_pretrained(tmp_path)
+    for name in ("policy", "other"):
+        lora.attach(model, "all-linear", rank=4, alpha=8, name=name)
+        lora.reset(model, 0, name)
+    with torch.no_grad():
+        for name in ("policy", "other"):
+            for _, _, f in lora.adapted(model, name):
+                f.lora_B.fill_(0.1)
+        with lora.use(model, None):
+            bare = model.logits(x)
+        fuse(model)
+        with lora.use(model, "other"):
+            other = model.logits(x)
+            with lora.use(model, None):
+                assert relative(model.logits(x), bare) <= 1e-6
+            assert torch.equal(model.logits(x), other) and relative(other, bare) > 0.01
+        merge.merge_into(model, "policy")
+        merged = model.logits(x)
+        with lora.use(model, None):
+            assert torch.equal(model.logits(x), merged)
+
+
 @pytest.mark.parametrize("form", [None, "nf4"])
 def test_a_fused_model_equals_the_plain_one(form, tmp_path):
     config = shrunk("qwen3-0.6b", intermediate_size=128, head_dim=16)
