@@ -62,13 +62,8 @@ def watched(folder, limit):
 
     def look():
         while not done.is_set():
-            sizes = []
-            for file in folder.glob("*-*"):
-                try:
-                    sizes.append(file.stat().st_size)
-                except FileNotFoundError:
-                    continue
-            most.append(sum(sizes))
+            with pieces._turn(folder / pieces.BOOK):  # while no file comes or goes
+                most.append(sum(file.stat().st_size for file in folder.glob("*-*")))
             time.sleep(0.001)
 
     thread = threading.Thread(target=look)
