@@ -18,6 +18,7 @@ from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
 from ftlib.data.prompts import PromptLoader
 from ftlib.generation import Engine
+from ftlib.generation.vllm import VllmEngine
 from ftlib.launch import launch, script
 from ftlib.loop import Boundary
 from ftlib.losses.policy import policy_loss
@@ -71,6 +72,13 @@ class Config:
 def check(cfg: Config, world: int = 1) -> list[str]:
     """What `tune validate` runs and says, and `main` before anything is loaded."""
     return setup.check(cfg, world)
+
+
+def make_engine(cfg: Config, model: LanguageModel, run: Run) -> Engine | VllmEngine:
+    """What draws completions: with the trainer's own weights, with a whole copy where processes share them, or vLLM."""
+    if cfg.rollout.engine == "vllm":
+        return VllmEngine(model, cfg.rollout, longest=cfg.data.seq_len, dtype=cfg.dtype)
+    return Engine(model, max_batch=cfg.rollout.max_batch, adapter="gathered" if setup.shared(run) else "live")
 
 
 def draw(
@@ -146,7 +154,7 @@ def main(cfg: Config) -> list[dict]:
     if saver.finished() == steps:
         return output.already_finished()
     done = saver.resume(state)
-    engine = Engine(model, max_batch=cfg.rollout.max_batch, adapter="gathered" if setup.shared(run) else "live")
+    engine = make_engine(cfg, model, run)
     rollouts = Rollouts(cfg.rollout, engine, tokenizer, dialogues)
     evaluate = Held(cfg.eval, sets.eval, rollouts, rewards, algorithm, run)
     drawing = ahead.rollouts(cfg, rollouts, model, output.counters, run)
@@ -168,7 +176,7 @@ def main(cfg: Config) -> list[dict]:
             with note.clock("train"):
                 loss, grad_norm = learn(cfg, samples, model, optimizer, tokenizer.filler_id, run, note, pages)
             with note.clock("sync"):
-                engine.refresh()  # on whole models it draws with the trainer's own weights: there is nothing to copy
+                engine.refresh()  # where it draws with the trainer's own weights there is nothing to copy
                 drawing.settle()
             tokens, row = step_row(note, drawn, rewards, algorithm, reference.exists, run)
             output.step(step, loss, grad_norm, lr, tokens, row)

@@ -163,6 +163,10 @@ class Engine:
             raise RuntimeError("the engine is at work")
         self.clear()
 
+    def close(self) -> None:
+        """Forget everything: the last call. There is no process to end."""
+        self.clear()
+
     def refresh(self) -> None:
         """The trainer changed weights: what was computed with the old ones is computed again."""
         if self.merged is not None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ftlib.data.prompts import Prompt
 from ftlib.generation import Engine, SamplingParams
 from ftlib.generation.remote import RemoteEngine
+from ftlib.generation.vllm import VllmEngine
 from ftlib.rl.environments import Dialogues
 from ftlib.rl.samples import Sample
 from ftlib.sections.rl import Rollout
@@ -23,7 +24,9 @@ class Rollouts:
 
     age = 0  # updates between the weights that drew and those that learn
 
-    def __init__(self, cfg: Rollout, engine: Engine | RemoteEngine, tokenizer: Tokenizer, dialogues: Dialogues) -> None:
+    def __init__(
+        self, cfg: Rollout, engine: Engine | RemoteEngine | VllmEngine, tokenizer: Tokenizer, dialogues: Dialogues
+    ) -> None:
         self.cfg, self.engine, self.tokenizer, self.dialogues = cfg, engine, tokenizer, dialogues
 
     def __call__(self, prompts: Sequence[Prompt], n: int, place: Place, greedy: bool = False) -> list[Sample]:
@@ -50,7 +53,8 @@ class Rollouts:
         return self
 
     def __exit__(self, *ended: object) -> None:
-        """There is no process to end."""
+        """End the process that draws, where it is not this one."""
+        self.engine.close()
 
     def _go_on(self, samples: list[Sample], seed: int, greedy: bool) -> None:
         """Further turns of those that something answers."""

@@ -17,7 +17,7 @@ from ftlib.errors import Problems, UserError
 from ftlib.kernels.linear_logprobs import linear_logprobs
 from ftlib.models import LanguageModel
 from ftlib.parallel.run import Run, sizes
-from ftlib.rl import ahead, environments, reward_model
+from ftlib.rl import ahead, by_vllm, environments, reward_model
 from ftlib.rl.presets import Resolved, resolve
 from ftlib.rl.rewards import run as rewards
 from ftlib.rl.samples import Micro, Sample, idle, log_probabilities, pack
@@ -185,6 +185,8 @@ def _check_algorithm(cfg: Any, world: int) -> None:
         wrong("gdpo sets several rewards on one scale", "rewards", "name two or more, or take algorithm.preset=grpo")
     if cfg.rollout.staleness:
         problems += ahead.problems(cfg, world)
+    if cfg.rollout.engine == "vllm":
+        problems += by_vllm.problems(cfg, world)
     if algorithm.dynamic_sampling and taught:
         wrong("a teacher leaves no groups to choose from", "algorithm.dynamic_sampling", "leave it out")
     if algorithm.kl_in == "reward" and algorithm.kl_coef and algorithm.advantage != "whiten":

@@ -78,6 +78,9 @@ class Rollout:
     temperature: float = 1.0
     max_batch: int = 256  # completions that the engine works on at a time
     minibatches: int = 1  # optimizer updates on one set of completions
+    engine: Literal["native", "vllm"] = "native"  # vllm: experimental, by the package vllm (ftlib.generation.vllm)
+    vllm_memory: float = 0.4  # share of the GPU's memory that vllm takes, its copy of the weights included
+    vllm_sleep: bool = False  # vllm gives its memory back while the model learns; weights wait in host memory
     staleness: Literal[0, 1] = 0  # 1: a process on the next GPU draws for the next step while this one is learned from
     max_rounds: int = 4  # dynamic sampling: attempts to fill a step with groups that differ
     mismatch_warn: float = 0.01  # mean difference of log-probabilities between engine and trainer in the first step
@@ -93,6 +96,10 @@ class Rollout:
             raise ValueError("temperature: must be above 0, greedy completions of one prompt are all alike")
         if self.minibatches > self.prompts:
             raise ValueError("minibatches: each needs a prompt, so at most `prompts`")
+        if not 0 < self.vllm_memory < 1:
+            raise ValueError("vllm_memory: a share above 0 and below 1")
+        if self.engine == "native" and (self.vllm_sleep or self.vllm_memory != Rollout.vllm_memory):
+            raise ValueError("vllm_memory, vllm_sleep: only with engine: vllm")
         if min(self.show, self.show_every, self.mismatch_warn, self.mismatch_abort) < 0:
             raise ValueError("show, show_every, mismatch_warn, mismatch_abort: must not be negative")
 

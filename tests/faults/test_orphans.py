@@ -11,7 +11,7 @@ import pytest
 from parallel.processes import rows, running, wait_for_rows
 from tiny_model import ROOT, command
 
-from ftlib.generation import remote
+from ftlib.generation import process
 from ftlib.rl import sandbox
 from ftlib.rl.rewards import worker
 
@@ -73,7 +73,7 @@ def ends(code, folder, seconds=60, kill=False):
 def test_a_process_that_draws_ends_in_the_middle_of_its_batch(tmp_path):
     """It is asked for minutes of work."""
     code = f"{DRAWS}{KILLED}engine.generate([[5]] * 8, SamplingParams(20_000))"
-    ends(code, tmp_path, 30 * remote.LOOK_S)
+    ends(code, tmp_path, 30 * process.LOOK_S)
 
 
 def test_a_reward_that_hangs_ends_soon_after_its_time(tmp_path):

@@ -11,7 +11,7 @@ from parity.shrink import shrunk
 
 from ftlib.adapters import lora
 from ftlib.errors import UserError
-from ftlib.generation import Engine, ReferenceEngine, SamplingParams, remote, steps
+from ftlib.generation import Engine, ReferenceEngine, SamplingParams, process, steps
 from ftlib.generation.pages import PAGE, Pool, PromptLayout
 from ftlib.generation.remote import RemoteEngine
 from ftlib.generation.requests import Request
@@ -207,10 +207,10 @@ def test_an_engine_in_another_process_draws_with_the_weights_it_was_handed(monke
             for _, _, factors in lora.adapted(model):
                 factors.lora_B.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # of a terminal, of a scheduler: to all
-            os.kill(engine._process.pid, number)
+            os.kill(engine.worker.process.pid, number)
         assert tokens(engine.generate(PROMPTS, params, n=2)) == tokens(first)
-        monkeypatch.setattr(remote.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
-        monkeypatch.setattr(remote, "MEMORY", "/proc")  # nobody writes there
+        monkeypatch.setattr(process.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+        monkeypatch.setattr(process, "MEMORY", "/proc")  # nobody writes there
         engine.load()
         monkeypatch.undo()
         changed = engine.generate(PROMPTS, params, n=2)
