@@ -53,7 +53,7 @@ def find(path: str, subset: str | None = None, split: str | None = None) -> tupl
         if path.startswith(("http://", "https://")):
             found = patiently(lambda: _probe(path), FIRST)
             return None if found is None else ([found], False)
-        return patiently(lambda: _listed(path) if "://" in path else _of_hub(path, subset, split), FIRST)
+        return patiently(lambda: _listed(path), FIRST) if "://" in path else _of_hub(path, subset, split)
     except UserError:
         raise
     except ImportError as error:
@@ -192,7 +192,8 @@ def _pinned(files: Any, root: str) -> str:
 
 
 def _of_hub(path: str, subset: str | None, split: str | None) -> tuple[list[Found], bool]:
-    """The files that the datasets library would read for a subset and a split, at their commit."""
+    """The files that the datasets library would read for a subset and a split, at their commit. It tries again where a
+    connection is lost."""
     import datasets
     import fsspec
 

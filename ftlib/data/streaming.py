@@ -156,10 +156,14 @@ def _unwritten(
 
 def _files(source: Source, stream: Stream, key: str) -> list[File]:
     """The files of a source; pieces of remote ones go to one folder, whatever they belong to."""
+    folder = cache_folder() / "pieces"
     try:
-        folder = cache_folder() / "pieces"
         if is_remote(source.path):
             folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fix = "name a folder that can be written to"
+        raise UserError(f"{folder} cannot be made: {error.strerror}", where="FTLIB_CACHE", fix=fix) from None
+    try:
         return sources.streamed_files(source, Pieces(folder, int(stream.cache_gib * GIB)), key)
     except (UserError, OSError) as error:
         raise sources.told(error, key) from None

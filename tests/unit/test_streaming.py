@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fake_tokenizer import FakeTokenizer
+from test_pieces import KINDS, of_kind
 
 from ftlib.data import stream_rows, streaming
 from ftlib.data.streaming import StreamLoader, open_stream
@@ -136,6 +137,23 @@ def test_resumed_on_any_number_of_processes_to_the_token(tmp_path, workers):
             at += 1
     for loader in now:
         loader.close()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_goes_on_from_its_midst(tmp_path, name):
+    file = of_kind(tmp_path / name, [{"text": f"A{n}:{'lorem ' * (n % 7)}".strip()} for n in range(110)])
+    plan = plan_of([file], buffer=12).train
+    (whole,) = loaders(plan)
+    wanted = [rows_of([whole]) for _ in range(16)]
+    for ranks, stop in ((2, 5), (1, 11)):
+        (loader,) = loaders(plan)
+        for _ in range(stop):
+            rows_of([loader])
+        state, now = json.loads(json.dumps(loader.state_dict())), loaders(plan, ranks)
+        assert any(mark and mark[1] for lane in state["lanes"] for mark in lane["marks"])
+        for again in now:
+            again.load_state_dict(state)
+        assert [rows_of(now) for _ in range(stop, 16)] == wanted[stop:]
 
 
 def test_a_server_without_ranges_is_asked_for_the_whole_file_once(tmp_path, monkeypatch):

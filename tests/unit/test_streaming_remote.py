@@ -112,6 +112,8 @@ def test_a_piece_is_fetched_once_for_all_processes_and_kept_for_the_next(tmp_pat
 def test_pieces_are_there_before_they_are_needed(tmp_path, small):
     write(tmp_path / "a.jsonl", 400, "A")
     with serving(tmp_path) as server:
+        some = plan_of([f"{server.address}/a.jsonl"], cache_gib=20 * PIECE / GIB).train
+        assert some.sources[0].files[0].ahead == 9, "they and what is read take half of the folder"
         plan = plan_of([f"{server.address}/a.jsonl"], cache_gib=1, buffer=16).train
         (loader,) = loaders(plan)
         rows_of([loader])
@@ -266,6 +268,10 @@ def test_a_folder_that_is_too_small_is_refused(tmp_path, monkeypatch):
             plan_of([f"{server.address}/a.jsonl"])
         assert caught.value.where == "stream.cache_gib" and "FTLIB_CACHE" in caught.value.fix
         plan_of([f"{server.address}/a.jsonl"], cache_gib=2 * PIECE / GIB)
+        monkeypatch.setenv("FTLIB_CACHE", str(tmp_path / "a.jsonl"))
+        with pytest.raises(UserError, match="pieces cannot be made: Not a directory") as caught:
+            plan_of([f"{server.address}/a.jsonl"])
+        assert caught.value.where == "FTLIB_CACHE"
 
 
 def test_a_run_says_which_commit_of_the_hub_it_reads(small):
@@ -275,7 +281,7 @@ def test_a_run_says_which_commit_of_the_hub_it_reads(small):
     assert f"1 file elsewhere (1.00 GiB, at commit {'0a' * 20})" in line
 
 
-def test_a_missing_file_is_told_at_once(tmp_path):
+def test_a_missing_file_is_told_at_once(tmp_path, monkeypatch):
     import fsspec
 
     with serving(tmp_path) as server:
@@ -284,6 +290,16 @@ def test_a_missing_file_is_told_at_once(tmp_path):
             with pytest.raises(UserError) as caught:
                 plan_of([path])
             assert caught.value.where == "data.sources[0].path" and time.monotonic() - start < 5
+    asked = []
+
+    def refuse(*given):
+        asked.append(given)
+        raise ConnectionError("nobody is there")
+
+    monkeypatch.setattr(ranges, "_of_hub", refuse)
+    with pytest.raises(UserError, match="org/rows cannot be fetched"):
+        plan_of(["org/rows"])
+    assert len(asked) == 1, "that library has its own patience"
     fsspec.filesystem("memory").pipe("/page/README.md", b"# hello")
     with pytest.raises(UserError, match="without data files"):
         plan_of(["memory://page"])
