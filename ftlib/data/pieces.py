@@ -132,7 +132,10 @@ def _turn(path: Path, wait: bool = True) -> Iterator[int | None]:
 
 def _taken(path: Path, how: int) -> int | None:
     while True:
-        own = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            own = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _unfit(path.parent, f"cannot be written to: {error.strerror}") from None
         try:
             fcntl.flock(own, how)
             if os.path.samestat(os.fstat(own), os.stat(path)):
@@ -144,9 +147,12 @@ def _taken(path: Path, how: int) -> int | None:
             return None
         except OSError as error:
             os.close(own)
-            what = f"{path.parent} is on a file system without locks: {error.strerror}"
-            raise UserError(what, where="FTLIB_CACHE", fix="name a folder on a disk of this machine") from None
+            raise _unfit(path.parent, f"is on a file system without locks: {error.strerror}") from None
         os.close(own)
+
+
+def _unfit(folder: Path, why: str) -> UserError:
+    return UserError(f"{folder} {why}", where="FTLIB_CACHE", fix="name a folder of your own, on a disk of this machine")
 
 
 def _write(own: int, data: bytes) -> None:

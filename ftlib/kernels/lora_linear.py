@@ -22,7 +22,7 @@ def _project(
     x: Tensor, low: Tensor, stacked: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: float,
     gate: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    rank = low.shape[1]
+    rank = low.shape[1]  # `low` is behind the gate already, which backward reads
     out, dim = stacked.shape[0] - rank, stacked.shape[1] - rank
     weight = stacked[:out]
     if dim <= out:

@@ -175,6 +175,21 @@ def test_readers_of_what_was_left_half_do_not_wait_for_each_other(tmp_path, smal
     assert read == {n: file.read_bytes()[n * PIECE :][:9] for n in range(6)}
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "words"),
+    [(pieces.fcntl, "flock", "without locks: No locks available"), (os, "open", "written to: No locks available")],
+    ids=["locks", "writing"],
+)
+def test_a_folder_that_cannot_serve_is_told(small, monkeypatch, module, name, words):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(module, name, none)
+    with pytest.raises(UserError, match=words) as caught:
+        Pieces(small, 4 * PIECE).room()
+    assert caught.value.where == "FTLIB_CACHE"
+
+
 def test_a_folder_without_locks_is_told(small, monkeypatch):
     def none(*_):
         raise OSError(37, "No locks available")
