@@ -63,7 +63,7 @@ def watched(folder, limit):
     def look():
         while not done.is_set():
             with pieces._turn(folder / pieces.BOOK):  # while no file comes or goes
-                most.append(sum(file.stat().st_size for file in folder.glob("*-*")))
+                most.append(sum(size for _, size, _ in Pieces(folder, limit)._files()))
             time.sleep(0.001)
 
     thread = threading.Thread(target=look)
