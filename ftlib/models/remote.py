@@ -130,7 +130,7 @@ def _explain(error: Exception, repo: str, revision: str) -> UserError | None:
     if isinstance(error, errors.LocalEntryNotFoundError):
         return UserError(
             f"{repo} is not in the local cache and the Hub cannot be reached",
-            fix="connect, unset HF_HUB_OFFLINE, or give a local folder",
+            fix=f"connect, unset HF_HUB_OFFLINE, or give a local folder: {Path.cwd() / repo} is none",
         )
     if isinstance(error, errors.RepositoryNotFoundError) and "Invalid" not in str(error):
         near = did_you_mean(repo, [p.name for p in Path.cwd().iterdir() if p.is_dir()])

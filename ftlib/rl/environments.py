@@ -19,6 +19,7 @@ from ftlib.tokenizers import Tokenizer
 CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 MARK = "\u2402answer\u2402"  # stands for what the model said while a template is rendered
 MOST_SLOW = 5
+MOST_FAILED = 20  # calls of an environment that has never answered, before the run ends
 KINDS = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array", dict: "object"}
 Messages = list[dict[str, Any]]
 
@@ -27,11 +28,12 @@ class Dialogues:
     """`answer(sample)` asks the environment or runs the tools that the last turn calls.
 
     An environment that fails ends that completion; the first such failure is said. One that gives no answer in time to
-    `MOST_SLOW` completions in a row ends the run.
+    `MOST_SLOW` completions in a row, or that failed in each of its first `MOST_FAILED` calls, ends the run.
     """
 
     def __init__(self, cfg: Dialogue, say: Callable[[str], None] = print) -> None:
         self.cfg, self._say, self._told, self._slow = cfg, say, False, 0
+        self._failed: int | None = 0  # calls that failed; None once one did not
         self.tools = {find("tools", ref).__name__: Worker("tools", ref) for ref in cfg.tools}
         self.environment = Worker("environments", cfg.environment) if cfg.environment else None
 
@@ -47,11 +49,19 @@ class Dialogues:
             if self._slow == MOST_SLOW:
                 fix = "mend the function, or raise dialogue.timeout_s"
                 raise UserError(f"{error}, {MOST_SLOW} times in a row", where="dialogue.environment", fix=fix) from None
+            if self._failed is not None:
+                self._failed += 1
+            columns = ", ".join(sample.prompt.columns) or "no columns"
+            if self._failed == MOST_FAILED:
+                what = f"it failed on each of its first {MOST_FAILED} calls: {error}"
+                fix = f"mend the function; the row has {columns}"
+                raise UserError(what, where="dialogue.environment", fix=fix) from None
             if not self._told:
-                self._say(f"dialogue: {error}; such completions end there and count in tool_failures")
+                more = f"such completions end there and count in tool_failures; the row has {columns}"
+                self._say(f"dialogue: {error}; {more}")
                 self._told = True
             return None, 1
-        self._slow = 0
+        self._slow, self._failed = 0, None
         if said is None:
             return None, 0
         good = isinstance(said, list) and all(isinstance(m, dict) and m.keys() >= {"role", "content"} for m in said)

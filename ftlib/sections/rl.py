@@ -74,7 +74,7 @@ class Rollout:
 
     prompts: int = 64  # of one optimizer step
     group: int = 8  # completions of each prompt
-    max_new_tokens: int = 1024
+    max_new_tokens: int = 1024  # of a completion: all its turns, and what answers between them
     temperature: float = 1.0
     max_batch: int = 256  # completions that the engine works on at a time
     minibatches: int = 1  # optimizer updates on one set of completions

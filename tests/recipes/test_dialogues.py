@@ -1,6 +1,7 @@
 """Tools within a completion: what the model is shown, what is run, and what of it all is trained."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -113,6 +114,19 @@ def test_an_environment_that_always_hangs_ends_the_run(made):
         with pytest.raises(UserError, match=f"no answer within 0.1 s, {count} times in a row") as error:
             Rollouts(Rollout(max_new_tokens=400), engine, tokenizer, dialogues)([prompt], count + 1, (0, 1, 0, 0))
     assert error.value.where == "dialogue.environment"
+
+
+def test_an_environment_that_never_answers_ends_the_run(made):
+    """The row's columns are named: what it asks for may have become the prompt."""
+    tokenizer, cfg, prompt = made
+    prompt = replace(prompt, columns={"answer": "5", "level": 1})
+    own, count, said = cfg.tools[0].removesuffix(":add"), environments.MOST_FAILED, []
+    with Dialogues(Dialogue(environment=f"{own}:breaks", timeout_s=3), said.append) as dialogues:
+        engine = Scripted(tokenizer, ["a"] * count)
+        with pytest.raises(UserError, match=f"each of its first {count} calls.*RuntimeError: boom") as error:
+            Rollouts(Rollout(max_new_tokens=400), engine, tokenizer, dialogues)([prompt], count, (0, 1, 0, 0))
+    assert error.value.where == "dialogue.environment" and "answer, level" in error.value.fix
+    assert len(said) == 1 and "the row has answer, level" in said[0]
 
 
 def test_tools_that_the_template_does_not_show_are_told(made):

@@ -1,6 +1,7 @@
 """`tune download` and `tune push` against a Hub on the loopback: what is checked first, what is sent, what is told."""
 
 import json
+from pathlib import Path
 
 import pytest
 from unit.small_hub import hub
@@ -93,7 +94,9 @@ def test_a_wrong_token_is_told(online, monkeypatch, capsys):
 def test_offline_and_not_cached(online, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert cli.main(["download", "org/tiny"]) == 2
-    assert "not in the local cache and the Hub cannot be reached" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "not in the local cache and the Hub cannot be reached" in told
+    assert f"{Path.cwd() / 'org/tiny'} is none" in told  # a path that is spelt wrong looks like an id
 
 
 def test_what_is_cached_works_without_the_hub(online, monkeypatch, capsys):

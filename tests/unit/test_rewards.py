@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,25 @@ def test_a_function_that_is_wrong_ends_the_run(own):
         values(own, "short", ["a", "b"])
     said = []
     assert values(own, "raises", ["none", "nan"], said)[0] == [None, None]
-    assert len(said) == 1 and "None or NaN for every completion" in said[0]
+    assert len(said) == 1 and "None, NaN or an infinity for every completion" in said[0]
+
+
+@pytest.mark.parametrize(("first", "ends"), [("none", True), ("ab", False)])
+def test_rewards_that_never_score_anything_end_the_run(own, first, ends):
+    """Only where nothing was ever scored: a step of rows that a reward does not know is no mistake."""
+    with Rewards([Reward(fn=f"{own}:raises")], lambda line: None) as rewards:
+        for text in [first, *["none"] * (run.MOST_EMPTY - 2)]:
+            rewards([[]], [text], [[]], {})
+        expected = pytest.raises(UserError, match=f"no reward has scored any completion in {run.MOST_EMPTY} rounds")
+        with expected if ends else nullcontext():
+            rewards([[]], ["none"], [[]], {})
+
+
+def test_a_reward_that_asks_for_the_question_is_told_where_it_is(tmp_path):
+    (tmp_path / "asks.py").write_text("def f(completions, question): return [0.0] * len(completions)")
+    with pytest.raises(Problems, match="needs question") as error:
+        run.check([Reward(fn=f"{tmp_path / 'asks.py'}:f")], {"answer"})
+    assert "the question is in prompts" in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "bad", "seconds"), [("slow", "hang", 0.1), ("dies", "die", 20)])

@@ -12,6 +12,7 @@ from ftlib.rl.rewards.worker import Died, Failed, TooSlow, Worker, find
 from ftlib.sections.rl import Reward
 
 PASSED = ("prompts", "completions", "completion_ids")  # what every function is offered besides the columns
+MOST_EMPTY = 5  # times that rewards are asked and none scores anything, before the run ends
 MOST_LOST = 3  # processes that a function may hang or crash in a step, before the rest of its completions is left out
 Values = list[float | None]
 Messages = list[dict[str, Any]]
@@ -35,6 +36,7 @@ class Rewards:
         self._workers = [[Worker("rewards", r.fn) for _ in range(r.workers)] if r.fn else [] for r in cfg]
         self._signatures = [_parameters(find("rewards", r.fn)) if r.fn else set() for r in cfg]
         self._told: set[str] = set()
+        self._empty: int | None = 0  # times that nothing was scored; None once anything was
 
     def __call__(
         self,
@@ -43,9 +45,13 @@ class Rewards:
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]],
     ) -> list[Values]:
-        """Rewards of every completion: [function][completion]. UserError if a function fails on all of them."""
+        """Rewards of every completion: [function][completion]. UserError if a function fails on all of them, or if none
+        has scored anything in the first `MOST_EMPTY` calls."""
         offered = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-        return [self._one(i, offered, len(completions)) for i in range(len(self.cfg))]
+        found = [self._one(i, offered, len(completions)) for i in range(len(self.cfg))]
+        if self.cfg and completions:
+            self._scored(any(value is not None for values in found for value in values))
+        return found
 
     def __enter__(self) -> "Rewards":
         return self
@@ -106,6 +112,16 @@ class Rewards:
         with about(self._key(reward)):
             return [_value(value, reward.fn) for value in values]
 
+    def _scored(self, any_value: bool) -> None:
+        """A run whose rewards never score anything has nothing to learn from, however long it lasts."""
+        if any_value or self._empty is None:
+            self._empty = None
+            return
+        self._empty += 1
+        if self._empty == MOST_EMPTY:
+            what = f"no reward has scored any completion in {MOST_EMPTY} rounds: each gave None, NaN or an infinity"
+            raise UserError(what, where="rewards", fix="return a number for what can be scored")
+
     def _key(self, reward: Reward) -> str:
         return f"rewards[{self.cfg.index(reward)}].fn"
 
@@ -126,7 +142,7 @@ class Rewards:
         for text in slow[:1] + raised[:1]:
             self._tell(text + rest)
         if not failed and values and all(value is None for value in values):
-            self._tell(f"{reward.fn or reward.model} gave None or NaN for every completion of a step")
+            self._tell(f"{reward.fn or reward.model} gave None, NaN or an infinity for every completion of a step")
 
     def _tell(self, text: str) -> None:
         if text not in self._told and len(self._told) < 20:
@@ -170,11 +186,14 @@ def _problems(reward: Reward, columns: set[str], number: int) -> list[UserError]
         name for name, p in signature.parameters.items()
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }  # fmt: skip
+    from ftlib.data.prompts import COLUMNS
+
     missing = required - {*PASSED, *columns} - reward.args.keys()
     found = []
     if missing:
         have = f"every row has {', '.join(sorted(columns))}" if columns else "no column is in every row"
-        fix = f"{have}; give it in {key}.args, or rename a column"
+        asked = "; the question is in prompts, as messages" if missing & {*COLUMNS} else ""
+        fix = f"{have}{asked}; give it in {key}.args, or rename a column"
         what = f"{reward.fn} needs {', '.join(sorted(missing))}{did_you_mean(min(missing), {*PASSED, *columns})}"
         found.append(UserError(what, where=key, fix=fix))
     wanted = _parameters(function)
