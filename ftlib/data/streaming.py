@@ -115,7 +115,7 @@ def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, 
         pairs = zip(data.sources, names, strict=True)
         cut = [replace(source, split=f"{source.split or ''}{first}", name=name) for source, name in pairs]
     else:
-        cut = list(data.eval or ())
+        cut = [] if isinstance(data.eval, (int, float)) else list(data.eval or ())  # `check` refuses a share
         listed = [_files(source, stream, f"data.eval[{i}]") for i, source in enumerate(cut)]
     key = "data.sources" if held_out else "data.eval"
     evals = _held_out(data, cut, listed, tokenizer, seed, key) if cut else {}
@@ -216,8 +216,8 @@ def _check_unchanged(source: StreamSource, then: list[str]) -> None:
 class StreamLoader:
     """Endless iterator of `StreamStep`. Rows are those of the plan's lanes; data rank r takes its slice of them.
 
-    `gather` is called on every process alike: for the numbers of each step when there are several, and for
-    `state_dict`, which is the same on all of them. Workers start with the first step.
+    `gather` is called on every process alike: at the first step, for the numbers of each when there are several, and
+    for `state_dict`, which is the same on all of them. Workers start with the first step.
     """
 
     def __init__(
@@ -294,6 +294,11 @@ class StreamLoader:
         self._source = self._processes = None
 
     def _start(self) -> None:
+        files = [source.versions for source in self.plan.sources]
+        told = [] if self._gather is None else self._gather([self._rank, files])
+        if any(theirs != files for _, theirs in told):  # a branch of the Hub that moved while they started
+            fix = "start again; of the Hub, org/name@commit names the same files for all"
+            raise UserError("processes found different files elsewhere", where="data.sources", fix=fix)
         if self._workers:
             self._processes = Workers(self.plan, self._own, self._states, self._workers)
             self._source = self._processes.rows

@@ -6,6 +6,7 @@ import threading
 import time
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from test_streaming import Letters, loaders, plan_of, rows_of, write
 
 from ftlib.data import pieces, ranges, streaming
 from ftlib.data.pieces import Pieces, RemoteFile
-from ftlib.data.streaming import open_stream
+from ftlib.data.streaming import StreamLoader, open_stream
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
 from ftlib.sections.stream import Stream
@@ -238,6 +239,21 @@ def test_a_file_that_changed_is_named(tmp_path, small):
                 rows_of([same])
         assert caught.value.where == "data.sources[1].path"
         same.close()
+
+
+def test_processes_that_found_different_files_do_not_start(tmp_path):
+    plan = plan_of([stored(corpus(tmp_path / "many", count=2), "differing")], cache_gib=ROOM / GIB).train
+    mine = [source.versions for source in plan.sources]
+    for theirs in (mine, [mine[0][::-1]]):
+        told = [[0, mine], [1, theirs]]
+        gather = iter([told, [[0, [1.0] * 3], [1, [1.0] * 3]]])
+        loader = StreamLoader(plan, micro_rows=1, pad_id=0, workers=0, ranks=2, gather=partial(next, gather))
+        if theirs == mine:
+            assert next(loader).tokens == 2
+        else:
+            with pytest.raises(UserError, match="different files elsewhere"):
+                next(loader)
+        loader.close()
 
 
 def test_held_out_rows_are_those_of_files_here(tmp_path, small):
