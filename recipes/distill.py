@@ -74,6 +74,14 @@ def check(cfg: Config, world: int = 1) -> None:
     if known[0] != known[1]:
         what = f"the student has {known[0]:,} tokens, the teacher {known[1]:,}"
         raise UserError(what, where="model.path, distill.teacher", fix="take models with one vocabulary")
+    if build.other_tokens(cfg, cfg.distill.teacher):
+        what = "the teacher's tokenizer cuts text into other tokens than the student's"
+        raise UserError(what, where="model.path, distill.teacher", fix="take models with one tokenizer")
+    if cfg.distill.stored and cfg.distill.top_k > known[0]:
+        what = f"{cfg.distill.top_k:,} tokens of a vocabulary of {known[0]:,} cannot be kept"
+        raise UserError(what, where="distill.top_k", fix=f"at most {known[0]:,}; 64 is usual")
+    if cfg.distill.stored:
+        teacher_store.exists(cfg.distill.stored, {"teacher": cfg.distill.teacher, "top_k": cfg.distill.top_k})
     if cfg.parallel.tp > 1 or (cfg.distill.stored and cfg.parallel.cp > 1):
         where = "parallel.tp, parallel.cp"
         raise UserError("distillation needs whole heads, and stored rows whole rows", where=where, fix="set both to 1")

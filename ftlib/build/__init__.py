@@ -3,9 +3,9 @@
 from ftlib.build.checks import check, check_model
 from ftlib.build.fingerprints import fingerprint
 from ftlib.build.models import backend, frozen, model
-from ftlib.build.rows import check_data, datasets, loader, tokenizer, wanted
+from ftlib.build.rows import check_data, datasets, loader, other_tokens, tokenizer, wanted
 
 __all__ = [
     "backend", "check", "check_data", "check_model", "datasets", "fingerprint", "frozen", "loader", "model",
-    "tokenizer", "wanted",
+    "other_tokens", "tokenizer", "wanted",
 ]  # fmt: skip

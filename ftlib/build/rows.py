@@ -13,6 +13,8 @@ from ftlib.parallel.run import Run
 from ftlib.sections import Data, Reward
 from ftlib.tokenizers import Tokenizer
 
+_PROBE = "The quick brown fox, 1234567 of them, jumped over; \n\n  def f(x):\n\treturn x['é'] ≠ 0 # Straße, 日本語, мир"
+
 
 def tokenizer(cfg: Any) -> Tokenizer:
     """The tokenizer of a recipe's config, with the chat template its data asks for."""
@@ -24,6 +26,16 @@ def tokenizer(cfg: Any) -> Tokenizer:
     if cfg.data.template is not None:
         found.chat_template = tokenizers.load_template(cfg.data.template)
     return found
+
+
+def other_tokens(cfg: Any, path: str) -> bool:
+    """Whether the tokenizer of the model at `path` gives other ids than the config's own; not if it has none there."""
+    try:
+        theirs = tokenizers.from_pretrained(hub.resolve(path))
+    except UserError:
+        return False
+    ours = tokenizer(cfg)
+    return ours.encode(_PROBE, special=False) != theirs.encode(_PROBE, special=False)
 
 
 def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Streamed:

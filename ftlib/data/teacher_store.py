@@ -19,12 +19,12 @@ ABOUT = "about.json"
 
 
 def exists(folder: Path, about: dict[str, object]) -> bool:
-    """Whether the folder holds what `about` describes; UserError if it holds something else."""
+    """Whether the folder holds what `about`, or the part of it that is known yet, describes; UserError if it holds
+    something else."""
     if not (folder / ABOUT).is_file():
         return False
     found = json.loads((folder / ABOUT).read_text())
-    if found != about:
-        differs = sorted(key for key in found | about if found.get(key) != about.get(key))
+    if differs := sorted(key for key in about if found.get(key) != about[key]):
         raise UserError(
             f"{folder} was made with other settings ({', '.join(differs)})",
             where="distill.stored",

@@ -84,3 +84,26 @@ def test_another_vocabulary_is_refused(tiny, student, tmp_path):
     config.write_text(config.read_text().replace('"vocab_size": 260', '"vocab_size": 264'))
     with pytest.raises(UserError, match="the student has 260 tokens, the teacher 264"):
         run(tiny, student, tmp_path, other)
+
+
+def test_a_teacher_that_cuts_text_otherwise_is_refused(tiny, student, tmp_path):
+    """As many tokens, of which two have changed places."""
+    other = write_model(tmp_path / "other")
+    file = other / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    ids = spec["model"]["vocab"]
+    ids["o"], ids["e"] = ids["e"], ids["o"]
+    file.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="tokenizer cuts text into other tokens"):
+        run(tiny, student, tmp_path, other)
+
+
+def test_what_cannot_be_stored_or_was_stored_otherwise_is_told_before_training(tiny, student, teacher, tmp_path):
+    with pytest.raises(UserError, match="300 tokens of a vocabulary of 260"):
+        run(tiny, student, tmp_path, teacher, stored=str(tmp_path / "store"), top_k=300)
+    (tmp_path / "store").mkdir()
+    about = {"teacher": str(teacher), "data": "of another run", "top_k": 32}
+    (tmp_path / "store" / "about.json").write_text(json.dumps(about))
+    file = tiny.config(tmp_path, distill={"teacher": str(teacher), "stored": str(tmp_path / "store"), "top_k": 64})
+    code, _, errors = tune("validate", "distill", "--config", file, f"model.path={student}", cwd=ROOT)
+    assert code == 2 and "made with other settings (top_k)" in errors

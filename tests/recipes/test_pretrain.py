@@ -65,3 +65,9 @@ def test_mistakes_are_found_before_anything_is_read(tiny, texts, tmp_path):
     file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
     with pytest.raises(UserError, match=r"no end(.|\n)*optim.groups\[0\].match|match(.|\n)*no end"):
         train("pretrain", "--config", file, "steps=null", 'optim.groups=[{"match": "nowhere"}]')
+
+
+def test_a_share_held_out_of_a_stream_is_one_message_of_validate(tiny, texts, tmp_path):
+    file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
+    code, _, errors = tune("validate", "pretrain", "--config", file, "data.eval=0.05")
+    assert code == 2 and "a share of a stream is not known" in errors and "Traceback" not in errors
