@@ -92,7 +92,9 @@ def test_killed_again_and_again(uninterrupted, tmp_path):
     assert "already finished" in finish(out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_signal_saves_and_the_same_command_goes_on(uninterrupted, tmp_path, number):
     child = start(tmp_path, every=1000, pause=0.25)
     wait_for_row(child, tmp_path)

@@ -144,8 +144,16 @@ def test_drawing_ahead_learns_from_weights_one_update_old_and_resumes_to_the_bit
     rows = rl_toys.learn({**parts, "steps": 4})
     exact = ("loss", "reward", "grad_norm", "length/mean", "entropy", "tokens", "staleness")
     assert [[row[k] for k in exact] for row in rows] == [[row[k] for k in exact] for row in whole]
+    assert "drawn_ahead" in (tmp_path / "parts/checkpoints/step_000004/state.json").read_text()
+
+
+@pytest.mark.slow
+def test_what_was_drawn_ahead_is_left_where_it_would_be_drawn_otherwise_now(toy, tmp_path):
+    """Last result (2026-11-23): passed."""
+    sections = {"rollout": {"prompts": 4, "group": 4, "staleness": 1}, "checkpoint": {"every": 2}, "lora": {"rank": 4}}
+    parts = rl_toys.settings(toy, "length", tmp_path / "parts", steps=4, **sections)
+    rl_toys.learn(parts)
     state = tmp_path / "parts/checkpoints/step_000004/state.json"
-    assert "drawn_ahead" in state.read_text()
     other = {**parts["rollout"], "temperature": 0.5, "mismatch_abort": 0.05}
     rows = rl_toys.learn({**parts, "steps": 6, "rollout": other})
     assert [row["staleness"] for row in rows[4:]] == [0, 1], "what waited was drawn at another temperature"

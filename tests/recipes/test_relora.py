@@ -166,9 +166,10 @@ def test_an_adapter_that_is_continued_is_merged_too(lab):
     assert rows[0]["eval_loss"] != lab.rows[0]["eval_loss"]
 
 
+@pytest.mark.slow
 def test_two_processes_merge_what_one_merges_and_go_on_to_the_bit(lab):
     """Base, adapters and moments in shards (FSDP2), and a norm that trains whole beside them. Half of the moments stay:
-    of 1 % nobody would see which."""
+    of 1 % nobody would see which. Last result (2026-11-23): passed."""
     more = ("lora.modules_to_save=[norm]", "relora.keep=0.5")
     words = ("--config", lab.file, *more, "parallel.dp_shard=2", "batch.micro_rows=2")
     command = ("run", "--nproc-per-node", 2, ROOT / "recipes" / "lora_sft.py", *words)

