@@ -78,7 +78,8 @@ def _logprobs(given: dict, chat: bool) -> bool:
     """Whether the log-probabilities of drawn tokens are wanted; those of others are not to be had."""
     if chat:
         return _flag(given, "logprobs", False)
-    return "logprobs" in given and _number(given, "logprobs", 0, int, lambda x: x == 0, "0: of the drawn tokens") == 0
+    wanted = "0: of the drawn tokens, not of others"
+    return "logprobs" in given and _number(given, "logprobs", 0, int, lambda x: x == 0, wanted) == 0
 
 
 def _known(body: dict, names: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from ftlib.serving.service import Service
 from ftlib.tokenizers import Tokenizer
 
 MOST_BYTES = 16 << 20  # of a request
+ANSWERED = ("/v1/completions", "/v1/chat/completions")
 
 
 class Server(ThreadingHTTPServer):
@@ -82,11 +83,13 @@ class Handler(BaseHTTPRequestHandler):
             return self._json({"object": "list", "data": [model]})
         if path == f"/v1/models/{self.server.name}":
             return self._json(model)
+        if path in ANSWERED:
+            raise ApiError(f"{path} answers POST requests", status=405)
         raise ApiError(f"there is nothing at {path}", status=404)
 
     def _post(self) -> None:
         path = self.path.split("?")[0].rstrip("/")
-        if path not in ("/v1/completions", "/v1/chat/completions"):
+        if path not in ANSWERED:
             raise ApiError(f"there is nothing at {path}", status=404)
         self._allowed()
         server = self.server
@@ -110,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> object:
         # A page in a browser cannot send this type to another origin without asking first.
         if self.headers.get_content_type() != "application/json":
-            raise ApiError("the body must be application/json", status=415)
+            raise ApiError("the body must be sent with Content-Type: application/json", status=415)
         length = self.headers.get("Content-Length", "")
         if not length.isdigit():
             raise ApiError("a Content-Length is needed", status=411)

@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import ANY
 
 import pytest
 from tiny_model import command
@@ -200,6 +201,7 @@ def test_wrong_paths_models_keys_and_bodies(served):
     assert refused(served, "/v1/chat/completions", {**body, "model": "gpt-4"})[0] == 404
     assert refused(served, "/v1/embeddings", body)[0] == 404
     assert refused(served, "/v1/chat/completions", body, headers={"Content-Type": "text/plain"})[0] == 415
+    assert refused(served, "/v1/chat/completions", None) == (405, ANY)  # a GET
     assert refused(served, "/v1/chat/completions", [1])[1]["message"] == "the body is no JSON object"
     assert refused(served, "/v1/completions", {"prompt": ""})[1]["param"] == "prompt"
     assert refused(served, "/v1/completions", {"prompt": [99_999]})[1]["param"] == "prompt"
