@@ -15,7 +15,7 @@ from ftlib.data import prompts as asked
 from ftlib.data.report import counted
 from ftlib.errors import Problems, UserError
 from ftlib.kernels.linear_logprobs import linear_logprobs
-from ftlib.models import LanguageModel
+from ftlib.models import LanguageModel, own
 from ftlib.parallel.run import Run, sizes
 from ftlib.rl import ahead, by_vllm, environments, reward_model
 from ftlib.rl.presets import Resolved, resolve
@@ -49,6 +49,11 @@ def load_prompts(cfg: Any, tokenizer: Tokenizer) -> asked.PromptSets:
     if cfg.rollout.prompts > epoch:
         what = f"rollout.prompts is {cfg.rollout.prompts}, and an epoch has {counted(epoch, 'prompt')}"
         sets.report.append(f"warning: {what}: a step asks the same ones several times, as groups of their own")
+    longest = max(len(p.ids) for source in sets.train.sources for p in source) + cfg.rollout.max_new_tokens
+    most = own.arch(cfg.model, cfg.model.path).max_positions
+    if most and longest > most:
+        what = f"a prompt and its completion may have {longest:,} tokens, and the model's range is {most:,}"
+        sets.report.append(f"warning: {what} (max_position_embeddings): lower rollout.max_new_tokens")
     return sets
 
 

@@ -344,7 +344,9 @@ def test_checked_before_a_run(toy, tmp_path, capsys):
     words = ["validate", "recipes/grpo.py", "--config", str(tmp_path / "good.yaml")]
     assert cli.main([*words, "rollout.prompts=9999"]) == 0
     assert "rollout.prompts is 9999, and an epoch has" in capsys.readouterr().out
-    assert cli.main(words) == 0
+    assert cli.main([*words, "data.seq_len=128", "rollout.max_new_tokens=64"]) == 0
+    assert "tokens, and the model's range is 64 (max_position_embeddings)" in capsys.readouterr().out
+    assert cli.main(words) == 0 and "the model's range" not in capsys.readouterr().out
 
 
 def test_every_preset_says_what_it_is():
