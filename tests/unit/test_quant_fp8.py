@@ -183,6 +183,13 @@ def test_compiled_is_eager(frozen, rows):
 
 
 @BOTH
+def test_codes_lie_row_by_row_wherever_their_numbers_lie(rows):
+    """A transposed operand is not copied once more, byte by byte, on its way to a product."""
+    codes, _ = cast(drawn(32, 16).T, rows)
+    assert codes.is_contiguous() and codes.shape == (16, 32)
+
+
+@BOTH
 def test_fused_siblings_are_the_layers(rows):
     """One group, as what follows would round otherwise after another order of a sum."""
     found = []
