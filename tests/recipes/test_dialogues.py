@@ -33,6 +33,11 @@ def sleeps(messages, columns):
 
 def breaks(messages, columns):
     raise RuntimeError("boom")
+
+def breaks_later(messages, columns, seen=[]):
+    seen.append(messages)
+    if len(seen) > 1:
+        raise RuntimeError("boom")
 '''
 
 
@@ -127,6 +132,10 @@ def test_an_environment_that_never_answers_ends_the_run(made):
             Rollouts(Rollout(max_new_tokens=400), engine, tokenizer, dialogues)([prompt], count, (0, 1, 0, 0))
     assert error.value.where == "dialogue.environment" and "answer, level" in error.value.fix
     assert len(said) == 1 and "the row has answer, level" in said[0]
+    with Dialogues(Dialogue(environment=f"{own}:breaks_later", timeout_s=3), said.append) as dialogues:
+        engine = Scripted(tokenizer, ["a"] * (count + 1))
+        samples = Rollouts(Rollout(max_new_tokens=400), engine, tokenizer, dialogues)([prompt], count + 1, (0, 1, 0, 0))
+    assert sum(sample.failed_calls for sample in samples) == count  # one that has answered may fail often
 
 
 def test_tools_that_the_template_does_not_show_are_told(made):
