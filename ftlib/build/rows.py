@@ -41,9 +41,14 @@ def other_tokens(cfg: Any, path: str) -> bool:
 def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Streamed:
     """Training and held-out rows of a recipe's config, or its stream, opened; UserError where a row has a token that
     the model does not."""
+    if (rows := _asked(cfg, "sizes", "vocab")) and rows < (ids := tokenizer.vocab_size):
+        what = f"the tokenizer has {ids:,} ids, and the embedding would have {rows:,} rows"
+        raise UserError(what, where="sizes.vocab", fix=f"set it to {ids} or more")
     if (stream := getattr(cfg, "stream", None)) is not None:
         size = {"rows": cfg.batch.rows, "vocab": _known_tokens(cfg, tokenizer)}
-        return streaming.open_stream(cfg.data, stream, tokenizer, seed=cfg.seed, **size)
+        opened = streaming.open_stream(cfg.data, stream, tokenizer, seed=cfg.seed, **size)
+        opened.report.totals += _fit(cfg, tokenizer, cfg.data.seq_len)
+        return opened
     asked = wanted(cfg)
     found = data.load(cfg.data, tokenizer, seed=cfg.seed, wanted=asked)
     highest = max(rows.max_token_id for rows in (found.train, *found.eval.values()))
@@ -54,7 +59,8 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
             where="tokenizer.path" if cfg.tokenizer.path else str(hub.resolve(cfg.model.path) / "config.json"),
             fix="use the tokenizer that belongs to the model",
         )
-    found.report.totals += _short(cfg, found)
+    longest = max(int(rows.lengths.max(initial=0)) for rows in (found.train, *found.eval.values()))
+    found.report.totals += _short(cfg, found) + _fit(cfg, tokenizer, longest)
     if asked.kind == "train":
         return found
     mismatched = asked.kind == "rated" and cfg.dpo.mismatched
@@ -62,6 +68,23 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
     options["shared"] = (getattr(cfg, "dpo", None) or cfg.reward).share_prompt
     sets = {name: data.Preferences(rows, **options) for name, rows in found.eval.items()}
     return data.Datasets(data.Preferences(found.train, **options), sets, found.report)
+
+
+def _fit(cfg: Any, tokenizer: Tokenizer, longest: int) -> list[str]:
+    """Lines where the model is none for this tokenizer, or for documents of `longest` tokens."""
+    arch, ids, said = own.arch(cfg.model, cfg.model.path), tokenizer.vocab_size, []
+    length = _asked(cfg, "context", "length") or arch.max_positions
+    if hasattr(cfg, "sizes") and cfg.from_scratch:
+        if (rows := cfg.sizes.vocab or arch.vocab) > 2 * ids:
+            what = f"the tokenizer has {ids:,} ids, the embedding {rows:,} rows, most of which will not learn"
+            said.append(f"warning: {what}: sizes.vocab={ids} leaves them out")
+    elif cfg.tokenizer.path and other_tokens(cfg, cfg.model.path):
+        said.append("warning: tokenizer.path cuts text into other tokens than the model's own, which its weights know")
+    if length and longest > length:
+        what = f"documents have up to {longest:,} tokens, and the model's range is {length:,}"
+        fix = f": context.length={longest} makes it longer" if hasattr(cfg, "context") else ""
+        said.append(f"warning: {what} (max_position_embeddings){fix}")
+    return said
 
 
 def _short(cfg: Any, found: data.Datasets) -> list[str]:
@@ -83,7 +106,12 @@ def _known_tokens(cfg: Any, tokenizer: Tokenizer) -> int:
     with about("model.path"):
         hub.read_config(hub.resolve(cfg.model.path))
     with about("model.code"):
-        return max([own.arch(cfg.model, cfg.model.path).vocab, *added])
+        return max([_asked(cfg, "sizes", "vocab") or own.arch(cfg.model, cfg.model.path).vocab, *added])
+
+
+def _asked(cfg: Any, section: str, key: str) -> int | None:
+    """What a section of pretraining, if there is one, sets in place of the model's own."""
+    return getattr(getattr(cfg, section, None), key, None)
 
 
 def wanted(cfg: Any) -> data.Wanted:

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from tiny_model import losses, steps, train, tune
+from tiny_model import losses, steps, train, tune, write_model
 
 from ftlib.errors import UserError
 
@@ -71,3 +71,28 @@ def test_a_share_held_out_of_a_stream_is_one_message_of_validate(tiny, texts, tm
     file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
     code, _, errors = tune("validate", "pretrain", "--config", file, "data.eval=0.05")
     assert code == 2 and "a share of a stream is not known" in errors and "Traceback" not in errors
+
+
+def test_a_model_that_does_not_fit_its_tokenizer_or_its_rows_is_told(tiny, texts, tmp_path):
+    """Fresh embeddings with fewer rows than ids, with far more, and documents longer than the model's range."""
+    validate = ("validate", "pretrain", "--config", tiny.config(tmp_path, **SETTINGS, data=dict(texts)))
+    code, _, errors = tune(*validate, "sizes.vocab=200")
+    assert code == 2 and "sizes.vocab" in errors and "set it to 259 or more" in errors
+    assert tune(*validate, "sizes.vocab=259")[0] == 0
+    code, said, errors = tune(*validate, "sizes.vocab=1000", "data.seq_len=1024")
+    assert code == 0, errors
+    assert "259 ids, the embedding 1,000 rows" in said and "sizes.vocab=259 leaves them out" in said
+    assert "the model's range is 512" in said and "context.length=1024" in said
+
+
+def test_another_tokenizer_on_trained_weights_is_told(tiny, texts, tmp_path):
+    write_model(tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    ids = spec["model"]["vocab"]
+    ids["o"], ids["e"] = ids["e"], ids["o"]
+    file.write_text(json.dumps(spec))
+    config = tiny.config(tmp_path, **SETTINGS, data=dict(texts), from_scratch=False)
+    words = ("validate", "pretrain", "--config", config)
+    assert "other tokens" not in tune(*words)[1]
+    assert "other tokens than the model's own" in tune(*words, f"tokenizer.path={tmp_path}/other")[1]
