@@ -92,12 +92,20 @@ def merge(out: Path, folders: Sequence[Path], args: argparse.Namespace) -> None:
         if differ:
             what = f"{folder} and {base} differ in {len(differ)} tensors: {', '.join(differ[:3])}"
             raise UserError(what, fix="merge models of one shape")
+    texts = {folder: _tokenizer(folder) for folder in [base, *folders]}
+    if others := [folder for folder, text in texts.items() if text and texts[base] and text != texts[base]]:
+        print(f"warning: {others[0]} has another tokenizer.json than {base}, whose the result gets", file=sys.stderr)
     out.mkdir(parents=True)
     _write(out, opened, args)
     for file in Path(base).iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt") or ".safetensors." in file.name
         if file.is_file() and not weights:
             shutil.copyfile(file, out / file.name)
+
+
+def _tokenizer(folder: Path) -> bytes:
+    file = Path(folder) / "tokenizer.json"
+    return file.read_bytes() if file.is_file() else b""
 
 
 def _write(out: Path, opened: Sequence[Weights], args: argparse.Namespace) -> None:
@@ -146,7 +154,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=("linear", "slerp", "ties", "dare"), default="linear")
     parser.add_argument("--weights", type=float, nargs="+", help="one for each model; default: equal")
     parser.add_argument("--base", type=Path, help="ties, dare: what the models were trained from")
-    parser.add_argument("--density", type=float, default=0.2, help="ties, dare: share of each difference that stays")
+    parser.add_argument("--density", type=float, help="ties, dare: share of each difference that stays, 0.2")
     parser.add_argument("--seed", type=int, default=0, help="dare")
     args = parser.parse_args(argv)
     args.weights = args.weights or [1.0] * len(args.models)
@@ -156,6 +164,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--method slerp: two models")
     if (args.method in ("ties", "dare")) != (args.base is not None):
         parser.error("--base: for ties and dare, and only for them")
+    if args.density is not None and args.method not in ("ties", "dare"):
+        parser.error("--density: for ties and dare")
+    args.density = 0.2 if args.density is None else args.density
     if not 0 < args.density <= 1:
         parser.error("--density: above 0, at most 1")
     return args

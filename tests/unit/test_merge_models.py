@@ -1,6 +1,7 @@
 """Merged models against the papers' formulas, number by number, and as folders that load."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -102,3 +103,17 @@ def test_models_that_do_not_fit_are_named(folders, tmp_path, capsys):
     other = write_model(tmp_path / "other", num_hidden_layers=1)
     assert tool.main([str(tmp_path / "out"), str(folders[0]), str(other)]) == 2
     assert "differ in" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_and_a_density_without_use_are_told(folders, tmp_path, capsys):
+    _, first, second = folders
+    other = tmp_path / "other"
+    shutil.copytree(second, other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    assert tool.main([str(tmp_path / "same"), str(first), str(second)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert tool.main([str(tmp_path / "out"), str(first), str(other)]) == 0
+    assert "another tokenizer.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main([str(tmp_path / "no"), str(first), str(second), "--density", "0.3"])
+    assert "--density: for ties and dare" in capsys.readouterr().err
