@@ -26,8 +26,8 @@ PACKED = (".gz", ".zst")
 SCANNED = 64 << 20  # bytes of a text that are searched for paragraphs
 _SIGNS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the data itself", "run `git lfs pull` in its repository"),
-    (b"<!doctype html", "an HTML page, not data", "download the raw file, not the page that shows it"),
-    (b"<html", "an HTML page, not data", "download the raw file, not the page that shows it"),
+    (b"<!doctype html", "an HTML page, not data", "name the raw file, not a page that shows it or lists several"),
+    (b"<html", "an HTML page, not data", "name the raw file, not a page that shows it or lists several"),
     (b"\xff\xfe", "UTF-16, not UTF-8", "convert it: iconv -f UTF-16 -t UTF-8 {path} > utf8-{path}"),
     (b"\xfe\xff", "UTF-16, not UTF-8", "convert it: iconv -f UTF-16 -t UTF-8 {path} > utf8-{path}"),
     (b"pk\x03\x04", "a zip archive", "unpack it first: unzip {path}"),

@@ -101,8 +101,8 @@ def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, 
         shape, places = find_shape(source, data, files, tokenizer, f"data.sources[{i}]")
         name = _name(source, files)
         found.append(StreamSource(name, pieces.in_order(files, ahead), shape, source.weight, held_out))
-        total = sum(s.weight for s in data.sources)
-        reports.append(_Opened(name, source.path, shape.format, shape.evidence, files, source.weight / total))
+        share = None if stream.mix else source.weight / sum(s.weight for s in data.sources)
+        reports.append(_Opened(name, source.path, shape.format, shape.evidence, files, share))
         reports[-1].unwritten = _unwritten(shape, data, tokenizer, files, places)
     names = [source.name for source in found]
     if double := next((name for name in names if names.count(name) > 1), None):
@@ -126,9 +126,11 @@ def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, 
 
 
 class _Opened(SourceReport):
-    """A source of a stream, of which only the beginning was looked at."""
+    """A source of a stream, of which only the beginning was looked at; `share`: None where it changes."""
 
-    def __init__(self, name: str, path: str, format: str, evidence: str, files: list[File], share: float) -> None:
+    def __init__(
+        self, name: str, path: str, format: str, evidence: str, files: list[File], share: float | None
+    ) -> None:
         super().__init__(name, path, format, evidence)
         self.files, self.share = files, share
 
@@ -138,7 +140,8 @@ class _Opened(SourceReport):
         if away := [file.found for file in self.files if isinstance(file, RemoteFile)]:
             commit = f", at commit {away[0].commit}" if away[0].commit else ""
             files += f" elsewhere ({sum(found.size for found in away) / GIB:,.2f} GiB{commit})"
-        how = f"{files}, read while training, format {self.format} ({self.evidence}), {self.share:.1%}"
+        share = "its share by stream.mix" if self.share is None else f"{self.share:.1%}"
+        how = f"{files}, read while training, format {self.format} ({self.evidence}), {share}"
         lost = f"  warning: the reasoning of {self.unwritten:,} messages in its first {CHUNK} rows {UNWRITTEN}"
         return [f"{self.name}: {how}", *([lost] if self.unwritten else [])]
 

@@ -235,6 +235,15 @@ def test_shares_change_over_training(tmp_path):
     assert half["a"] / sum(half.values()) == pytest.approx(0.5, abs=0.03)
 
 
+def test_a_share_that_changes_is_not_told_as_if_it_did_not(tmp_path):
+    data = Data(sources=(Source(path=str(write(tmp_path / "a.jsonl", 30, "A")), name="a"),), seq_len=SEQ_LEN)
+    said = [
+        "".join(open_stream(data, Stream(mix=mix), Letters(), vocab=123, rows=ROWS, seed=3).report.lines())
+        for mix in ((), (Mix(step=1, weights={"a": 2.0}),))
+    ]
+    assert "100.0%" in said[0] and "100.0%" not in said[1] and "its share by stream.mix" in said[1]
+
+
 def test_step_numbers_count_tokens_and_targets(tmp_path):
     plan = plan_of([write(tmp_path / "a.jsonl", 80, "A")]).train
     step = next(loaders(plan)[0])
