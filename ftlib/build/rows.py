@@ -47,7 +47,7 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
     if (stream := getattr(cfg, "stream", None)) is not None:
         size = {"rows": cfg.batch.rows, "vocab": _known_tokens(cfg, tokenizer)}
         opened = streaming.open_stream(cfg.data, stream, tokenizer, seed=cfg.seed, **size)
-        opened.report.totals += _fit(cfg, tokenizer, cfg.data.seq_len)
+        opened.report.totals += _unreached(cfg) + _fit(cfg, tokenizer, cfg.data.seq_len)
         return opened
     asked = wanted(cfg)
     found = data.load(cfg.data, tokenizer, seed=cfg.seed, wanted=asked)
@@ -68,6 +68,14 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
     options["shared"] = (getattr(cfg, "dpo", None) or cfg.reward).share_prompt
     sets = {name: data.Preferences(rows, **options) for name, rows in found.eval.items()}
     return data.Datasets(data.Preferences(found.train, **options), sets, found.report)
+
+
+def _unreached(cfg: Any) -> list[str]:
+    """A line where a run ends before the last of the shares that it was given."""
+    last = max((point.step for point in cfg.stream.mix), default=0)
+    if cfg.steps is None or last <= cfg.steps:
+        return []
+    return [f"warning: stream.mix goes on to step {last:,}, the run (steps) ends at {cfg.steps:,}"]
 
 
 def _fit(cfg: Any, tokenizer: Tokenizer, longest: int) -> list[str]:

@@ -18,6 +18,8 @@ class Loss:
             raise ValueError("z_loss and eaft_alpha: must not be negative")
         if self.eaft_k < 2:
             raise ValueError("eaft_k: must be at least 2")
+        if self.name != "eaft" and (self.eaft_alpha, self.eaft_k) != (Loss.eaft_alpha, Loss.eaft_k):
+            raise ValueError("eaft_alpha, eaft_k: only name=eaft reads them")
 
     @property
     def plain(self) -> bool:

@@ -66,6 +66,7 @@ ADDED = {  # from line 10 on
     "a signed seed": ("seed: -1\n", "no sign", "seed (c.yaml:10)"),
     "alpha": ("lora: {alpha: -16}\n", "c.yaml:10: lora.alpha", "must be above 0"),
     "evaluations of nothing": ("eval: {every: 5}\n", "eval.every would look", "data.eval, eval.every (c.yaml:10)"),
+    "a loss that is not on": ("loss: {eaft_k: 5}\n", "c.yaml:10: loss.eaft_alpha, eaft_k: only name=eaft reads them"),
     "noise": ("neftune: -1\n", "neftune (c.yaml:10)", "above 0"),
 }  # fmt: skip
 COMMANDS = {

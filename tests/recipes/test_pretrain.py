@@ -6,6 +6,7 @@ import random
 import pytest
 from tiny_model import losses, steps, train, tune, write_model
 
+from ftlib import cli
 from ftlib.errors import UserError
 
 SETTINGS = {
@@ -67,25 +68,31 @@ def test_mistakes_are_found_before_anything_is_read(tiny, texts, tmp_path):
         train("pretrain", "--config", file, "steps=null", 'optim.groups=[{"match": "nowhere"}]')
 
 
-def test_a_share_held_out_of_a_stream_is_one_message_of_validate(tiny, texts, tmp_path):
+def validate(capsys, file, *words):
+    """Exit code, output and errors of `tune validate pretrain`."""
+    code = cli.main(["validate", "pretrain", "--config", str(file), *words])
+    return code, *capsys.readouterr()
+
+
+def test_a_share_held_out_of_a_stream_is_one_message_of_validate(tiny, texts, tmp_path, capsys):
     file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
-    code, _, errors = tune("validate", "pretrain", "--config", file, "data.eval=0.05")
+    code, _, errors = validate(capsys, file, "data.eval=0.05")
     assert code == 2 and "a share of a stream is not known" in errors and "Traceback" not in errors
 
 
-def test_a_model_that_does_not_fit_its_tokenizer_or_its_rows_is_told(tiny, texts, tmp_path):
+def test_a_model_that_does_not_fit_its_tokenizer_or_its_rows_is_told(tiny, texts, tmp_path, capsys):
     """Fresh embeddings with fewer rows than ids, with far more, and documents longer than the model's range."""
-    validate = ("validate", "pretrain", "--config", tiny.config(tmp_path, **SETTINGS, data=dict(texts)))
-    code, _, errors = tune(*validate, "sizes.vocab=200")
+    file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
+    code, _, errors = validate(capsys, file, "sizes.vocab=200")
     assert code == 2 and "sizes.vocab" in errors and "set it to 259 or more" in errors
-    assert tune(*validate, "sizes.vocab=259")[0] == 0
-    code, said, errors = tune(*validate, "sizes.vocab=1000", "data.seq_len=1024")
+    assert validate(capsys, file, "sizes.vocab=259")[0] == 0
+    code, said, errors = validate(capsys, file, "sizes.vocab=1000", "data.seq_len=1024")
     assert code == 0, errors
     assert "259 ids, the embedding 1,000 rows" in said and "sizes.vocab=259 leaves them out" in said
     assert "the model's range is 512" in said and "context.length=1024" in said
 
 
-def test_another_tokenizer_on_trained_weights_is_told(tiny, texts, tmp_path):
+def test_another_tokenizer_on_trained_weights_is_told(tiny, texts, tmp_path, capsys):
     write_model(tmp_path / "other")
     file = tmp_path / "other" / "tokenizer.json"
     spec = json.loads(file.read_text())
@@ -93,6 +100,12 @@ def test_another_tokenizer_on_trained_weights_is_told(tiny, texts, tmp_path):
     ids["o"], ids["e"] = ids["e"], ids["o"]
     file.write_text(json.dumps(spec))
     config = tiny.config(tmp_path, **SETTINGS, data=dict(texts), from_scratch=False)
-    words = ("validate", "pretrain", "--config", config)
-    assert "other tokens" not in tune(*words)[1]
-    assert "other tokens than the model's own" in tune(*words, f"tokenizer.path={tmp_path}/other")[1]
+    assert "other tokens" not in validate(capsys, config)[1]
+    assert "other tokens than the model's own" in validate(capsys, config, f"tokenizer.path={tmp_path}/other")[1]
+
+
+def test_shares_after_the_end_of_the_run_are_told(tiny, texts, tmp_path, capsys):
+    file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
+    for step, told in ((8, False), (9, True)):
+        _, said, errors = validate(capsys, file, f"stream.mix=[{{step: {step}, weights: {{web: 2}}}}]")
+        assert ("stream.mix goes on to step 9, the run (steps) ends at 8" in said) == told and not errors
