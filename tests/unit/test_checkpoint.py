@@ -190,13 +190,14 @@ def test_other_settings_are_refused_by_name(tmp_path):
         ({"seed": 1, "data": "e5"}, ["seed: 0 then, 1 now"]),
         ({"data": "e5"}, ["data: other rows than then (data, tokenizer)"]),
         ({"data.seq_len": 9, "data": "e5"}, ["data.seq_len: 8 then, 9 now"]),
+        ({"batch.rows": 9, "data": "e5"}, ["batch.rows: 8 then, 9 now"]),
         ({"model": "f6", "data": "e5"}, ["data: other rows", "model: other weights"]),
     ],
     ids=str,
 )
 def test_only_what_the_user_changed_is_listed(tmp_path, changed, listed):
-    """Which rows are held out follows from the seed; digests say nothing to a reader."""
-    was = {"seed": 0, "data.seq_len": 8, "data": "d4", "model": "c3"}
+    """Which rows are held out follows from the seed, a stream's rows from those of a step; digests say nothing."""
+    was = {"seed": 0, "data.seq_len": 8, "batch.rows": 8, "data": "d4", "model": "c3"}
     make_saver(tmp_path, was).save(1, fresh())
     with pytest.raises(UserError) as caught:
         make_saver(tmp_path, was | changed).resume(fresh())
