@@ -31,7 +31,7 @@ DIGESTS = {
     "data": "other rows than then (data, tokenizer)",
     "model": "other weights or another config.json than then (model.path)",
 }  # entries of a fingerprint whose values say nothing to a reader
-ROWS_FOLLOW = frozenset({"seed", "data.seq_len", "tokenizer.add_tokens", "batch.rows"})  # held out, cut, how many a step
+ROWS_FOLLOW = frozenset({"seed", "data.seq_len", "tokenizer.add_tokens", "batch.rows"})  # held out, cut, in a step
 SAVE = "SAVE"  # a file of this name in output_dir asks for a checkpoint after the step that is running
 
 
