@@ -11,6 +11,7 @@ from ftlib.adapters import setup as adapters
 from ftlib.adapters.fuse import fuse
 from ftlib.build.rows import tokenizer
 from ftlib.errors import UserError, about
+from ftlib.kernels.flash4_attention import in_any_order
 from ftlib.layers.attention import choose_backend
 from ftlib.models import LanguageModel, heads, hub, initial, load, mtp, own, resize
 from ftlib.models.load import DTYPES
@@ -142,7 +143,7 @@ def backend(cfg: Any, built: LanguageModel, device: torch.device) -> str:
     """The attention backend of a model; UserError where the one that is asked for cannot serve it."""
     arch, asked = built.arch, cfg.model.attention
     chosen = choose_backend(asked, device, DTYPES[cfg.dtype], arch.softcap, arch.sinks, arch.head_dims)
-    unfit = _unfit(cfg, chosen)
+    unfit = _unfit(cfg, chosen, device)
     if unfit is None:
         return chosen
     (why, key), other = unfit, "reference" if arch.softcap or chosen == "flex" else "varlen"
@@ -152,14 +153,14 @@ def backend(cfg: Any, built: LanguageModel, device: torch.device) -> str:
     raise UserError(f"attention backend {asked!r} {why}", where=f"model.attention, {key}", fix=fix)
 
 
-def _unfit(cfg: Any, chosen: str) -> tuple[str, str] | None:
+def _unfit(cfg: Any, chosen: str, device: torch.device) -> tuple[str, str] | None:
     """Why a backend cannot serve this run, and the key that asks for more; None if it can."""
     cut = (chosen, cfg.parallel.cp_style) in (("flex", "allgather"), ("flash4", "ring")) and cfg.parallel.cp > 1
     masked = chosen in ("flex", "flash4") and hasattr(cfg, "diffusion")
     if cut or masked:
         return "serves whole rows that look back", "parallel.cp_style" if cut else "diffusion"
-    if chosen == "flash4" and getattr(cfg, "deterministic", False):
-        return "adds gradients up in any order", "deterministic"
+    if chosen == "flash4" and getattr(cfg, "deterministic", False) and in_any_order(device):
+        return "adds gradients up in any order on this GPU", "deterministic"
     return None
 
 

@@ -1,7 +1,8 @@
 """Causal attention by FlashAttention-4, the optional package `flash-attn-4` (`pip install 'ftlib[flash4]'`).
 
 Its kernels are written in CuTe and compiled when first called, some seconds for each kind of call, for Hopper GPUs and
-newer. The package is imported when it is first asked for. Sinks are as in ftlib.kernels.varlen_attention.
+newer. The package is imported when it is first asked for. Sinks are as in ftlib.kernels.varlen_attention. Under
+`torch.use_deterministic_algorithms` backward adds up in one order, where the GPU's kernel has one (`in_any_order`).
 """
 
 import importlib
@@ -44,6 +45,11 @@ def flash4_refusal(device: torch.device, softcap: bool, head_dims: Collection[in
     except (ImportError, OSError) as error:
         return f"needs the package flash-attn-4, which does not work here ({error})", 'pip install "ftlib[flash4]"'
     return None
+
+
+def in_any_order(device: torch.device) -> bool:
+    """Whether backward's sums have no fixed order on this GPU."""
+    return torch.cuda.get_device_capability(device)[0] == 12
 
 
 def _terms(
@@ -111,6 +117,7 @@ def _attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     terms = _terms(cu_seqlens, cu_keys, max_seqlen, scale, window, softcap)
+    terms["deterministic"] = torch.are_deterministic_algorithms_enabled()  # blocks of keys add to dq in turn
     dq, dk, dv = package()._flash_attn_bwd(q, k, v, out, grad, lse, **terms)
     if cu_keys is not None:
         leave_out(dk, cu_keys)

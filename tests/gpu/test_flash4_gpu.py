@@ -58,9 +58,44 @@ def test_output_and_gradients(dim, kv_heads, ends, window, more, compiled):
         assert distance(ours, exact) < 2e-2
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
 @pytest.mark.parametrize("window", [None, 100])
-def test_more_keys_than_queries(window):
+@pytest.mark.parametrize("ends", ["dense", "packed", "many"])
+def test_equal_bits(deterministic, kv_heads, window, ends):
+    """Where torch is told to be deterministic, backward gives the same bits each time, and the right ones."""
+    g = torch.Generator("cuda").manual_seed(0)
+    lie = {"dense": [0, 4096, 8192], "packed": [0, 900, 4096, 4200, 8192, 8192], "many": [*range(0, 8192, 64), 8192]}
+    ends = torch.tensor(lie[ends], dtype=torch.int32, device="cuda")
+    inputs = [torch.randn(2, 4096, heads, 128, generator=g, device="cuda") for heads in (8, kv_heads, kv_heads)]
+    weight = torch.sin(3 * inputs[0])
+
+    def run(backend, dtype):
+        layout = Layout.packed(ends, 4096, (2, 4096))
+        layout.prepare(backend, {window})
+        parts = [t.to(dtype, copy=True).requires_grad_() for t in inputs]
+        y = attend(*parts, layout, backend=backend, window=window)
+        return y, *torch.autograd.grad((y.float() * weight).sum(), parts)
+
+    once = run("flash4", torch.bfloat16)
+    for _ in range(4):
+        assert all(map(torch.equal, once, run("flash4", torch.bfloat16)))
+    for ours, exact in zip(once, run("reference", torch.float32), strict=True):
+        assert distance(ours, exact) < 2e-2
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("bits", [False, True], ids=["any_order", "equal_bits"])
+def test_more_keys_than_queries(window, bits, request):
     """As shared prompts and gathered keys have them: a document without queries, and keys of no document."""
+    if bits:
+        request.getfixturevalue("deterministic")
     g = torch.Generator("cuda").manual_seed(0)
     queries, keys = (torch.tensor(e, dtype=torch.int32, device="cuda") for e in ([0, 90, 90, 300], [0, 150, 260, 600]))
     q, k, v = (torch.randn(n, h, 128, generator=g, device="cuda") for n, h in ((300, 8), (640, 2), (640, 2)))
@@ -69,7 +104,11 @@ def test_more_keys_than_queries(window):
     def gradients(y):
         return y, *torch.autograd.grad((y.float() * torch.sin(3 * q)).sum(), inputs)
 
-    found = gradients(flash4_attention(*(t.bfloat16() for t in inputs), queries, 400, scale, window, None, keys))
+    def ours():
+        return gradients(flash4_attention(*(t.bfloat16() for t in inputs), queries, 400, scale, window, None, keys))
+
+    found = ours()
+    assert not bits or all(map(torch.equal, found, ours()))
     (mine, left), (theirs, left_keys) = (places(ends, n) for ends, n in ((queries, 300), (keys, 640)))
     before = left[:, None] - left_keys
     seen = (mine[:, None] == theirs) & (before <= 0) & (before > -(window or 640))

@@ -40,7 +40,8 @@ class StandIn:
         return out.reshape(q.shape).contiguous(), StandIn._by_rows(lse, q), None, None, None
 
     @staticmethod
-    def _flash_attn_bwd(q, k, v, out, dout, lse, **terms):
+    def _flash_attn_bwd(q, k, v, out, dout, lse, *, deterministic, **terms):
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert all(t.is_contiguous() for t in (q, k, v, out, dout, lse)) and out.shape == dout.shape == q.shape
         weights, slope = StandIn._scores(q, k, **terms)
         groups = q.shape[-2] // k.shape[-2]
@@ -121,6 +122,15 @@ def test_output_and_gradients(stand_in, layout, window, softcap, sunk):
     found = gradients("flash4", layout(), inputs, **terms)
     for ours, exact in zip(found, gradients("reference", layout(), inputs, **terms), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_backward_is_told_that_a_run_is_deterministic(stand_in):
+    """The stand-in compares what it hears with the switch, which nothing else here turns on."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients("flash4", Layout.packed(ENDS, 16, (2, 16)), operands()[:3], scale=0.4)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("ends", [ENDS, DENSE], ids=["packed", "dense"])
@@ -257,10 +267,10 @@ def test_the_package_is_imported_when_asked_for(hopper, monkeypatch, tmp_path):
     [
         ({"parallel": Parallel(cp=2, cp_style="ring")}, r"(?s)whole rows.*or cp_style=ulysses"),
         ({"diffusion": None}, r"model\.attention, diffusion"),
-        ({"deterministic": True}, r"model\.attention, deterministic"),
+        ({"deterministic": True}, r"any order on this GPU.*\n.*model\.attention, deterministic"),
     ],
 )
-def test_runs_it_cannot_serve(stand_in, hopper, more, words):
+def test_runs_it_cannot_serve(stand_in, hopper, monkeypatch, more, words):
     arch = SimpleNamespace(softcap=False, sinks=False, head_dims={64})
 
     def chosen(**more):
@@ -268,5 +278,9 @@ def test_runs_it_cannot_serve(stand_in, hopper, more, words):
         return build.backend(SimpleNamespace(**(terms | more)), SimpleNamespace(arch=arch), CUDA)
 
     assert chosen() == "flash4" and chosen(parallel=Parallel(cp=2, cp_style="allgather")) == "flash4"
+    for capability in (10, 0), (9, 0):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert chosen(deterministic=True) == "flash4"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     with pytest.raises(UserError, match=words):
         chosen(**more)
