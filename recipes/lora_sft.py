@@ -121,10 +121,10 @@ def main(cfg: Config) -> list[dict]:
             if run.is_main:
                 tokenizer.save(folder)
         saver.finish(steps)
-        merge = () if cfg.relora.every else (f"tune merge {cfg.model.path} {cfg.output_dir}/final MERGED",)
+        merge = f"tune merge {cfg.model.path} {cfg.output_dir}/final MERGED{quant.flag(cfg)}"
         output.finish(
             f"tune generate {cfg.output_dir}/final --prompt '…'",
-            *merge,
+            *(() if cfg.relora.every else (merge,)),
             f"tune run {script(__file__)} --config {cfg.output_dir}/config.yaml steps={2 * steps}",
         )
     return output.rows()

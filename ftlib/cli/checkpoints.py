@@ -86,6 +86,16 @@ def base_form(folder: Path, base: Path, decoder: type[nn.Module] | None = None) 
     return quant.kept_in(model)
 
 
+def is_of_plain_base(adapter: Path) -> bool:
+    """Whether an adapter is the `final/` of a run whose config, beside it, names no low precision of the base."""
+    file = adapter.absolute().parent / "config.yaml"
+    if adapter.absolute().name != "final" or not file.is_file():
+        return False
+    said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    model = said.get("model") if isinstance(said, dict) else None
+    return isinstance(model, dict) and "path" in model and not (model.get("quantize") or model.get("fp8"))
+
+
 def code(folder: Path) -> own.Mark | None:
     """The record of the `model.code` of the run that wrote a checkpoint."""
     file = folder.absolute().parent.parent / "config.yaml"

@@ -20,6 +20,11 @@ def chosen_dtype(name: str | None, device: str) -> torch.dtype:
     return DTYPES[name or ("bf16" if device.startswith("cuda") else "fp32")]
 
 
+def merged_dtype(name: str | None, base: Path) -> torch.dtype:
+    """The precision that `tune merge` works and stores in: of its `--dtype`, without one `stored_dtype`."""
+    return chosen_dtype(name, "cpu") if name else stored_dtype(base)
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """The precision that most numbers in a model's files have; a note on stderr where others will be rounded to it.
 

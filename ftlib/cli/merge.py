@@ -4,9 +4,10 @@
     tune merge MODEL output/run/checkpoints/step_000100 OUT      any checkpoint of a run on MODEL, LoRA or full
 
 The sum is computed in float32 and stored in the precision that MODEL's files have, or where they are quantized in the
-one that its config.json names. An adapter that was trained on a quantized base has learned to make up for what that
-lost: with --quantize it is merged into that very base. Without it the result is another model than the one that was
-trained and evaluated, and a note says so.
+one that its config.json names; --dtype fp32 rounds nothing, so that the result is to the bit what a run with dtype=fp32
+trained. An adapter that was trained on a quantized base has learned to make up for what that lost: with --quantize it
+is merged into that very base. Without it the result is another model than the one that was trained and evaluated, and
+a note says so.
 """
 
 import os
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("adapter", metavar="ADAPTER", help="a LoRA adapter in PEFT format, or a run's checkpoint")
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet, or is empty")
     parser.add_argument("--quantize", choices=FORMS, help="model.quantize of the adapter's run")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: that of MODEL's files")
     parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of its run")
     args = parser.parse(argv)
     out = Path(os.path.expanduser(args.out))
@@ -44,21 +46,21 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = Path(os.path.expanduser(args.adapter))
     if checkpoints.is_checkpoint(checkpoint):
         base = hub.resolve(args.model)
-        model = models.from_pretrained(base, dtype=loading.stored_dtype(base), decoder=own.find(args.code))
+        model = models.from_pretrained(base, dtype=loading.merged_dtype(args.dtype, base), decoder=own.find(args.code))
         has_adapter = checkpoints.fill(model, checkpoint)
         now, was = own.mark(args.code), checkpoints.code(checkpoint)
         own.compare(checkpoint, was, now)
         model.code = now or was
         kept = checkpoints.base_form(checkpoint, base, own.find(args.code)) if has_adapter else None
-        _check_base(args.quantize, kept, has_adapter)
+        _check_base(args.quantize, kept, has_adapter, known=True)
         quant.round_through(model, args.quantize)
         count = merge.merge_into(model) if has_adapter else None
         tokenizer = checkpoints.tokenizer(checkpoint, base)
         said = f"{checkpoint} of {base} -> {out}" + (f", {count} adapted layers merged" if count else "")
     else:
         base, adapter = loading.find(args.model, args.adapter)
-        _check_base(args.quantize, kept := peft_format.base_form(adapter))
-        dtype = loading.stored_dtype(base)
+        _check_base(args.quantize, kept := peft_format.base_form(adapter), known=checkpoints.is_of_plain_base(adapter))
+        dtype = loading.merged_dtype(args.dtype, base)
         model, tokenizer = loading.load(base, adapter, dtype=dtype, device="cpu", code=args.code)
         quant.round_through(model, args.quantize)
         said = f"merged {merge.merge_into(model)} layers of {adapter} into {base} -> {out}"
@@ -74,10 +76,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _check_base(asked: str | None, kept: str | None, has_adapter: bool = True) -> None:
-    """UserError where --quantize is not what an adapter was trained on, as far as that is known."""
+def _check_base(asked: str | None, kept: str | None, has_adapter: bool = True, *, known: bool) -> None:
+    """UserError where --quantize is not what an adapter was trained on. `known`: `kept=None` means the plain base."""
     if asked and not has_adapter:
         raise UserError("the checkpoint holds a whole model, so no base", where="--quantize", fix="leave it out")
+    if asked and known and kept is None:
+        what = "the adapter was trained on the plain base"
+        raise UserError(f"{what}, not on one kept in {asked}", where="--quantize", fix="leave it out")
     if asked and kept and asked != kept:
         what = f"the adapter was trained on a base kept in {kept}, not in {asked}"
         raise UserError(what, where="--quantize", fix=f"--quantize {kept}" if kept in FORMS else "leave it out")

@@ -20,11 +20,17 @@ def attach(model: nn.Module, cfg: Any) -> None:
         rows, turn = section.fp8 == "rowwise", section.quantize is None
         if not float8.compute_in_fp8(model, rows, section.fp8_smallest, below_adapters, turn):
             what = f"no layer has {section.fp8_smallest} inputs and outputs at least, both multiples of 16"
-            raise UserError(what, where="model.fp8, model.fp8_smallest", fix="leave model.fp8 out: small layers lose")
+            fix = "leave model.fp8 out: small layers lose speed by it; to try it all the same: model.fp8_smallest=64"
+            raise UserError(what, where="model.fp8, model.fp8_smallest", fix=fix)
         if section.quantize is None:
             return
     if section.quantize is not None:
         convert.hold(model, section.quantize)
+
+
+def flag(cfg: Any) -> str:
+    """What `tune merge` has to be told of the base that a run's adapter was trained on; empty of a plain one."""
+    return f" --quantize {cfg.model.quantize}" if cfg.model.quantize else ""
 
 
 def check(cfg: Any) -> None:

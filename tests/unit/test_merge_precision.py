@@ -10,6 +10,12 @@ from tiny_model import write_model
 from ftlib import cli, models
 from ftlib.adapters import lora, peft_format
 
+DEMO = "ftlib:demo/model"
+SMALL = [
+    "data.sources=[{path: ftlib:demo/data/lora_train.jsonl}]", "data.eval=8", "data.seq_len=128", "steps=2",
+    "dtype=fp32", "batch={rows: 2, micro_rows: 2}", "eval.exact_match=0", f"model.path={DEMO}",
+]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -46,3 +52,27 @@ def test_a_few_numbers_that_are_rounded_are_told(base, tmp_path, capsys):
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert {t.dtype for t in found.values()} == {torch.bfloat16}
     assert f"note: {few:,} numbers of {mixed} are float32 and are rounded to bfloat16" in capsys.readouterr().err
+
+
+def test_what_a_float32_run_rounded_is_merged_to_the_bit(tmp_path, capsys):
+    """Training with `qat`, `tune merge --dtype fp32` and recipes/quantize.py report one loss, on a base in bfloat16."""
+    run, merged, rounded = tmp_path / "run", tmp_path / "merged", tmp_path / "rounded"
+    lora_sft = ["run", "recipes/lora_sft.py", *SMALL, "optim.lr=0.02", "qat.scheme=int4"]
+    assert cli.main([*lora_sft, f"output_dir={run}"]) == 0
+    assert "--quantize" not in capsys.readouterr().out.split("next:")[1]
+    for adapter in ("final", "checkpoints/step_000002"):
+        assert cli.main(["merge", DEMO, str(run / adapter), str(merged), "--quantize", "nf4"]) == 2
+        assert "trained on the plain base, not on one kept in nf4" in capsys.readouterr().err and not merged.exists()
+    assert cli.main(["merge", DEMO, str(run / "final"), str(merged), "--dtype", "fp32"]) == 0
+    words = [word for word in SMALL if not word.startswith(("steps", "model"))]
+    quantize = ["run", "recipes/quantize.py", *words, f"model.path={merged}", "to.scheme=int4"]
+    assert cli.main([*quantize, f"output_dir={rounded}"]) == 0
+    last = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (run, rounded)]
+    assert last[0]["eval_loss"] == last[1]["eval_loss"]
+
+
+def test_the_command_proposed_after_a_quantized_run_names_its_base(tmp_path, capsys):
+    words = ["run", "recipes/lora_sft.py", *SMALL, "steps=1", "data.eval=null", "model.quantize=nf4"]
+    assert cli.main([*words, f"output_dir={tmp_path / 'run'}"]) == 0
+    said = capsys.readouterr().out.split("next:")[1]
+    assert f"tune merge {DEMO} {tmp_path / 'run'}/final MERGED --quantize nf4" in said
