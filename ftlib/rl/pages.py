@@ -64,11 +64,15 @@ class Pages:
 
 
 def lines(samples: Sequence[Sample], count: int) -> list[str]:
-    """A table of the first `count` completions: reward, advantage, tokens, how they ended, what was asked and said."""
+    """A table of the first `count` completions: reward, advantage, tokens, how they ended, what was asked and said.
+
+    No advantage ("-") is one that nothing is learned from: held out, or left out by dynamic sampling."""
     rows = [("reward", "advantage", "tokens", "end", "prompt -> completion")]
     for sample in samples[:count]:
         said = f"{_short(sample.prompt.messages)} -> {_short(sample.messages)}"
-        rows.append((f"{sample.reward:.3g}", f"{_advantage(sample):+.2f}", str(sample.length), sample.finish, said))
+        advantage = _advantage(sample)
+        moved = "-" if advantage is None else f"{advantage:+.2f}"
+        rows.append((f"{sample.reward:.3g}", moved, str(sample.length), sample.finish, said))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return ["  " + "  ".join([*(row[i].rjust(widths[i]) for i in range(4)), row[4]]) for row in rows]
 
@@ -96,10 +100,12 @@ def answer(sample: Sample, names: Sequence[str]) -> dict[str, Any]:
     return texts | {key: row[key] for key in ("reward", "rewards", "tokens", "finish", "where", "columns")}
 
 
-def _advantage(sample: Sample) -> float:
+def _advantage(sample: Sample) -> float | None:
     """Of a completion; the mean where its tokens have their own."""
     values = sample.advantages
-    return float(values.mean()) if values is not None and len(values) else 0.0
+    if values is None:
+        return None
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _text(messages: Sequence[dict[str, Any]]) -> str:

@@ -53,7 +53,7 @@ def test_a_run_learns_and_says_so(toy, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["plain", "lora"])
 def test_resume_is_exact(toy, tmp_path, name):
-    more = {"minibatches": 2, "prompts": 6} if name == "plain" else {"prompts": 4}
+    more = {"minibatches": 2, "prompts": 6, "show": 99} if name == "plain" else {"prompts": 4}
     sections = {"rollout": {"group": 4, "show_every": 0, **more}, "checkpoint": {"every": 2}, "algorithm": {}}
     if name == "lora":
         sections |= {"lora": {"rank": 4}, "algorithm": {"preset": "grpo_paper"}}
@@ -70,6 +70,13 @@ def test_resume_is_exact(toy, tmp_path, name):
     assert (tmp_path / "parts/final" / file).read_bytes() == (tmp_path / "whole/final" / file).read_bytes()
     if name == "lora":
         assert whole[0]["kl"] == 0 and whole[-1]["kl"] > 0
+    else:  # a group that dynamic sampling left out has no advantage
+        shown = [json.loads(line) for line in (tmp_path / "whole/rollouts.jsonl").read_text().splitlines()]
+        groups = [shown[i : i + 4] for i in range(0, len(shown), 4)]
+        still = [len({row["reward"] for row in group}) == 1 for group in groups]
+        left_out = [all(row["advantage"] is None for row in group) for group in groups]
+        assert any(still) and all(out for out, alike in zip(left_out, still, strict=True) if alike)
+        assert sum(not out for out in left_out) == 4 * 6, "of those that differ each step learns from six"
 
 
 def test_the_first_step_notices_a_trainer_at_another_temperature(toy, tmp_path, monkeypatch):
