@@ -5,9 +5,12 @@ import shutil
 
 import pytest
 import torch
+from parity.shrink import relative
 
-from ftlib import models
+from ftlib import models, quant
 from ftlib.cli import main as tune
+from ftlib.models.load import DTYPES
+from ftlib.quant.schemes import SCHEMES
 
 DATA = ["eval.exact_match=0", "data.eval=8", "batch.rows=2", "batch.micro_rows=2", "data.seq_len=128"]
 
@@ -29,13 +32,16 @@ def quantize(model, folder, *more):
         pytest.param("lora", "int4", marks=pytest.mark.slow), pytest.param("lora", "fp8", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_training_resuming_and_converting_agree(recipe, scheme, tmp_path, capsys):
+def test_training_resuming_and_converting_agree(recipe, scheme, tmp_path, capsys, monkeypatch):
+    steps, at = [], quant.at
+    monkeypatch.setattr(quant, "at", lambda step, model: (steps.append(step), at(step, model)))
     run = ["run", f"recipes/{recipe}_sft.py", "--config", f"configs/demo_{recipe}.yaml", *DATA, "steps=4"]
     dtype = "bf16" if recipe == "lora" else "fp32"  # merging keeps the precision the base is stored in
     run += [
         f"dtype={dtype}",
         "checkpoint.every=2",
         f"qat.scheme={scheme}",
+        "qat.group=16",
         "qat.after=1",
         f"output_dir={tmp_path / 'run'}",
     ]
@@ -45,6 +51,7 @@ def test_training_resuming_and_converting_agree(recipe, scheme, tmp_path, capsys
     shutil.rmtree(tmp_path / "run/checkpoints/step_000004")
     shutil.rmtree(tmp_path / "run/final")
     assert tune(run) == 0
+    assert steps == [1, 2, 3, 4, 3, 4], "each is told before it is taken"
     drop = ("tokens_per_s", "data_wait")
     again = rows(tmp_path / "run")
     kept = [[{k: v for k, v in row.items() if k not in drop} for row in each] for each in (found, again)]
@@ -53,13 +60,15 @@ def test_training_resuming_and_converting_agree(recipe, scheme, tmp_path, capsys
     if recipe == "lora":
         assert tune(["merge", "ftlib:demo/model", str(model), str(tmp_path / "merged")]) == 0
         model = tmp_path / "merged"
-    before, after = quantize(model, tmp_path / "quantized", f"to.scheme={scheme}", f"dtype={dtype}")
+    before, after = quantize(model, tmp_path / "quantized", f"to.scheme={scheme}", "to.group=16", f"dtype={dtype}")
     assert after["eval_loss"] == pytest.approx(found[-1]["eval_loss"], rel=1e-6)
     assert before["eval_loss"] != after["eval_loss"]
     final = models.from_pretrained(tmp_path / "quantized/final", dtype=torch.float32)
     plain = models.from_pretrained(model, dtype=torch.float32)
     name = "model.layers.1.mlp.up_proj"
-    assert not torch.equal(final.get_submodule(name).weight, plain.get_submodule(name).weight)
+    written, weight = (each.get_submodule(name).weight.detach() for each in (final, plain))
+    weight = weight.to(DTYPES[dtype])
+    assert relative(written, SCHEMES[scheme].weight(weight, 16)) < 0.01 < relative(written, weight)
     size = (tmp_path / "quantized/final/model.safetensors").stat().st_size
     assert size < (model / "model.safetensors").stat().st_size
 

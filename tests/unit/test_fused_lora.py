@@ -87,6 +87,19 @@ def test_of_quantized_weights_too(form, once):
         torch.library.opcheck(torch.ops.ftlib.frozen_lora_project.default, (x, low, parts, form, a, b, 1.5, None))
 
 
+def test_between_forward_and_backward_weights_are_codes():
+    """No whole matrix waits for backward, unless the block is computed again anyway (`once`)."""
+    weight, factors = torch.randn(256, 128), (torch.zeros(2, 128), torch.zeros(256, 2))
+    a, b = ([factor.requires_grad_()] for factor in factors)
+    x, most = torch.randn(3, 128).requires_grad_(), []
+    for once in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.nbytes), t)[1], lambda t: t):
+            frozen_lora_project(x, list(FORMATS["nf4"].quantize(weight).values()), "nf4", a, b, 1.5, once=once)
+        most.append(max(kept))
+    assert most[0] == weight.numel() // 2 and most[1] > weight.nbytes
+
+
 def test_switched_off_is_what_an_adapter_that_does_nothing_gives(tmp_path):
     """To the bit, in the precision of a GPU run: the first loss against a reference is then exact."""
     config = shrunk("qwen3-0.6b")

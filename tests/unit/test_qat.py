@@ -131,6 +131,18 @@ def test_the_converted_model_is_the_one_that_was_trained(scheme, folder, tmp_pat
         assert torch.equal(read.logits(ids), trained)
 
 
+@ALL
+def test_the_config_says_what_is_written(scheme):
+    """Others compute with what it says: bits, inputs that share a scale, and whether a token's inputs are rounded."""
+    group = compressed.config(Rounding(scheme=scheme, group=16))["config_groups"]["group_0"]
+    weights, inputs = group["weights"], group["input_activations"]
+    found = weights["num_bits"], weights["type"], weights["strategy"], weights.get("group_size")
+    assert found == ((8, "float", "channel", None) if scheme == "fp8" else (4, "int", "group", 16))
+    wanted = {"int8_int4": (8, "int"), "fp8": (8, "float")}
+    assert scheme not in wanted or (inputs["num_bits"], inputs["type"]) == wanted[scheme]
+    assert inputs is None if scheme == "int4" else (inputs["strategy"] == "token" and inputs["dynamic"])
+
+
 def test_a_mixture_of_experts_is_refused(tmp_path):
     """Its experts would stay as they are in a checkpoint that says they are rounded."""
     (tmp_path / "config.json").write_text(json.dumps(shrunk("qwen3-30b-a3b")))

@@ -1,7 +1,9 @@
 """Quantized frozen bases: against torchao's NF4, against the plain product, in training, resume, and refusals."""
 
 import json
+import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +47,7 @@ def test_nf4_is_torchaos():
     assert gap.view(-1, 2)[same].max() < 0.02
     exact = weight.view(-1, nf4.BLOCK).abs().amax(1)
     steps = parts["steps"].repeat_interleave(nf4.GROUP)[: len(exact)]
+    torch.testing.assert_close(parts["mean"][0], exact.mean())
     assert ((parts["mean"] + parts["scales"] * steps - exact).abs() <= steps / 2 + 1e-6).all()
 
 
@@ -70,6 +73,25 @@ def test_storage_and_error(form, shape):
     assert 0 < error < {"nf4": 0.11, "int8": 0.012}.get(form, 0.03)
     zeros = FORMATS[form].quantize(torch.zeros(shape))
     assert not FORMATS[form].dequantize(*zeros.values(), torch.float32).any()
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_each_row_has_a_scale_of_its_own(form):
+    weight = drawn(9, 64) * torch.logspace(-4, 4, 9)[:, None]
+    gap = FORMATS[form].dequantize(*FORMATS[form].quantize(weight).values(), torch.float32) - weight
+    assert (gap.norm(dim=1) / weight.norm(dim=1)).max() < {"int8": 0.012, "fp8": 0.03}[form]
+
+
+def test_a_gpu_is_told_how_many_scales_share_a_step(monkeypatch):
+    """256 of a whole matrix; fewer of a piece whose rows are no whole groups."""
+    told = SimpleNamespace(dequantize_blocks=lambda codes, scales, steps, mean, levels, group, *_: group)
+    monkeypatch.setitem(sys.modules, "ftlib.kernels.nf4_triton", told)
+    monkeypatch.setattr(nf4, "_levels", lambda device: None)
+    whole = nf4.quantize(drawn(40, 640))  # 400 blocks
+    piece = nf4.cut(whole, (40, 640), (0, 20, 20))
+    on_gpu = {"codes": SimpleNamespace(device=SimpleNamespace(type="cuda"))}
+    found = [nf4.dequantize(*(parts | on_gpu).values(), torch.bfloat16) for parts in (whole, piece)]
+    assert found == [256, math.gcd(256, 200)]
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -216,6 +216,21 @@ def test_fused_siblings_are_the_layers(rows):
     assert max(gaps[:1] + gaps[2:-1]) < 1e-5 and max(gaps[1], gaps[-1]) < (0.05 if rows else 0.15), gaps
 
 
+@pytest.mark.parametrize(("more", "bits"), [({}, 16), ({"quantize": "fp8"}, 8)])
+def test_what_is_converted_and_what_it_keeps(more, bits, tmp_path):
+    """Sizes that matrix units do not take stay plain, or 8 bits without products; a transpose is kept without
+    `quantize` alone."""
+    (tmp_path / "config.json").write_text(json.dumps(shrunk("llama-3.2-1b", head_dim=16, intermediate_size=72)))
+    model = build(tmp_path, torch.float32)
+    section = Model(path=str(tmp_path), fp8="rowwise", fp8_smallest=16, **more)
+    quant.attach(model, SimpleNamespace(model=section, lora=True))
+    kept, products = quant.note(model)
+    layers = len(model.model.layers)
+    assert f"base: {(7 if more else 4) * layers} matrices in fp8, {bits}." in kept
+    assert f"products of {4 * layers} layers of {7 * layers}" in products
+    assert not any(isinstance(layer, Float8Frozen) for layer in model.model.layers[0].mlp.children())
+
+
 def losses(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
