@@ -93,7 +93,8 @@ def train(recipe: str, *argv: object) -> list[dict]:
 
 def command(*argv: object, cwd: Path | None = None, **options: object) -> subprocess.Popen:
     """The real command in a process of its own: `tune …`."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     return subprocess.Popen(
         [sys.executable, "-m", "ftlib", *map(str, argv)],
         cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,

@@ -32,7 +32,8 @@ def processes(
     script: Path, world: int, words: Sequence[object], logs: Path, timeout: float = 300, gpus: bool = False
 ) -> None:
     """`script RANK WORLD WORDS…` in a process for each rank; AssertionError with the end of its log if one failed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     environment |= {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     workers = []
     for rank in range(world):

@@ -34,6 +34,15 @@ class Config:
 
 
 def main(cfg):
+    try:  # from before the first word: whoever has read it may send a signal
+        run(cfg)
+    except KeyboardInterrupt:
+        if cfg.end != "wait":
+            raise
+        raise Stopped("saved at step 7") from None
+
+
+def run(cfg):
     rank = int(os.environ.get("RANK", 0))
     print(f"rank {rank} {__name__} {os.getcwd() in sys.path}", flush=True)
     if cfg.rank not in (-1, rank):
@@ -47,10 +56,7 @@ def main(cfg):
     if cfg.end == "bug":
         raise RuntimeError("boom")
     if cfg.end == "wait":
-        try:
-            time.sleep(60)
-        except KeyboardInterrupt:
-            raise Stopped("saved at step 7") from None
+        time.sleep(60)
 
 
 if __name__ == "__main__":
