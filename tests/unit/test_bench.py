@@ -44,3 +44,15 @@ def test_every_row_names_a_script_and_every_result_of_one_gpu_a_row():
     assert all((BENCH / line[4]).is_file() for line in lines)
     measured = {file.stem.replace("h200", "h100") for file in (BENCH / "results").glob("*h[12]00*.json")}
     assert {name for name in measured if "h100x2" not in name} <= set(names)
+
+
+def test_packed_documents_are_the_same_steps_for_everyone(tmp_path):
+    command = [sys.executable, str(BENCH / "packed.py"), "--tiny", "--vs", "", "--out", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    about = row["documents"]
+    assert sum(row["real_tokens"]) == about["tokens"]  # real ones alone
+    assert len(row["real_tokens"]) == about["steps"] and max(row["real_tokens"]) - min(row["real_tokens"]) < 8
+    assert row["padding"] == round(1 - about["tokens"] / (about["steps"] * about["rows"] * about["seq_len"]), 4)
+    assert 0 < row["loss"][1] < 7 and row["agrees"]

@@ -60,6 +60,30 @@ def test_context_says_why_it_stopped(bench, tmp_path):
     assert context.figures(step, 64) == {"failed": "out of memory: CUDA out of memory. Tried to allocate 16.00 GiB."}
 
 
+@pytest.mark.parametrize(
+    ("asked", "peers"),
+    [
+        ([], ["plain"]),
+        (["--peer-path", "torchtitan=/x"], ["plain", "torchtitan"]),
+        (["--vs", "torchtitan"], ["torchtitan"]),
+    ],
+)
+def test_pretraining_has_the_peers_asked_for_between_two_of_ours(bench, monkeypatch, asked, peers):
+    import sft  # beside the scripts, where `bench` looks
+
+    scripts = []
+
+    def run(script: str, work: dict, paths: dict, limit: int) -> dict:
+        scripts.append((script, paths))
+        return {"contender": script, "failed": "stopped here"}
+
+    monkeypatch.setattr(sft, "run", run)
+    bench("pretrain", "--steps", "0", *asked)
+    assert [script for script, _ in scripts] == ["ours", *(f"{peer}_peer" for peer in peers), "ours"]
+    assert all(paths == ({"torchtitan": "/x"} if "--peer-path" in asked else {}) for _, paths in scripts)
+    assert all((BENCH / f"{script}.py").is_file() for script, _ in scripts)
+
+
 @pytest.mark.slow
 def test_startup(bench, tmp_path):
     """Last result (2026-11-22): passed."""

@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 WARM, TIMED = 4, 12  # steps
+RECOMPUTED = ("full", "except_attention")  # `recompute` of peers that have all or nothing; `selective` is nothing there
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -94,16 +95,19 @@ def measure(name: str, work: dict, step: Callable[[torch.Tensor], tuple[float, f
 
 
 def report(
-    name: str, work: dict, seconds: list[float], checks: list[tuple[float, float]], versions: dict, built: int = 0
-) -> None:
-    """Print the row: `seconds` of every step, (loss, gradient norm) of at least the first two, and the peak of memory,
-    in bytes, while the model was made (0: not known)."""
+    name: str, work: dict, seconds: list[float], checks: list[tuple[float, float]], versions: dict, built: int = 0,
+    tokens: list[int] | None = None, **more: object,
+) -> None:  # fmt: skip
+    """Print the row: `seconds` of every step, (loss, gradient norm) of at least the first two, the peak of memory, in
+    bytes, while the model was made (0: not known), the `tokens` of every step (rows x seq_len), and `more`."""
     first, timed = seconds[0], sorted(seconds[WARM + 1 :])
     median = timed[len(timed) // 2]
+    tokens = tokens or [work["rows"] * work["seq_len"]] * len(seconds)
+    a_token = sorted(time / count for time, count in list(zip(seconds, tokens, strict=True))[WARM + 1 :])
     row = {
         "contender": name,
         "work": work,
-        "tokens_per_s": round(work["rows"] * work["seq_len"] / median),
+        "tokens_per_s": round(1 / a_token[len(a_token) // 2]),
         "step_ms": round(1e3 * median, 1),
         "spread": round((timed[-1] - timed[0]) / median, 3),
         "peak_gib": peak_gib(),
@@ -113,6 +117,7 @@ def report(
         "grad_norm": [norm for _, norm in checks[:2]],
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, **versions},
+        **more,
     }
     print("ROW " + json.dumps(row), flush=True)
 

@@ -6,8 +6,8 @@
 
 A row is one command; it is begun only while the seconds it needs are left, as half a row is none. Results go to
 `tools/bench/results/NAME.json`, where README's table, LOG.md and the estimate of eight GPUs read them. `--peers` has a
-folder for each peer (torchtune, unsloth, trl) with its packages; without it they must be importable here, or their rows
-say that they are not.
+folder for each peer (torchtune, torchtitan, unsloth, trl) with its packages; without it they must be importable here,
+or their rows say that they are not.
 """
 
 import argparse
@@ -35,10 +35,13 @@ LEAN = "--recompute except_attention --offload"
 TIGHT = "--recompute full --offload"
 WITHIN = "--recompute full --budget-gib"
 FULL = "--shape qwen3-1.7b --method full --rows 4"
+TITAN = "--rows 4 --vs plain,torchtitan"
+FLASH = f"{TITAN} --attention flash4 --steps 0"
 ROWS = (
     Row("{gpu}_llama8b_qlora_r16_2x4096_recompute", 330, f"sft.py --quantize nf4 {LEAN} --vs unsloth,torchtune"),
     Row("{gpu}_llama8b_lora_r16_2x4096_recompute", 290, f"sft.py {LEAN} --vs torchtune,unsloth"),
     Row("{gpu}_llama8b_lora_r16_2x4096_no_recompute", 270, "sft.py --vs torchtune,unsloth"),
+    Row("{gpu}_llama8b_lora_r16_2x4096_selective", 270, "sft.py --recompute selective --vs torchtune,unsloth"),
     Row("{gpu}_llama8b_lora_fp8_1x4096_no_recompute", 200, "sft.py --fp8 tensorwise --rows 1 --vs bf16"),
     Row(
         "{gpu}_llama8b_full_fp8_4x4096_recompute", 330, "sft.py --fp8 tensorwise --method full --rows 4 "
@@ -54,26 +57,36 @@ ROWS = (
     ),
     Row("{gpu}_qwen06b_lora_r16_4x4096_recompute", 150, f"sft.py --shape qwen3-0.6b --rows 4 {TIGHT} --vs unsloth"),
     Row("{gpu}_qwen06b_lora_r16_4x4096_no_recompute", 150, "sft.py --shape qwen3-0.6b --rows 4 --vs unsloth,trl"),
+    Row(
+        "{gpu}_qwen06b_lora_r16_4x4096_selective", 150,
+        "sft.py --shape qwen3-0.6b --rows 4 --recompute selective --vs unsloth,trl",
+    ),
     Row("{gpu}_qwen17b_full_4x4096_recompute", 180, f"sft.py {FULL} {LEAN} --in-backward --vs trl"),
     Row("{gpu}_llama8b_qlora_within_16", 300, f"sft.py --quantize nf4 {WITHIN} 16 --vs unsloth,torchtune"),
     *(Row(f"{{gpu}}_llama8b_lora_within_{gib}", 300, f"sft.py {WITHIN} {gib} --vs unsloth,torchtune")
       for gib in (24, 48, 75)),
     *(Row(f"{{gpu}}_qwen17b_full_within_{gib}", 200, f"sft.py {FULL} {WITHIN} {gib} --vs trl")
       for gib in (16, 24, 48, 75)),
-    Row("pretrain_qwen06b_4x4096_{gpu}", 200, "pretrain.py --shape qwen3-0.6b --rows 4 --limit 90"),
-    Row("pretrain_qwen17b_4x4096_{gpu}", 240, "pretrain.py --shape qwen3-1.7b --rows 4 --limit 99"),
+    Row("pretrain_qwen06b_4x4096_{gpu}", 280, f"pretrain.py --shape qwen3-0.6b {TITAN} --limit 90"),
+    Row("pretrain_qwen17b_4x4096_{gpu}", 320, f"pretrain.py --shape qwen3-1.7b {TITAN} --limit 99"),
+    Row("packed_qwen06b_{gpu}", 280, "packed.py --recompute none --vs trl,unsloth"),
+    Row("packed_qwen06b_recompute_{gpu}", 280, "packed.py --recompute full --vs trl,unsloth"),
+    *(Row(f"pretrain_qwen{size}_4x4096_flash4_{{gpu}}", 280, f"pretrain.py --shape {shape} {FLASH} --limit 90")
+      for size, shape in (("06b", "qwen3-0.6b"), ("17b", "qwen3-1.7b"))),
     Row("dpo_llama8b_lora_4x1024_{gpu}", 260, "dpo.py --shape llama-3.1-8b --fp8 tensorwise --vs trl"),
     Row("generate_llama8b_64_{gpu}", 280, "generate.py --shape llama-3.1-8b --new 512 --vs transformers --limit 170"),
     Row("generate_qwen06b_64x256_{gpu}", 120, "generate.py --shape qwen3-0.6b --new 256 --vs transformers --limit 90"),
     Row("generate_qwen06b_64_{gpu}", 240, "generate.py --shape qwen3-0.6b --new 768 --vs transformers --limit 150"),
     Row("grpo_qwen06b_8x8_{gpu}", 300, "grpo.py --shape qwen3-0.6b --vs trl --limit 180"),
+    Row("grpo_llama8b_8x8_{gpu}", 200, "grpo.py --shape llama-3.1-8b --vs '' --quantize none,nf4 --limit 95"),
     Row("kernels_{gpu}", 110, "kernels.py --limit 90"),
     Row("context_llama8b_lora_{gpu}", 200, "context.py --tiled-mlp 8192 --from 65536 --limit 190"),
     Row("context_llama8b_qlora_{gpu}", 240, "context.py --quantize nf4 --tiled-mlp 8192 --from 131072 --limit 230"),
     Row("startup_qwen06b_{gpu}", 150, "startup.py --shape qwen3-0.6b --limit 60"),
     Row("startup_llama8b_{gpu}", 260, "startup.py --shape llama-3.1-8b --limit 120"),
     *(Row(f"{{gpu}}x2_{group}", seconds, f"parallel.py --only {group} --budget {seconds - 10} --limit {seconds // 2}")
-      for group, seconds in (("lora", 300), ("long", 220), ("full", 220), ("save", 110), ("70b", 130))),
+      for group, seconds in (("lora", 300), ("long", 220), ("full", 220), ("save", 110), ("70b", 130),
+                             ("full8b", 300))),
 )  # fmt: skip
 
 
@@ -109,7 +122,8 @@ def chosen(only: str) -> list[Row]:
 def command(row: Row, out: Path, peers: Path | None) -> list[str]:
     """What the system runs."""
     script, *options = shlex.split(row.command)
-    paths = sorted(peers.iterdir()) if peers and "--vs" in row.command else []
+    takes_peers = "--vs" in row.command or "full8b" in row.command
+    paths = sorted(peers.iterdir()) if peers and takes_peers else []
     return [
         sys.executable, str(HERE / script), *options, *(f"--peer-path={path.name}={path}" for path in paths),
         "--out", str(out),

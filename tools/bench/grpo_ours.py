@@ -14,7 +14,9 @@ import ftlib
 from ftlib import build, optim, plugins
 from ftlib.data.prompts import Prompt
 from ftlib.generation import Engine
+from ftlib.models.load import base_state
 from ftlib.parallel import run as processes
+from ftlib.quant.frozen import FrozenWeight
 from ftlib.rl import presets, scoring, setup
 from ftlib.rl.environments import Dialogues
 from ftlib.rl.log import StepLog, reward_row
@@ -66,6 +68,9 @@ def main() -> None:
     run = processes.start(cfg.parallel, cfg.seed)
     object.__setattr__(cfg, "from_scratch", True)  # weights are drawn: there are none to read
     model, algorithm = build.model(cfg, run), presets.resolve(cfg.algorithm)
+    for name, weight in base_state(model).items():
+        if isinstance(weight, FrozenWeight):  # drawing fills plain matrices only
+            weight.fill(common.weight(name, weight.shape))
     optimizer, engine = optim.build(model, cfg.optim), Engine(model, max_batch=cfg.rollout.max_batch)
     rollouts = Rollouts(cfg.rollout, engine, Endless(), Dialogues(cfg.dialogue))
     draw = torch.Generator().manual_seed(0)

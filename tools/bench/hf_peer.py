@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import common
+import documents
 import torch
 
 
@@ -38,6 +39,8 @@ def checkpoint(shape: str) -> Path:
 
 def dataset(work: dict):  # noqa: ANN201 - datasets.Dataset
     """The rows of all steps, in order."""
+    if "documents" in work:
+        return documents.dataset(work)
     from datasets import Dataset
 
     steps = range(common.WARM + common.TIMED + 1)
@@ -53,7 +56,7 @@ def settings(work: dict) -> dict:
         "max_steps": common.WARM + common.TIMED + 1, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
         "weight_decay": 0.0, "max_grad_norm": 1e9, "optim": "adamw_torch_fused", "bf16": True, "report_to": [],
         "logging_steps": 1, "save_strategy": "no", "dataloader_num_workers": 2,
-    }  # fmt: skip
+    } | (documents.settings(work) if "documents" in work else {})  # fmt: skip
 
 
 def same_adapters(model: torch.nn.Module) -> None:
@@ -83,9 +86,12 @@ def measure(name: str, work: dict, trainer, packages: tuple[str, ...]) -> None: 
         def on_step_end(self, *_, **__) -> None:
             seconds.append(common.wait() - self.start)
 
+    if "documents" in work:
+        assert trainer.data_collator.padding_free is not work["padded"], "the trainer chose another kind of batch"
     trainer.add_callback(Clock())
     trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "grad_norm" in row]
     checks = [(row["loss"], float(row["grad_norm"])) for row in rows]
-    common.report(name, work, seconds, checks, {package: version(package) for package in packages})
+    report = documents.report if "documents" in work else common.report
+    report(name, work, seconds, checks, {package: version(package) for package in packages})

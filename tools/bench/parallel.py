@@ -1,12 +1,14 @@
 """Meshes of two GPUs against one GPU of the same machine: speed, memory, exposed communication, and equal numbers.
 
     python tools/bench/parallel.py --out results/h200x2.json       # all groups, about 8 minutes on two GPUs
-    python tools/bench/parallel.py --only lora,full                # lora, long, full, 70b, save
+    python tools/bench/parallel.py --only lora,full                # lora, long, full, 70b, save, full8b
+    python tools/bench/parallel.py --only full8b --peer-path torchtitan=/folder/with/its/packages
     python tools/bench/parallel.py --tiny                          # the same logic on shapes of nothing, CPU is enough
 
 The runs on one GPU share the machine's GPUs, one each, at the same time; those on two come one after the other. Every
 case of a group trains the same weights on the same rows, so losses and gradient norms of the first steps must agree
-with those of one GPU; the table says so. Cases for which `--budget` leaves no time are named as not started.
+with those of one GPU; the table says so. In `full8b`, where torchtitan has its turn between two of ours, our first run
+stands for the one GPU. Cases for which `--budget` leaves no time are named as not started.
 """
 
 import argparse
@@ -24,16 +26,21 @@ LORA = {"shape": "llama-3.1-8b", "kind": "lora", "rows": 4, "micro_rows": 2, "se
 LONG = LORA | {"rows": 1, "micro_rows": 1, "seq_len": 65536, "recompute": "full", "warm": 2, "timed": 2}
 FULL = LORA | {"shape": "qwen3-1.7b", "kind": "full", "rows": 8, "micro_rows": 2, "recompute": "full"}
 BIG = LORA | {"shape": "llama-3.3-70b", "recompute": "full", "warm": 2, "timed": 3}
-SAVE = LORA | {"kind": "full", "recompute": "full", "warm": 2, "timed": 4, "save": ".", "save_wait": 40}
+SAVE = LORA | {"kind": "full", "rows": 8, "recompute": "full", "warm": 2, "timed": 4, "save": ".", "save_wait": 40}
 ONE = {"dp_shard": 1}
 GROUPS = {
     "lora": (LORA, {"one": ONE, "dp_replicate=2": {"dp_replicate": 2, "dp_shard": 1}, "dp_shard=2": {"dp_shard": 2},
-                    "tp=2": {"dp_shard": 1, "tp": 2}, "elastic": {"dp_replicate": 2, "dp_shard": 1}}),
+                    "tp=2": {"dp_shard": 1, "tp": 2}, "deterministic": {"dp_replicate": 2, "dp_shard": 1},
+                    "elastic": {"dp_replicate": 2, "dp_shard": 1}}),
     "long": (LONG, {"one": ONE, "cp=2": {"dp_shard": 1, "cp": 2}}),
     "full": (FULL, {"one": ONE, "dp_shard=2": {"dp_shard": 2}, "tp=2": {"dp_shard": 1, "tp": 2}}),
     "70b": (BIG, {"dp_shard=2": {"dp_shard": 2}}),
     "save": (SAVE, {"dp_shard=2": {"dp_shard": 2}}),
+    "full8b": (LORA | {"kind": "full", "recompute": "full"},
+               {"ours": {"dp_shard": 2}, "torchtitan": {"dp_shard": 2}, "ours again": {"dp_shard": 2}}),
 }  # fmt: skip
+REFERENCES = {"full8b": "ours"}  # what a group is held against, if that is not `one`
+BITS = {"deterministic": True, "elastic": "elastic"}
 
 
 def main() -> None:
@@ -63,7 +70,8 @@ def main() -> None:
         if name not in alone:
             keep(name, run(work, min(args.limit, deadline - time.monotonic())))
     for name, row in rows.items():
-        row.update(judge(row, rows.get(name.split("/")[0] + "/one")))
+        group = name.split("/")[0]
+        row.update(judge(row, rows.get(f"{group}/{REFERENCES.get(group, 'one')}")))
     print_table({name: rows[name] for name in cases})
     if args.out:
         write(Path(args.out), rows)
@@ -73,24 +81,28 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = "groups, comma separated; save writes 80 GB into this folder"
     parser.add_argument("--only", default="lora,long,full,70b", help=groups)
-    parser.add_argument("--case", default="", help="of these groups only the cases whose names contain this, and `one`")
+    parser.add_argument("--case", default="", help="only cases with one of these in their names, and `one`")
+    parser.add_argument("--attention", default="auto", help="`model.attention`")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see whether it all runs")
     parser.add_argument("--budget", type=float, default=440, help="seconds for everything")
     parser.add_argument("--limit", type=float, default=150, help="seconds for one case")
+    parser.add_argument("--peer-path", action="append", default=[], metavar="PEER=FOLDER")
     parser.add_argument("--out")
     return parser.parse_args()
 
 
 def all_cases(args: argparse.Namespace) -> dict[str, dict]:
     """`group/mesh` -> the work, as a process of parallel_step.py reads it."""
-    found = {}
+    paths, found = dict(entry.split("=", 1) for entry in args.peer_path), {}
     for group, (work, meshes) in GROUPS.items():
         for name, mesh in meshes.items():
             case = f"{group}/{name}"
-            if args.case not in name and name != "one":
+            if name != REFERENCES.get(group, "one") and not any(part in name for part in args.case.split(",")):
                 continue
             more = {"case": case, "mesh": mesh, "tiny": args.tiny, "trace": True}
-            more["deterministic"] = "elastic" if name == "elastic" else False
+            more |= {"deterministic": BITS.get(name, False), "attention": args.attention}
+            if name == "torchtitan":
+                more["peer"] = {"script": f"{name}_peer", "path": paths.get(name, "")}
             found[case] = {"warm": 3, "timed": 7} | work | more | ({"seq_len": 64} if args.tiny else {})
     return found
 
@@ -106,12 +118,14 @@ def run(work: dict, limit: float, device: int | None = None) -> dict:
     if limit < 10:
         return {"work": work, "failed": "not started: out of time"}
     launcher = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    peer = work.get("peer", {"script": "parallel_step", "path": ""})
+    path = os.pathsep.join([peer["path"], str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}
     env.setdefault("OMP_NUM_THREADS", "4")
     if device is not None:
         env["CUDA_VISIBLE_DEVICES"] = str(device)
-    command = [sys.executable, *launcher, str(HERE / "parallel_step.py"), json.dumps(work | {"launched": time.time()})]
+    command = [sys.executable, *launcher, str(HERE / f"{peer['script']}.py")]
+    command.append(json.dumps(work | {"launched": time.time()}))
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

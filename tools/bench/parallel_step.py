@@ -44,7 +44,7 @@ def main() -> None:
     built = time.perf_counter() - started
     row = measure(step, run, work, shape["vocab_size"]) | {"build_s": round(built, 1)}
     if work.get("save"):
-        row |= saving(step, run, work, State(model, optimizer, Nowhere()), shape["vocab_size"])
+        row |= saving(step, run, work, State(model, optimizer, Nowhere()), shape["vocab_size"], row["step_ms"] / 1e3)
     if run.is_main:
         print("ROW " + json.dumps({"case": work["case"], "work": work, "processes": run.world, **row}), flush=True)
     if work.get("save"):  # without waiting for the disk
@@ -57,7 +57,7 @@ def settings(work: dict, shape: dict) -> SimpleNamespace:
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(shape))
     cfg = SimpleNamespace(
-        model=Model(path=str(folder), quantize=work.get("quantize")),
+        model=Model(path=str(folder), quantize=work.get("quantize"), attention=work.get("attention", "auto")),
         memory=Memory(recompute=work["recompute"], offload=work.get("offload", False)),
         parallel=Parallel(**work["mesh"]),
         batch=SimpleNamespace(rows=work["rows"], micro_rows=work["micro_rows"]),
@@ -172,11 +172,13 @@ class Nowhere:
 
 
 def saving(
-    step: Callable[[torch.Tensor], tuple[float, float]], run: processes.Run, work: dict, state: State, vocab: int
-) -> dict:
+    step: Callable[[torch.Tensor], tuple[float, float]], run: processes.Run, work: dict, state: State, vocab: int,
+    usual: float,
+) -> dict:  # fmt: skip
     """One save in the background, of a run that saves every 100 steps: seconds that making the page-locked memory took
-    beside training (it begins after the first step), that training stood still for the save, the slowest step while
-    it was written, and until it was on disk, if that was within `work["save_wait"]` seconds."""
+    beside training (it begins after the first step), that training stood still for the save, until it was on disk, if
+    that was within `work["save_wait"]` seconds; the slowest step till then, and the share of the time of 100 steps of
+    `usual` seconds that standing still and slower steps cost."""
     tokens = torch.randint(0, vocab, (work["rows"], work["seq_len"] + 1), device=run.device)
     folder = Path(exchange(run, tempfile.mkdtemp(dir=work["save"]) if run.is_main else None)[0])
     saver = Saver(Checkpoint(every=100, keep=1, background=True), folder, run, {}, say=lambda text: None)
@@ -186,14 +188,15 @@ def saving(
     saver.wait()
     row = {"save_memory_s": round(time.perf_counter() - start, 1)}
     wait(run)
+    exchange(run, None)  # what one process waits for another is no part of the save
     start = time.perf_counter()
     saver.save(100, state)
     row["save_stall_s"] = round(time.perf_counter() - start, 2)
-    slowest = 0.0
+    seconds: list[float] = []
     for number in itertools.count():
         began = time.perf_counter()
         step(tokens)
-        slowest = max(slowest, time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
         taken = time.perf_counter() - start
         done, late = exchange(run, [any(saver.root.glob("step_*")), number > 4 and taken > work["save_wait"]])[0]
         if done or late:
@@ -201,8 +204,10 @@ def saving(
     size = sum(file.stat().st_size for file in folder.rglob("shard-*"))
     exchange(run, None)  # nobody removes it before all have looked
     shutil.rmtree(folder, ignore_errors=True)  # it may still be written
+    lost = row["save_stall_s"] + sum(seconds) - len(seconds) * usual
     return row | {"save_total_s": round(taken, 1) if done else None, "written_gib": round(size / 2**30, 1),
-                  "slowest_step_while_saving_ms": round(1e3 * slowest, 1)}  # fmt: skip
+                  "slowest_step_while_saving_ms": round(1e3 * max(seconds), 1),
+                  "share_of_100_steps": round(lost / (100 * usual), 4)}  # fmt: skip
 
 
 def wait(run: processes.Run) -> None:

@@ -84,7 +84,7 @@ def main() -> None:
     work = common.job()
     config = common.config_of(work["shape"])
     assert config["model_type"] == "qwen3" and config["tie_word_embeddings"], "written for the tied Qwen3 shapes"
-    with torch.device("cuda"):
+    with common.DEVICE:
         model = Plain(config).bfloat16()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

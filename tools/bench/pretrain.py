@@ -1,8 +1,10 @@
-"""Training every weight on one GPU: our step, plain compiled PyTorch's, ours again; then the recipe on streamed text.
+"""Training every weight on one GPU: our step, the peers', ours again; then the recipe on streamed text.
 
     python tools/bench/pretrain.py --shape qwen3-0.6b --rows 8 --seq-len 4096 --recompute none
     python tools/bench/pretrain.py --shape qwen3-1.7b --rows 4 --seq-len 4096 --recompute selective --out NAME.json
+    python tools/bench/pretrain.py … --peer-path torchtitan=/folder/with/its/packages
 
+Peers: `plain` is compiled PyTorch as one would write it; torchtitan runs where a folder with its packages is named.
 The contenders have identical weights and tokens, each in its own process; a figure counts only if losses and gradient
 norms of the first steps agree. MFU: 6 FLOP a weight and token, the head's included and the looked-up embedding's not,
 plus causal attention, over 744 TFLOP/s. The last row is `recipes/pretrain.py` itself with tokenisation in workers: its
@@ -28,8 +30,10 @@ def main() -> None:
     work = {"method": "full", "rank": 0, "offload": False}
     work |= {name: getattr(args, name) for name in ("shape", "rows", "seq_len", "recompute", "attention")}
     rows: list[dict] = []
-    for script in ("ours", "plain_peer", "ours"):
-        sft.add(rows, sft.run(script, work, {}, args.limit), args.out)
+    paths = dict(entry.split("=", 1) for entry in args.peer_path)
+    peers = ["plain", *paths] if args.vs is None else [peer for peer in args.vs.split(",") if peer]
+    for script in ("ours", *(f"{peer}_peer" for peer in peers), "ours"):
+        sft.add(rows, sft.run(script, work, paths, args.limit), args.out)
     if args.steps:
         row = recipe(work, args.steps, args.workers, args.limit)
         print(json.dumps(row))
@@ -43,6 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--recompute", choices=("none", "selective", "except_attention", "full"), default="none")
     parser.add_argument("--attention", default="auto", help="ours' `model.attention`; peers have their own")
+    parser.add_argument("--vs", help="peers, comma separated; without it plain and those of --peer-path")
+    parser.add_argument("--peer-path", action="append", default=[], metavar="PEER=FOLDER")
     parser.add_argument("--steps", type=int, default=40, help="of the recipe; 0: leave it out")
     parser.add_argument("--workers", type=int, default=2, help="processes that tokenise for the recipe")
     parser.add_argument("--limit", type=int, default=250, help="seconds a contender may take")

@@ -58,7 +58,7 @@ def main() -> None:
             heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(hf.split(".")[-2])
             parameter.copy_(interleaved(value, config[heads]) if heads and not hf.endswith("lora_A") else value)
     set_trainable_params(model, get_adapter_params(model))
-    if work["recompute"] != "none":
+    if work["recompute"] in common.RECOMPUTED:
         training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
     training.compile_model(model, verbose=False)
     loss_fn = CEWithChunkedOutputLoss()

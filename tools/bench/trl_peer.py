@@ -15,13 +15,16 @@ from trl import SFTConfig, SFTTrainer
 def main() -> None:
     work = common.job()
     path = hf_peer.checkpoint(work["shape"])
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map="cuda")
+    varlen = "documents" in work and not work["padded"]  # needs the package flash_attn, or its stand-in in shims/
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, device_map="cuda", attn_implementation="flash_attention_2" if varlen else "sdpa"
+    )
     lora = None
     if work["method"] == "lora":
         lora = LoraConfig(
             r=work["rank"], lora_alpha=2 * work["rank"], target_modules="all-linear", task_type="CAUSAL_LM"
         )
-    more = {"gradient_checkpointing": work["recompute"] != "none", "use_liger_kernel": True}
+    more = {"gradient_checkpointing": work["recompute"] in common.RECOMPUTED, "use_liger_kernel": True}
     if more["gradient_checkpointing"]:
         more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     arguments = SFTConfig(**hf_peer.settings(work), **more)

@@ -23,7 +23,7 @@ def main() -> None:
         path, max_seq_length=work["seq_len"], dtype=torch.bfloat16, load_in_4bit=bool(work.get("quantize")),
         full_finetuning=full,
     )  # fmt: skip
-    recompute = {"none": False, "full": "unsloth", "except_attention": "unsloth"}[work["recompute"]]
+    recompute = "unsloth" if work["recompute"] in common.RECOMPUTED else False
     if not full:
         model = FastLanguageModel.get_peft_model(
             model, r=work["rank"], lora_alpha=2 * work["rank"], lora_dropout=0, bias="none", target_modules=TARGETS,
