@@ -14,8 +14,9 @@ from tiny_model import command, losses, tune
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
-LIMIT = {  # of relative differences; a forgotten sum or factor is 0.5 and more
-    "bf16": {"loss": 5e-3, "grad": 0.1, "norm": 3e-2},
+LIMIT = {  # of relative differences; a forgotten sum or factor is 0.5 and more, in the norm too
+    "bf16": {"loss": 5e-3, "grad": 0.3, "norm": 3e-2},  # 0.15 seen: compiled against eager
+    "fp8": {"loss": 1e-2, "grad": 0.3, "norm": 0.15},
     "fp32": {"loss": 1e-5, "grad": 1e-3, "norm": 1e-4},
 }
 CASES = [
@@ -35,15 +36,23 @@ CASES = [
     Case(tp=2, model="qwen3_moe", dtype="fp32", kind="lora"),
     Case(cp=2, dtype="fp32", style="allgather"),
     Case(cp=2, dtype="fp32", style="ring"),
+    Case(shard=2, model="wide", dtype="fp32", kind="lora", quantize="nf4"),
+    Case(tp=2, model="wide", dtype="fp32", kind="lora", quantize="nf4"),
+    Case(shard=2, model="wide", dtype="bf16", kind="lora", fp8="tensorwise"),
+    Case(shard=2, model="wide", dtype="bf16", fp8="tensorwise"),
+    Case(shard=2, model="wide", dtype="bf16", fp8="rowwise", recompute="full"),
 ]
 
 
-def test_a_mesh_of_two_gpus_computes_what_one_does(tmp_path):
+@pytest.mark.parametrize("part", range(4))  # at the same time, where there is more than one worker
+def test_a_mesh_of_two_gpus_computes_what_one_does(part, tmp_path):
     training.write_models(tmp_path)
-    for report in spawn.run(2, CASES, tmp_path, tmp_path / "out", gpus=True):
-        for case, found in zip(CASES, report, strict=True):
-            assert "error" not in found, found["error"]
-            assert all(found[kind] <= limit for kind, limit in LIMIT[case.dtype].items()), (case, found)
+    cases = CASES[part::4]
+    for report in spawn.run(2, cases, tmp_path, tmp_path / "out", gpus=True):
+        for case, found in zip(cases, report, strict=True):
+            assert "error" not in found, (case, found["error"])
+            limits = LIMIT["fp8" if case.fp8 else case.dtype]
+            assert all(found[kind] <= limit for kind, limit in limits.items()), (case, found)
 
 
 TIME_OUT = 40
@@ -80,3 +89,17 @@ def test_a_process_that_hangs_is_named_within_the_time_out(tmp_path):
     expect_a_hang_is_named(command(*start(out)), out, TIME_OUT + 5)
     code, said, errors = tune(*start(out))
     assert code == 0 and "resuming from step_0000" in said, errors
+
+
+def test_the_second_gpu_draws_while_the_first_learns(tmp_path):
+    """rollout.staleness: weights go from one GPU to the other after each update, the reward rises, a run goes on."""
+    words = ("--config", "configs/demo_grpo.yaml", "rollout.staleness=1", "dtype=bf16", "checkpoint.every=5")
+    run = ("run", "recipes/grpo.py", *words, "data.eval=[]", f"output_dir={tmp_path}")
+    for last in (15, 20):
+        code, said, errors = tune(*run, f"steps={last}")
+        assert code == 0 and ("resuming from step_000015" in said) == (last == 20), errors
+    found = rows(tmp_path)
+    assert [row["staleness"] for row in found] == [0] + [1] * 19
+    assert found[0]["mismatch/mean"] < 0.05, "the weights that drew are those that learn"
+    rewards = [row["reward"] for row in found]
+    assert sum(rewards[-5:]) / 5 > rewards[0] + 0.2
