@@ -18,6 +18,20 @@ _SHAPE = "a recipe defines `class Config` and `def main(cfg)`, and ends with\n" 
 _CONFIGS, _ROWS = (".yaml", ".yml"), (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst")
 
 
+def starts_processes(verb: str, argv: Sequence[str]) -> bool:
+    """Whether options of torchrun stand before the recipe. `UserError` where there is no recipe, or where they come
+    after it."""
+    usage = f"tune {verb} [--nproc-per-node N] RECIPE --config FILE [key=value …]"
+    if not argv or argv[0].partition("=")[0] == "--config":
+        raise UserError(f"tune {verb}: the recipe comes before --config", fix=usage)
+    if argv[0].startswith("-"):
+        return True
+    late = next((word for word in argv if word.startswith("--n") or word in ("--standalone", "--no-python")), None)
+    if late:
+        raise UserError(f"tune {verb}: {late.partition('=')[0]} comes before the recipe", fix=usage)
+    return False
+
+
 def find(name: str, verb: str = "run") -> Path:
     """The file of a recipe, looked at but not run. Raises `UserError` when it is none; `verb`: for its advice."""
     path = assets.resolve_recipe(name)

@@ -14,9 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ftlib.cli import recipe
-from ftlib.errors import UserError
-
-_USAGE = "tune run [--nproc-per-node N] RECIPE --config FILE [key=value …]"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,17 +22,11 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__.strip())
         return 0
-    if not argv or argv[0] == "--config" or argv[0].startswith("--config="):
-        raise UserError("tune run: the recipe comes before --config", fix=_USAGE)
-    if argv[0].startswith("-"):
+    if recipe.starts_processes("run", argv):
         from ftlib.cli import spawn  # imports torch
 
         return spawn.main(argv)
-    name, rest = argv[0], argv[1:]
-    late = next((word for word in rest if word.startswith("--n") or word in ("--standalone", "--no-python")), None)
-    if late:
-        raise UserError(f"tune run: {late} comes before the recipe", fix=_USAGE)
-    return run_here(recipe.find(name), recipe.with_shipped_configs(rest))
+    return run_here(recipe.find(argv[0]), recipe.with_shipped_configs(argv[1:]))
 
 
 def run_here(path: Path, argv: Sequence[str]) -> int:

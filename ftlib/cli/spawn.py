@@ -27,42 +27,43 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 def main(argv: Sequence[str]) -> int:
     """Parse torchrun's options and the recipe after them, check everything, run."""
-    args = _parse(argv)
+    args, local, world = parse("run", argv)
     path = recipe.find(args.training_script)
     args.training_script = str(path)
     args.training_script_args = recipe.with_shipped_configs(args.training_script_args)
-    try:
-        local = determine_local_world_size(args.nproc_per_node)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--nproc-per-node {args.nproc_per_node}: {error}") from None
-    if local < 1:
-        raise UserError(f"--nproc-per-node {args.nproc_per_node}: at least 1 process is needed")
     if not any(word in ("-h", "--help") for word in args.training_script_args):
-        nodes = args.nnodes.partition(":")[0]  # `MIN:MAX`: it has to work with the fewest
-        recipe.check(path, args.training_script_args, local * int(nodes) if nodes.isdecimal() else local)
+        recipe.check(path, args.training_script_args, world)
     _set_environment(local)
     with tempfile.TemporaryDirectory(prefix="ftlib-workers-") as folder, _forwarding(Path(folder)):
         os.environ[WORKERS] = folder
         return _run(args, Path(folder))
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(verb: str, argv: Sequence[str]) -> tuple[argparse.Namespace, int, int]:
+    """torchrun's options and the recipe after them; the processes of this node, and of all."""
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
-        fix = "tune run --nproc-per-node N RECIPE --config FILE …; the options are those of torchrun"
-        raise UserError(f"tune run: {message}", fix=fix)
+        fix = f"tune {verb} --nproc-per-node N RECIPE --config FILE …; the options are those of torchrun"
+        raise UserError(f"tune {verb}: {message}", fix=fix)
 
     parser.error = error
     args = parser.parse_args(list(argv))
     if args.module or args.no_python:
-        raise UserError("tune run: a recipe is a file; -m and --no-python have no use here")
+        raise UserError(f"tune {verb}: a recipe is a file; -m and --no-python have no use here")
     alone = args.nnodes in ("1", "1:1") and not args.rdzv_endpoint and "MASTER_PORT" not in os.environ
     if alone and args.master_port == parser.get_default("master_port"):
         args.standalone = True  # a free port, so that two runs on one machine do not meet
     if hasattr(args, "signals_to_handle"):
         args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are ours: torchrun would kill 30 s after a SIGTERM
-    return args
+    try:
+        local = determine_local_world_size(args.nproc_per_node)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--nproc-per-node {args.nproc_per_node}: {error}") from None
+    if local < 1:
+        raise UserError(f"--nproc-per-node {args.nproc_per_node}: at least 1 process is needed")
+    nodes = args.nnodes.partition(":")[0]  # `MIN:MAX`: it has to work with the fewest
+    return args, local, local * int(nodes) if nodes.isdecimal() else local
 
 
 def _set_environment(local: int) -> None:

@@ -1,8 +1,10 @@
 """Run every check of a recipe and its config, without a GPU and without training.
 
     tune validate RECIPE --config FILE [--config FILE …] [key=value …] [--world N]
+    tune validate --nproc-per-node N [other options of torchrun] RECIPE --config FILE …
 
---world N checks for N processes (default: 1). Every problem is reported at once; exit code 2 if there is any.
+--world N checks for N processes (default: 1), options of torchrun for those that `tune run` would start with them.
+Every problem is reported at once; exit code 2 if there is any.
 """
 
 from collections.abc import Sequence
@@ -17,18 +19,23 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__.strip())
         return 0
     world, argv = _take_world(argv)
-    if not argv or argv[0].startswith("-"):
-        raise UserError("tune validate: the recipe comes first", fix="tune validate RECIPE --config FILE [key=value …]")
+    if recipe.starts_processes("validate", argv):
+        from ftlib.cli import spawn  # imports torch
+
+        if world is not None:
+            raise UserError("tune validate: --world beside options of torchrun", fix="leave --world out")
+        args, _, world = spawn.parse("validate", argv)
+        argv = [args.training_script, *args.training_script_args]
     path = recipe.find(argv[0], "validate")
     arguments = recipe.with_shipped_configs(argv[1:])
-    for line in recipe.check(path, arguments, world):
+    for line in recipe.check(path, arguments, world or 1):
         print(line)
     print(f"ok: {path} {' '.join(argv[1:])}".rstrip())
     return 0
 
 
-def _take_world(argv: Sequence[str]) -> tuple[int, list[str]]:
-    words, rest, world = list(argv), [], "1"
+def _take_world(argv: Sequence[str]) -> tuple[int | None, list[str]]:
+    words, rest, world = list(argv), [], None
     while words:
         word = words.pop(0)
         if word == "--world":
@@ -37,6 +44,6 @@ def _take_world(argv: Sequence[str]) -> tuple[int, list[str]]:
             world = word.removeprefix("--world=")
         else:
             rest.append(word)
-    if not world.isdecimal() or int(world) < 1:
+    if world is not None and (not world.isdecimal() or int(world) < 1):
         raise UserError(f"tune validate: --world needs a number of processes, got {world!r}")
-    return int(world), rest
+    return world and int(world), rest

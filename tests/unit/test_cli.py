@@ -287,8 +287,11 @@ def test_validate_calls_a_recipe_s_own_check(here, capsys):
     check = "def check(cfg, world):\n    if world > 2:\n        raise UserError('too many')\n\n\nif __name__"
     Path("toy.py").write_text(TOY.replace("if __name__", check))
     assert cli.main(["validate", "toy.py", "--world=2"]) == 0
-    assert cli.main(["validate", "toy.py", "--world=3"]) == 2
-    assert "too many" in capsys.readouterr().err
+    assert cli.main(["validate", "--nproc-per-node", "2", "toy.py", "rank=3"]) == 0
+    assert capsys.readouterr().out.endswith("ok: toy.py rank=3\n")
+    for words in (["toy.py", "--world=3"], ["--nnodes", "2:4", "--nproc_per_node=2", "toy.py"]):
+        assert cli.main(["validate", *words]) == 2
+        assert "too many" in capsys.readouterr().err
 
 
 def test_run_here_uses_this_process(here, capsys):
