@@ -36,15 +36,18 @@ def fetched(path: str, subset: str | None = None, split: str | None = None) -> l
     return sorted(file for file in _folder(path, subset, split).rglob("*") if file.is_file())
 
 
-def fetch(path: str, subset: str | None = None, split: str | None = None, again: bool = False) -> list[Path]:
-    """The local files of a remote source; `again` fetches what was fetched before. UserError if it cannot be had."""
+def fetch(
+    path: str, subset: str | None = None, split: str | None = None, again: bool = False, most: int | None = None
+) -> list[Path]:
+    """The local files of a remote source; `again` fetches what was fetched before. UserError if it cannot be had, or
+    is not there yet and has more than `most` bytes, which are those of a stream."""
     folder = _folder(path, subset, split)
     if again or not folder.is_dir():
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
-            _get(path, subset, split, part)
+            _get(path, subset, split, part, most)
             if folder.is_dir():
                 folder.rename(part / ".old")
             part.rename(folder)  # a fetch that was cut off leaves no folder that looks whole
@@ -61,28 +64,37 @@ def _folder(path: str, subset: str | None, split: str | None) -> Path:
     return cache_folder() / "fetched" / hashlib.sha256(repr((path, subset, split)).encode()).hexdigest()[:16]
 
 
-def _get(path: str, subset: str | None, split: str | None, folder: Path) -> None:
+def _get(path: str, subset: str | None, split: str | None, folder: Path, most: int | None) -> None:
     if path.startswith(("http://", "https://")):
-        _https(path, folder)
+        _https(path, folder, most)
     elif "://" in path:
-        _fsspec(path, folder)
+        _fsspec(path, folder, most)
     else:
         _hub(path, subset, split, folder)
 
 
-def _https(url: str, folder: Path) -> None:
+def _check_size(path: str, size: int, most: int | None) -> None:
+    if most is not None and size > most:
+        what = f"{path} cannot be read in pieces, and the whole has more than stream.cache_gib={most / (1 << 30):g}"
+        raise UserError(what, where="stream.cache_gib", fix="raise it, or fetch the file yourself and name it")
+
+
+def _https(url: str, folder: Path, most: int | None) -> None:
     from urllib.parse import unquote, urlparse
     from urllib.request import urlopen
 
     name = unquote(Path(urlparse(url).path).name) or "data"
     with urlopen(url, timeout=60) as answer, open(folder / name, "wb") as file:
-        shutil.copyfileobj(answer, file, 1 << 20)
-        expected = answer.headers.get("Content-Length")
-    if expected and int(expected) != (folder / name).stat().st_size:
-        raise OSError(f"{(folder / name).stat().st_size:,} of {int(expected):,} bytes came")
+        expected = int(answer.headers.get("Content-Length") or 0)
+        _check_size(url, expected, most)
+        while part := answer.read(1 << 20):
+            file.write(part)
+            _check_size(url, file.tell(), most)
+    if expected and expected != (folder / name).stat().st_size:
+        raise OSError(f"{(folder / name).stat().st_size:,} of {expected:,} bytes came")
 
 
-def _fsspec(url: str, folder: Path) -> None:
+def _fsspec(url: str, folder: Path, most: int | None) -> None:
     import fsspec
 
     try:
@@ -90,6 +102,8 @@ def _fsspec(url: str, folder: Path) -> None:
         found = files.glob(root) if any(c in root for c in "*?[") else files.find(root)
         if not found:
             raise OSError("there is no such file")
+        if most is not None:
+            _check_size(url, sum(files.info(place).get("size") or 0 for place in found), most)
         names = _short(found)
         for place in found:
             files.get_file(place, str(folder / names(place)))

@@ -44,12 +44,12 @@ class Place(NamedTuple):
     row: Row
 
 
-def files_of(source: Source, again: bool = False) -> list[Path]:
-    """The local files of a source, in order; `again` fetches remote ones anew."""
+def files_of(source: Source, again: bool = False, most: int | None = None) -> list[Path]:
+    """The local files of a source, in order; `again` fetches remote ones anew. `most`: as `remote.fetch` has it."""
     name, *_ = _parse(source.split, source.path)
     if remote.is_remote(source.path):
         hub = "://" not in source.path
-        found = remote.fetch(source.path, source.subset, (name or None) if hub else None, again)
+        found = remote.fetch(source.path, source.subset, (name or None) if hub else None, again, most)
         return found if hub else _of_split(found, name, source.path)
     if any(c in source.path for c in "*?[") and not Path(source.path).exists():
         found = sorted(Path(f) for f in glob.glob(os.path.expanduser(source.path), recursive=True) if os.path.isfile(f))
@@ -64,7 +64,8 @@ def files_of(source: Source, again: bool = False) -> list[Path]:
 
 def streamed_files(source: Source, pieces: Pieces, key: str) -> list[File]:
     """The files of a source, in order, remote ones to be read as they come; but what was fetched before is read here,
-    and what cannot be read in ranges is fetched whole. `key`: of the source in a config."""
+    and what cannot be read in ranges is fetched whole, unless it is larger than all pieces may be. `key`: of the source
+    in a config."""
     name, *_ = _parse(source.split, source.path)
     hub = "://" not in source.path
     part = source.subset, (name or None) if hub else None
@@ -72,7 +73,7 @@ def streamed_files(source: Source, pieces: Pieces, key: str) -> list[File]:
         return list(files_of(source))
     listed = ranges.find(source.path, *part)
     if listed is None:
-        return list(files_of(source))
+        return list(files_of(source, most=pieces.limit))
     found, folder = listed
     files = [RemoteFile(file, f"{key}.path", pieces) for file in found]
     if folder:

@@ -140,6 +140,9 @@ class _Opened(SourceReport):
         if away := [file.found for file in self.files if isinstance(file, RemoteFile)]:
             commit = f", at commit {away[0].commit}" if away[0].commit else ""
             files += f" elsewhere ({sum(found.size for found in away) / GIB:,.2f} GiB{commit})"
+        elif is_remote(self.path):
+            size = sum(file.stat().st_size for file in self.files) / GIB
+            files += f" fetched whole ({size:,.2f} GiB beside stream.cache_gib)"
         share = "its share by stream.mix" if self.share is None else f"{self.share:.1%}"
         how = f"{files}, read while training, format {self.format} ({self.evidence}), {share}"
         lost = f"  warning: the reasoning of {self.unwritten:,} messages in its first {CHUNK} rows {UNWRITTEN}"

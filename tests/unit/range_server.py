@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 @contextmanager
 def serving(folder):
     """Files over HTTP with ranges. `.asked`: (name, first byte) of each answer; `.drop(number of the answer)`: whether
-    its connection breaks off; `.slow`: seconds an answer takes; `.fault`: `wrong` bytes, `no` ranges,
-    a `shorter` file."""
+    its connection breaks off; `.slow`: seconds an answer takes; `.fault`: `wrong` bytes, `no` ranges
+    but the whole, or that `unsized`, a `shorter` file."""
     state = SimpleNamespace(asked=[], drop=lambda number: False, slow=0.0, lock=threading.Lock(), sent=0, fault="")
 
     class Handler(BaseHTTPRequestHandler):
@@ -23,7 +23,9 @@ def serving(folder):
                 self.send_error(404)
                 return
             content, stat = file.read_bytes(), file.stat()
-            first, last = (int(n) for n in self.headers["Range"].removeprefix("bytes=").split("-"))
+            whole = state.fault in ("no", "unsized")
+            wanted = f"0-{len(content)}" if whole else self.headers["Range"].removeprefix("bytes=")
+            first, last = map(int, wanted.split("-"))
             if state.fault == "shorter":
                 self.send_error(416)
                 return
@@ -35,9 +37,11 @@ def serving(folder):
                 state.asked.append((file.name, first))
                 state.sent += len(part)
             time.sleep(state.slow)
-            self.send_response(200 if state.fault == "no" else 206)
-            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
-            self.send_header("Content-Length", str(len(part)))
+            self.send_response(200 if whole else 206)
+            if not whole:
+                self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
+            if state.fault != "unsized":
+                self.send_header("Content-Length", str(len(part)))
             self.send_header("ETag", f'"{stat.st_mtime_ns}"')
             self.send_header("Last-Modified", formatdate(stat.st_mtime))
             self.end_headers()

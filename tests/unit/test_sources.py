@@ -168,7 +168,9 @@ def test_fsspec_addresses():
     memory = fsspec.filesystem("memory")
     memory.pipe({"/bucket/a/x.jsonl": LINES, "/bucket/b/x.jsonl": LINES, "/bucket/b/y.jsonl": LINES})
     assert [file.name for file in files_of(Source(path="memory://bucket/b/y.jsonl"))] == ["y.jsonl"]
-    assert len(files_of(Source(path="memory://bucket/b"))) == 2
+    with pytest.raises(UserError, match="the whole has more than stream"):
+        files_of(Source(path="memory://bucket/b"), most=2 * len(LINES) - 1)
+    assert len(files_of(Source(path="memory://bucket/b"), most=2 * len(LINES))) == 2
     assert len(files_of(Source(path="memory://bucket/*/x.jsonl"))) == 2
     assert [row.value for row in read(files_of(Source(path="memory://bucket/a")))] == ROWS
     for path, words in (("memory://bucket/none", "no such file"), ("nothing://x/y", "cannot be fetched")):

@@ -359,6 +359,23 @@ def test_what_cannot_be_addressed_file_by_file_is_fetched_whole(tmp_path):
         assert steps_of(plan_of([address], cache_gib=ROOM / GIB, buffer=16).train, 5) == wanted
 
 
+@pytest.mark.parametrize("fault", ["no", "unsized"])
+def test_a_file_that_only_comes_whole_has_the_room_of_all_pieces_at_most(tmp_path, fault):
+    """Whether or not its server says beforehand how long it is; what is refused leaves nothing on the disk."""
+    file = write(tmp_path / "a.jsonl", 200, "A")
+    size = file.stat().st_size
+    with serving(tmp_path) as server:
+        server.fault = fault
+        address = f"{server.address}/a.jsonl"
+        with pytest.raises(UserError, match="cannot be read in pieces, and the whole has more than") as caught:
+            plan_of([address], cache_gib=(size - 1) / GIB)
+        assert caught.value.where == "stream.cache_gib" and "fetch the file yourself" in caught.value.fix
+        assert not [found for found in (tmp_path / "cache" / "fetched").rglob("*") if found.is_file()]
+        made = plan_of([address], cache_gib=size / GIB, buffer=16)
+    assert "fetched whole (0.00 GiB beside stream.cache_gib)" in made.report.lines()[0]
+    assert steps_of(made.train, 5) == steps_of(plan_of([file], buffer=16).train, 5)
+
+
 def test_files_without_rows_and_hidden_ones_are_passed_over(tmp_path):
     import fsspec
 
