@@ -24,7 +24,7 @@ from ftlib.sections import Lora
 from ftlib.tokenizers import Tokenizer
 
 PREFIX = "model."
-LOW_PRECISION = ("quantize", "fp8", "fp8_smallest")  # keys of the model's section
+LOW_PRECISION = ("quantize", "fp8")  # keys of the model's section
 BESIDE = "mtp."  # modules beside the decoder, without which the model is whole (ftlib.models.mtp)
 
 
@@ -78,30 +78,25 @@ def tokenizer(folder: Path, base: Path) -> Tokenizer:
 
 def base_form(folder: Path, base: Path, decoder: type[nn.Module] | None = None) -> str | None:
     """`quant.kept_in` of what the run that wrote an adapter's checkpoint made of `base`."""
-    file = folder.absolute().parent.parent / "config.yaml"
-    said = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
-    section = sections.Model(path=str(base), **{key: said[key] for key in LOW_PRECISION if key in said})
+    said = _said(_config(folder), "model")
+    named = {key: said[key] for key in (*LOW_PRECISION, "fp8_smallest") if key in said}
     model = load.build(base, torch.bfloat16, decoder)  # shapes alone
-    quant.attach(model, SimpleNamespace(model=section, lora=True))
+    quant.attach(model, SimpleNamespace(model=sections.Model(path=str(base), **named), lora=True))
     return quant.kept_in(model)
 
 
 def is_of_plain_base(adapter: Path) -> bool:
     """Whether an adapter is the `final/` of a run whose config, beside it, names no low precision of the base."""
-    file = adapter.absolute().parent / "config.yaml"
-    if adapter.absolute().name != "final" or not file.is_file():
-        return False
-    said = yaml.safe_load(file.read_text(encoding="utf-8"))
-    model = said.get("model") if isinstance(said, dict) else None
-    return isinstance(model, dict) and "path" in model and not (model.get("quantize") or model.get("fp8"))
+    adapter = adapter.absolute()
+    model = _said(adapter.parent / "config.yaml", "model") if adapter.name == "final" else {}
+    return "path" in model and not any(map(model.get, LOW_PRECISION))
 
 
 def code(folder: Path) -> own.Mark | None:
     """The record of the `model.code` of the run that wrote a checkpoint."""
-    file = folder.absolute().parent.parent / "config.yaml"
-    said = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = _said(_config(folder), "model").get("code")
     sha256 = json.loads((folder / "state.json").read_text(encoding="utf-8"))["fingerprint"].get("model.code")
-    return own.Mark(Path(said["model"]["code"]).name, sha256) if sha256 and said else None
+    return own.Mark(Path(named).name, sha256) if sha256 and named else None
 
 
 def added(folder: Path, tokenizer: Tokenizer) -> list[int]:
@@ -111,13 +106,24 @@ def added(folder: Path, tokenizer: Tokenizer) -> list[int]:
 
 
 def _section(folder: Path, name: str, kind: type[Any], needed: bool = True) -> Any:
-    """A section of the run's config: its config.yaml lies two folders up."""
-    file = folder.absolute().parent.parent / "config.yaml"
-    if not file.is_file() and needed:
+    """A section of the config of the run that wrote a checkpoint."""
+    file = _config(folder)
+    if needed and not file.is_file():
         raise UserError(f"{folder} holds an adapter, but {file} with its rank and alpha is missing")
-    whole = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    section = {key: value for key, value in ((whole or {}).get(name) or {}).items() if key != "start_from"}
+    section = {key: value for key, value in _said(file, name).items() if key != "start_from"}
     cfg, problems = build(kind, from_plain(section, f"{file}: {name}", file.parent))
     if problems:
         raise Problems(problems)
     return cfg
+
+
+def _config(folder: Path) -> Path:
+    """Where the config of the run that wrote a checkpoint lies."""
+    return folder.absolute().parent.parent / "config.yaml"
+
+
+def _said(config: Path, section: str) -> dict[str, Any]:
+    """A section of a run's config; empty where it has none, and where there is no config."""
+    whole = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
+    found = whole.get(section) if isinstance(whole, dict) else None
+    return found if isinstance(found, dict) else {}
