@@ -121,10 +121,9 @@ def main(cfg: Config) -> list[dict]:
             if run.is_main:
                 tokenizer.save(folder)
         saver.finish(steps)
-        merge = f"tune merge {cfg.model.path} {cfg.output_dir}/final MERGED{quant.flag(cfg)}"
         output.finish(
             f"tune generate {cfg.output_dir}/final --prompt '…'",
-            *(() if cfg.relora.every else (merge,)),
+            *quant.commands(cfg, merged=cfg.relora.every > 0),
             f"tune run {script(__file__)} --config {cfg.output_dir}/config.yaml steps={2 * steps}",
         )
     return output.rows()

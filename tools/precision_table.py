@@ -23,7 +23,7 @@ from ftlib.errors import UserError  # noqa: E402
 RESULTS = ROOT / "tools" / "bench" / "results"
 MEASURED, README = RESULTS / "precision_cpu.json", ROOT / "ftlib" / "quant" / "README.md"
 START, END = "<!-- tools/precision_table.py -->", "<!-- end -->"
-SHORT = ["eval.exact_match=0", "steps=20", "batch.rows=4", "batch.micro_rows=4", "checkpoint.every=0"]
+SHORT = ["eval.exact_match=0", "steps=20", "batch.rows=4", "batch.micro_rows=4", "checkpoint.every=0", "profile=true"]
 SMALL = ["model.fp8_smallest=16"]  # the shipped model's layers are small
 MODES: dict[str, tuple[str, list[str]]] = {
     "LoRA": ("lora", []),
@@ -39,7 +39,15 @@ MODES: dict[str, tuple[str, list[str]]] = {
     "full, `model.fp8: tensorwise`": ("full", ["model.fp8=tensorwise", *SMALL]),
     "full, `model.fp8: rowwise`": ("full", ["model.fp8=rowwise", *SMALL]),
     "full, `qat.scheme: int4`": ("full", ["qat.scheme=int4"]),
+    "full, `qat.scheme: int8_int4`": ("full", ["qat.scheme=int8_int4"]),
+    "full, `qat.scheme: fp8`": ("full", ["qat.scheme=fp8"]),
+    "full, `optim.states: int8`": ("full", ["optim.states=int8"]),
+    "full, `optim.states: fp8`": ("full", ["optim.states=fp8"]),
+    "full, `optim.states: int4`": ("full", ["optim.states=int4"]),
+    "full, `dtype: bf16`": ("full", ["dtype=bf16"]),
+    "full, `dtype: bf16`, `optim.rounding: stochastic`": ("full", ["dtype=bf16", "optim.rounding=stochastic"]),
 }
+HELD = ("frozen weights", "trained weights", "gradients", "optimizer state")
 AXES = {
     "FSDP2": ["parallel.dp_shard=2"], "copies": ["parallel.dp_replicate=2", "parallel.dp_shard=1"],
     "TP": ["parallel.tp=2"], "DoRA": ["lora.dora=true"],
@@ -60,23 +68,27 @@ def main() -> None:
 
 
 def trained(recipe: str, overrides: list[str]) -> dict:
-    """Held-out loss of the demo's run in this mode, and what the run said of its layers."""
+    """Held-out loss of the demo's run in this mode, what the run said of its layers, and MiB by what holds them."""
     with tempfile.TemporaryDirectory() as folder:
         run = [sys.executable, "-m", "ftlib", "run", f"recipes/{recipe}_sft.py"]
         run += ["--config", f"configs/demo_{recipe}.yaml", *overrides, *SHORT, f"output_dir={folder}"]
         said = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        held = json.loads((Path(folder) / "profile/summary.json").read_text())["memory_gib"]
     notes = re.findall(r"^(?:base|fp8|rounding): .*$", said, re.MULTILINE)
-    bits = next((float(b) for note in notes for b in re.findall(r"([\d.]+) bits a weight", note)), 32.0)
-    return {"eval_loss": rows[-1]["eval_loss"], "steps": rows[-1]["step"], "bits": bits, "said": notes}
+    kept = 16.0 if "dtype=bf16" in overrides else 32.0
+    bits = next((float(b) for note in notes for b in re.findall(r"([\d.]+) bits a weight", note)), kept)
+    mib = {name: round(1024 * held[name], 2) for name in HELD}
+    return {"eval_loss": rows[-1]["eval_loss"], "steps": rows[-1]["step"], "bits": bits, "said": notes, "mib": mib}
 
 
 def table() -> list[str]:
     """Markdown lines."""
     measured = json.loads(MEASURED.read_text())
     lines = [
-        "| mode | layers | bits kept | loss held out | against plain | GPU: tokens/s (peak GiB) | validates with |",
-        "|---|---|---|---|---|---|---|",
+        "| mode | layers | bits kept | loss held out | against plain | MiB: frozen, trained, gradients, optimizer | "
+        "GPU: tokens/s (peak GiB) | validates with |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, (recipe, overrides) in MODES.items():
         if name not in measured:
@@ -84,28 +96,39 @@ def table() -> list[str]:
         row, plain = measured[name], measured["LoRA" if recipe == "lora" else "full"]
         layers = next((n for note in row["said"] for n in re.findall(r"(\d+) (?:matrices|layers)", note)), "–")
         gap = f"{row['eval_loss'] - plain['eval_loss']:+.4f}" if overrides else ""
-        cells = [name, layers, f"{row['bits']:g}", f"{row['eval_loss']:.4f}", gap, gpu(recipe, overrides)]
+        held = ", ".join(f"{row['mib'][part]:.1f}" for part in HELD)
+        cells = [name, layers, f"{row['bits']:g}", f"{row['eval_loss']:.4f}", gap, held, gpu(recipe, overrides)]
         lines.append("| " + " | ".join([*cells, ", ".join(works(recipe, overrides))]) + " |")
     return lines
 
 
 def gpu(recipe: str, overrides: list[str]) -> str:
     """The slower of our two runs of each benchmark in this mode; nothing where none was measured."""
-    asked = {key.removeprefix("model."): value for key, value in (word.split("=") for word in overrides)}
-    if "qat.scheme" in asked:
-        return ""
-    mode, cells = (recipe, asked.get("quantize"), asked.get("fp8")), []
-    for path in results():
+    asked = {key.split(".")[-1]: value for key, value in (word.split("=") for word in overrides)}
+    asked, cells = {"method": recipe, "qat": asked.pop("scheme", None), **asked}, []
+    if "dtype" in asked and "rounding" not in asked:
+        return ""  # as all of them
+    same = ["method", "quantize", "fp8", "qat"]
+    same += [] if asked.get("fp8") else ["states", "rounding"]  # beside fp8 they are named
+    for path in [*results(), *sorted(RESULTS.glob("precision_*_h[12]00.json"))]:
         rows = [row for row in json.loads(path.read_text()).get("rows", []) if row.get("contender") == "ftlib"]
         rows = [row for row in rows if "tokens_per_s" in row and "work" in row]
-        rows = [r for r in rows if tuple(r["work"].get(key) for key in ("method", "quantize", "fp8")) == mode]
+        rows = [row for row in rows if all(_of(row["work"], key) == asked.get(key) for key in same)]
         if rows:
             slower = min(rows, key=lambda r: r["tokens_per_s"])
             work = slower["work"]
             what = f"{work['shape']} {work['rows']} x {work['seq_len']}, recompute {work['recompute']}"
+            if work.get("states") and "states" not in asked:
+                what += f", states {work['states']}"
             what += f", {slower['device'].split()[1]}"
             cells.append(f"{what}: {slower['tokens_per_s']:,} ({slower['peak_gib']:.1f})")
     return "; ".join(cells)
+
+
+def _of(work: dict, key: str) -> str | None:
+    """A benchmark's setting, None where it is what a run has without it."""
+    value = work.get(key)
+    return None if value == "nearest" else value
 
 
 def works(recipe: str, overrides: list[str]) -> list[str]:

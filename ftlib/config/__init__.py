@@ -7,6 +7,7 @@ data: reading one imports nothing, and `${a.b}` refers to other keys and to noth
 """
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -21,11 +22,12 @@ from ftlib.config.layers import read_layers, split_arguments
 from ftlib.config.places import Places
 from ftlib.config.secrets import redact, redact_tree
 from ftlib.config.tree import scalar
-from ftlib.config.types import LocalOrHub, MaybeFile, OutputDir, known_keys
+from ftlib.config.types import LocalOrHub, MaybeFile, OutputDir, defaults_of, known_keys
 from ftlib.errors import Problems
 
 __all__ = [
-    "KeyDoc", "LocalOrHub", "MaybeFile", "OutputDir", "Places", "describe", "dump", "load", "read", "redact", "to_dict",
+    "KeyDoc", "LocalOrHub", "MaybeFile", "OutputDir", "Places", "brief", "describe", "dump", "load", "read", "redact",
+    "to_dict",
 ]  # fmt: skip
 
 Schema = TypeVar("Schema")
@@ -69,6 +71,20 @@ def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def brief(section: object) -> str:
+    """What of a section differs from its defaults, as JSON on one line: the value of an override."""
+    return json.dumps(redact_tree(_different(section)), ensure_ascii=False)
+
+
+def _different(value: object) -> object:
+    if dataclasses.is_dataclass(value):
+        usual, own = defaults_of(type(value)), defaults_of(type(value), value)
+        return {name: _different(own[name]) for name in own if _plain(own[name]) != _plain(usual[name])}
+    if isinstance(value, list | tuple):
+        return [_different(item) for item in value]
+    return _plain(value)
 
 
 def dump(cfg: object) -> str:

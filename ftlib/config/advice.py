@@ -3,10 +3,10 @@
 import dataclasses
 import re
 from dataclasses import MISSING
-from typing import Any
+from typing import Any, get_args
 
 from ftlib.config.tree import Node, scalar
-from ftlib.config.types import defaults_of, is_sequence, members, type_name
+from ftlib.config.types import defaults_of, hints_of, is_sequence, members, type_name
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
@@ -17,6 +17,8 @@ _THOUSANDS = re.compile(r"(\d+) ?k", re.I)
 def value(hint: Any, node: Node, key: str) -> str:
     """For a value that fits no alternative of `hint`."""
     kinds, given = members(hint), node.value
+    if sections := [kind for kind in kinds if dataclasses.is_dataclass(kind)]:
+        return section(sections[0], given)
     sequences = [kind for kind in kinds if is_sequence(kind)]
     meant = _number(given, int in kinds) if float in kinds or int in kinds else None
     if bool in kinds and str(given).lower() in ("yes", "on", "no", "off"):
@@ -29,10 +31,12 @@ def value(hint: Any, node: Node, key: str) -> str:
 
 
 def section(cls: type, given: object) -> str:
-    """For what stands in place of a section: the one key that it must have, or the names of its keys."""
-    needed = [name for name, default in defaults_of(cls).items() if default is MISSING]
-    if isinstance(given, str) and given and len(needed) == 1:
-        return f" (write {{{needed[0]}: {given}}})"
+    """For what stands in place of a section: its one key that is required or could be meant, or all their names."""
+    meant = [name for name, default in defaults_of(cls).items() if default is MISSING]
+    if len(meant) != 1:
+        meant = [name for name, hint in hints_of(cls).items() if any(given in get_args(kind) for kind in members(hint))]
+    if isinstance(given, str) and given and len(meant) == 1:
+        return f" (write {{{meant[0]}: {given}}})"
     return f" (its keys: {', '.join(defaults_of(cls))})"
 
 

@@ -21,7 +21,7 @@ def config(section: Rounding) -> dict:
     """`quantization_config` of config.json."""
     weights = {"symmetric": True, "dynamic": False}
     if SCHEMES[section.scheme].grouped:
-        weights |= {"num_bits": 4, "type": "int", "strategy": "group", "group_size": section.group}
+        weights |= {"num_bits": 4, "type": "int", "strategy": "group", "group_size": section.inputs_a_scale}
     else:
         weights |= {"num_bits": 8, "type": "float", "strategy": "channel"}
     form = "pack-quantized" if SCHEMES[section.scheme].grouped else "float-quantized"
@@ -45,7 +45,7 @@ def packed(
         if key not in rounded:
             yield key, tensor
             continue
-        codes, scales = SCHEMES[section.scheme].codes(tensor, section.group)
+        codes, scales = SCHEMES[section.scheme].codes(tensor, section.inputs_a_scale)
         yield f"{key}_scale", scales
         if codes.dtype != torch.int8:
             yield key, codes

@@ -145,7 +145,7 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int | None)
     sizes = {name: sum(_bytes(t) for t in tensors) for name, tensors in held.items()}
     if peak is not None:
         sizes["activations and workspace"] = max(0, peak - sum(sizes.values()))
-    return {name: round(size / 2**30, 3) for name, size in sizes.items()}
+    return {name: round(size / 2**30, 6) for name, size in sizes.items()}
 
 
 def _beside(value: object, p: Tensor) -> bool:
@@ -168,5 +168,7 @@ def table(summary: dict[str, Any], idle: str) -> list[str]:
         lines.append(f"  {name:32} {part['forward']:9,.2f} {part['backward']:9,.2f} {total / step:6.1%}")
     left = step - sum(sum(part.values()) for part in times.values())
     lines.append(f"  {idle:32} {max(left, 0):9,.2f} {'':9} {max(left, 0) / step:6.1%}")
-    lines.append("memory, GiB:  " + "  ".join(f"{name} {size:,.3f}" for name, size in summary["memory_gib"].items()))
+    held = summary["memory_gib"]
+    unit, scale = ("MiB", 1024) if sum(held.values()) < 1 else ("GiB", 1)
+    lines.append(f"memory, {unit}:  " + "  ".join(f"{name} {size * scale:,.2f}" for name, size in held.items()))
     return lines

@@ -5,9 +5,9 @@ from ftlib.quant.experts import QuantizedExperts
 from ftlib.quant.formats import FORMATS
 from ftlib.quant.frozen import FrozenWeight, QuantizedLinear
 from ftlib.quant.qat import at
-from ftlib.quant.setup import attach, check, flag, note
+from ftlib.quant.setup import attach, check, commands, note
 
 __all__ = [
-    "FORMATS", "FrozenWeight", "QuantizedExperts", "QuantizedLinear", "at", "attach", "check", "flag", "hold",
-    "kept_in", "note", "round_through",
+    "FORMATS", "FrozenWeight", "QuantizedExperts", "QuantizedLinear", "at", "attach", "check", "commands",
+    "hold", "kept_in", "note", "round_through",
 ]  # fmt: skip

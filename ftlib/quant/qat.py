@@ -55,12 +55,12 @@ def attach(model: nn.Module, section: Rounding, where: str) -> int:
         if isinstance(module, ExpertLinear):
             what = f"layers.{name} is a stack of experts, and only linear layers are rounded and written so"
             raise UserError(what, where=f"{where}, model.path", fix="take a dense model")
-        if grouped and isinstance(module, Linear) and module.in_features % section.group:
-            what = f"layers.{name} has {module.in_features} inputs, no multiple of {section.group}"
+        if grouped and isinstance(module, Linear) and module.in_features % section.inputs_a_scale:
+            what = f"layers.{name} has {module.in_features} inputs, no multiple of {section.inputs_a_scale}"
             raise UserError(what, where=f"{where}.group", fix="a smaller group, or scheme=fp8")
     after = section.after if isinstance(section, Qat) else 0
     return replace(
-        model, lambda linear: RoundedLinear(linear, section.scheme, section.group, after), lambda linear: True
+        model, lambda linear: RoundedLinear(linear, section.scheme, section.inputs_a_scale, after), lambda linear: True
     )
 
 

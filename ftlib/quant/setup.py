@@ -1,13 +1,16 @@
 """From a config to layers of low precision, and what cannot be combined."""
 
+import shlex
 from typing import Any
 
 import torch
 from torch import nn
 
+from ftlib import config
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
 from ftlib.quant import convert, float8, qat
+from ftlib.sections import Rounding
 
 
 def attach(model: nn.Module, cfg: Any) -> None:
@@ -28,9 +31,19 @@ def attach(model: nn.Module, cfg: Any) -> None:
         convert.hold(model, section.quantize)
 
 
-def flag(cfg: Any) -> str:
-    """What `tune merge` has to be told of the base that a run's adapter was trained on; empty of a plain one."""
-    return f" --quantize {cfg.model.quantize}" if cfg.model.quantize else ""
+def commands(cfg: Any, merged: bool) -> list[str]:
+    """What there is to do with the result of a run: merge its adapter, unless it is, and round what `qat` trained."""
+    found, model = [], f"{cfg.output_dir}/final"
+    if not merged:
+        flags = f" --quantize {cfg.model.quantize}" if cfg.model.quantize else ""
+        flags += " --dtype fp32" if cfg.qat and cfg.dtype == "fp32" else ""
+        found.append(f"tune merge {cfg.model.path} {model} MERGED{flags}")
+        model = "MERGED"
+    if cfg.qat:
+        to, data = config.brief(Rounding(scheme=cfg.qat.scheme, group=cfg.qat.group)), config.brief(cfg.data)
+        words = (f"model.path={model}", f"to={to}", f"data={data}", f"dtype={cfg.dtype}")
+        found.append(shlex.join(["tune", "run", "recipes/quantize.py", *words]))
+    return found
 
 
 def check(cfg: Any) -> None:

@@ -9,11 +9,18 @@ class Rounding:
     """How the linear layers of the blocks are kept in the result, and computed."""
 
     scheme: Literal["int4", "int8_int4", "fp8"] = "int4"  # weights; int8_int4, fp8: and their inputs, token by token
-    group: int = 32  # inputs of a layer that share a scale (int4, int8_int4); fp8 has one a row
+    group: int | None = None  # int4, int8_int4: inputs of a layer that share a scale, 32; fp8 has one a row
 
     def __post_init__(self) -> None:
-        if self.group < 8 or self.group % 8:
+        if self.group is not None and self.scheme == "fp8":
+            raise ValueError("group: is for int4 and int8_int4; fp8 has a scale a row")
+        if self.inputs_a_scale < 8 or self.inputs_a_scale % 8:
             raise ValueError("group: must be a multiple of 8")
+
+    @property
+    def inputs_a_scale(self) -> int:
+        """`group`, or its usual value."""
+        return 32 if self.group is None else self.group
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """`tune merge` stores what it merges in the precision of the files it read, whatever config.json says of them."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -55,18 +56,20 @@ def test_a_few_numbers_that_are_rounded_are_told(base, tmp_path, capsys):
 
 
 def test_what_a_float32_run_rounded_is_merged_to_the_bit(tmp_path, capsys):
-    """Training with `qat`, `tune merge --dtype fp32` and recipes/quantize.py report one loss, on a base in bfloat16."""
+    """Training with `qat` and the commands it proposes report one loss, on a base in bfloat16: `tune merge` without a
+    loss of precision, recipes/quantize.py on the run's data."""
     run, merged, rounded = tmp_path / "run", tmp_path / "merged", tmp_path / "rounded"
     lora_sft = ["run", "recipes/lora_sft.py", *SMALL, "optim.lr=0.02", "qat.scheme=int4"]
     assert cli.main([*lora_sft, f"output_dir={run}"]) == 0
-    assert "--quantize" not in capsys.readouterr().out.split("next:")[1]
+    said = [line.split("] ")[-1].strip() for line in capsys.readouterr().out.split("next:")[1].splitlines()]
+    merge, quantize = (shlex.split(line)[1:] for line in said if line.startswith(("tune merge", "tune run recipes/q")))
+    assert "--quantize" not in merge
     for adapter in ("final", "checkpoints/step_000002"):
         assert cli.main(["merge", DEMO, str(run / adapter), str(merged), "--quantize", "nf4"]) == 2
         assert "trained on the plain base, not on one kept in nf4" in capsys.readouterr().err and not merged.exists()
-    assert cli.main(["merge", DEMO, str(run / "final"), str(merged), "--dtype", "fp32"]) == 0
-    words = [word for word in SMALL if not word.startswith(("steps", "model"))]
-    quantize = ["run", "recipes/quantize.py", *words, f"model.path={merged}", "to.scheme=int4"]
-    assert cli.main([*quantize, f"output_dir={rounded}"]) == 0
+    assert cli.main([word.replace("MERGED", str(merged)) for word in merge]) == 0
+    words = [*quantize, "batch={rows: 2, micro_rows: 2}", "eval.exact_match=0", f"output_dir={rounded}"]
+    assert cli.main([word.replace("MERGED", str(merged)) for word in words]) == 0
     last = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (run, rounded)]
     assert last[0]["eval_loss"] == last[1]["eval_loss"]
 

@@ -19,6 +19,7 @@ from ftlib.quant.schemes import SCHEMES, restore, to_int4
 from ftlib.sections import Qat, Rounding
 
 ALL = pytest.mark.parametrize("scheme", SCHEMES)
+GROUP = {"int4": 16, "int8_int4": 16}  # fp8 has a scale a row
 
 
 def drawn(*shape, seed=0):
@@ -89,7 +90,7 @@ def folder(tmp_path_factory):
 def test_the_converted_model_is_the_one_that_was_trained(scheme, folder, tmp_path):
     """A step of training with a rounded base and adapter, merged, written, read: to the bit."""
     model = models.from_pretrained(folder, dtype=torch.float32).train()
-    section = Qat(scheme=scheme, group=16, after=1)
+    section = Qat(scheme=scheme, group=GROUP.get(scheme), after=1)
     count = qat.attach(model, section, "qat")
     lora.attach(model, "all-linear", rank=4)
     lora.reset(model, 0)
@@ -134,7 +135,7 @@ def test_the_converted_model_is_the_one_that_was_trained(scheme, folder, tmp_pat
 @ALL
 def test_the_config_says_what_is_written(scheme):
     """Others compute with what it says: bits, inputs that share a scale, and whether a token's inputs are rounded."""
-    group = compressed.config(Rounding(scheme=scheme, group=16))["config_groups"]["group_0"]
+    group = compressed.config(Rounding(scheme=scheme, group=GROUP.get(scheme)))["config_groups"]["group_0"]
     weights, inputs = group["weights"], group["input_activations"]
     found = weights["num_bits"], weights["type"], weights["strategy"], weights.get("group_size")
     assert found == ((8, "float", "channel", None) if scheme == "fp8" else (4, "int", "group", 16))
@@ -156,7 +157,7 @@ def test_transformers_reads_it(scheme, folder, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = models.from_pretrained(folder, dtype=torch.float32)
-    section = Rounding(scheme=scheme, group=16)
+    section = Rounding(scheme=scheme, group=GROUP.get(scheme))
     qat.attach(model, section, "to")
     models.save_pretrained(
         model, tmp_path, packed=(lambda tensors: compressed.packed(model, section, tensors), compressed.config(section))

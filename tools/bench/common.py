@@ -76,13 +76,22 @@ def forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def peak() -> int:
+    """Bytes that tensors had on the GPU at most; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+
+
 def peak_gib() -> float:
-    """Most memory that tensors had on the GPU; 0 on a CPU."""
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if DEVICE.type == "cuda" else 0.0
+    """The same in GiB, for a table."""
+    return round(peak() / 2**30, 2)
 
 
-def measure(name: str, work: dict, step: Callable[[torch.Tensor], tuple[float, float]], versions: dict) -> None:
-    """Run the steps and print the row. `step(tokens)` does one optimizer step; (loss, gradient norm) as floats."""
+def measure(
+    name: str, work: dict, step: Callable[[torch.Tensor], tuple[float, float]], versions: dict,
+    more: Callable[[], dict] = dict,
+) -> None:  # fmt: skip
+    """Run the steps and print the row. `step(tokens)` does one optimizer step; (loss, gradient norm) as floats.
+    `more()` is asked after the last one for what else belongs into the row."""
     checks, seconds, built = [], [], torch.cuda.max_memory_allocated()
     for i in range(WARM + TIMED + 1):
         ids = tokens(work, i).to(DEVICE)
@@ -91,7 +100,7 @@ def measure(name: str, work: dict, step: Callable[[torch.Tensor], tuple[float, f
         start = wait()
         checks.append(step(ids))
         seconds.append(wait() - start)
-    report(name, work, seconds, checks, versions, built)
+    report(name, work, seconds, checks, versions, built, **more())
 
 
 def report(

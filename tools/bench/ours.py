@@ -15,15 +15,18 @@ from ftlib.layers.batch import Batch, Layout
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import LanguageModel
 from ftlib.models.load import base_state
+from ftlib.observe.profile import memory as memory_by_component
 from ftlib.parallel import run as processes
 from ftlib.parallel.run import Run
-from ftlib.quant import FORMATS
-from ftlib.sections import Lora, Loss, Memory, Model, Optim, Parallel, Train
+from ftlib.quant import FORMATS, qat
+from ftlib.quant.schemes import SCHEMES
+from ftlib.sections import Lora, Loss, Memory, Model, Optim, Parallel, Qat, Train
 
 
 def main() -> None:
     work = common.job()
     model, _, cfg = build_model(work)
+    qat.at(1, model)
     optimizer = optim.build(model, cfg.optim)
     rows, length = work["rows"], work["seq_len"]
     cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=common.DEVICE)
@@ -40,11 +43,16 @@ def main() -> None:
         norm = optim.step(optimizer, None)
         return loss.item(), norm.item()
 
-    common.measure("ftlib", work | {"note": budget.note(model)}, step, {"ftlib": ftlib.__version__})
+    def held() -> dict:
+        return {"memory_gib": memory_by_component(model, optimizer, common.peak() or None)}
+
+    common.measure("ftlib", work | {"note": budget.note(model)}, step, {"ftlib": ftlib.__version__}, held)
 
 
 def rounded(weight: torch.Tensor, form: str) -> torch.Tensor:
-    """The plain matrix that a quantized one stands for."""
+    """The plain matrix that a quantized one stands for, or one that `qat` rounds."""
+    if form not in FORMATS:
+        return SCHEMES[form].weight(weight, Qat().inputs_a_scale)
     return FORMATS[form].dequantize(*FORMATS[form].quantize(weight).values(), weight.dtype)
 
 
@@ -61,6 +69,7 @@ def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
             path=str(folder), quantize=work.get("quantize"), attention=work.get("attention", "auto"), **fp8
         ),
         **method,
+        **({"qat": Qat(scheme=work["qat"])} if work.get("qat") else {}),
         memory=memory(work),
         batch=SimpleNamespace(rows=work.get("rows"), micro_rows=work.get("rows")),
         data=SimpleNamespace(seq_len=work.get("seq_len")),
