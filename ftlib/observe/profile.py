@@ -137,7 +137,7 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int | None)
     trained = [p for p in distinct if p.requires_grad]
     slots = [v for p, state in optimizer.state.items() for v in state.values() if _beside(v, p)]
     held = {
-        "frozen weights": [p for p in distinct if not p.requires_grad],
+        "frozen weights": [*(p for p in distinct if not p.requires_grad), *model.buffers()],  # quantized ones
         "trained weights": trained,
         "gradients": trained,  # as large, once backward has ended
         "optimizer state": slots,

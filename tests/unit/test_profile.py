@@ -5,9 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ftlib.cli import main as tune
-from ftlib.observe.profile import REST, component
+from ftlib.layers.linear import Linear
+from ftlib.observe.profile import REST, component, memory
+from ftlib.quant import QuantizedLinear
 
 OPTIONS = ["steps=8", "eval.exact_match=0", "data.eval=2", "batch.rows=2", "batch.micro_rows=2", "data.seq_len=128"]
 
@@ -47,3 +50,9 @@ def test_a_profiled_run(tmp_path, capsys):
 )
 def test_component(names, expected):
     assert component(names) == expected
+
+
+def test_quantized_weights_are_counted_in_their_bits():
+    layer = QuantizedLinear(Linear(512, 512, bias=False), "nf4")
+    held = memory(layer, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), None)
+    assert held["frozen weights"] == pytest.approx(layer.base.nbytes / 2**30, abs=1e-6) and held["trained weights"] == 0
