@@ -4,8 +4,11 @@ import re
 
 HIDDEN = "<redacted>"
 
-# The last word of a key decides: `hf_token` and `api_key` are secrets, `max_new_tokens` and `tokenizer` are not.
-_SECRET_KEY = re.compile(r"(?:^|[_\-.])(?:token|secret|key|apikey|password|passwd|authorization|credentials?)$", re.I)
+# The last word of a key decides: `hf_token` and `api_key` are secrets, `max_new_tokens` and `tokenizer` are not, and
+# neither are `pad_token` and `mask_token`, which name one of a vocabulary.
+_SECRET_KEY = re.compile(
+    r"(?:^|[_\-.])(?:(?<!pad_)(?<!mask_)token|secret|key|apikey|password|passwd|authorization|credentials?)$", re.I
+)
 _SECRET_VALUES = (
     (re.compile(r"\b(?:hf|ghp|gho|ghs|github_pat|glpat|xox[abpr]|sk|rk|pk)[_-][A-Za-z0-9_\-]{8,}"), HIDDEN),
     (re.compile(r"\bAKIA[A-Z0-9]{12,}"), HIDDEN),

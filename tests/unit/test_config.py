@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ftlib import config
-from ftlib.config import LocalOrHub, MaybeFile, OutputDir
+from ftlib.config import LocalOrHub, MaybeFile, OutputDir, secrets
 from ftlib.errors import Problems
 
 
@@ -216,6 +216,7 @@ def test_every_key_of_the_shared_sections_has_a_type_and_most_a_meaning():
     assert len(docs) > 30
     assert all(doc.type and doc.default for doc in docs if not doc.key.endswith("[]"))
     assert sum(bool(doc.meaning) for doc in docs) > 0.8 * len(docs)
+    assert not [doc.key for doc in docs if secrets.is_secret_key(doc.key)], "a run's config.yaml would not have it"
 
 
 def test_null_where_null_is_the_default(tmp_path):
