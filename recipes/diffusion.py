@@ -18,7 +18,7 @@ from ftlib.errors import UserError
 from ftlib.launch import launch, script
 from ftlib.layers.batch import Batch as Packed
 from ftlib.loop import Boundary
-from ftlib.losses.diffusion import diffusion_loss, hide, sample
+from ftlib.losses.diffusion import MASK, diffusion_loss, hide, sample
 from ftlib.observe.output import Output
 from ftlib.observe.said import Said
 from ftlib.optim.schedule import learning_rate
@@ -162,7 +162,7 @@ def main(cfg: Config) -> list[dict]:
 
         boundary.finish()
         with final_folder(run, cfg.output_dir) as folder:
-            models.save_pretrained(model, folder, write=run.is_main)
+            models.save_pretrained(model, folder, write=run.is_main, about={MASK: cfg.diffusion.mask_token})
             if run.is_main:
                 tokenizer.save(folder)
         saver.finish(steps)
@@ -171,7 +171,10 @@ def main(cfg: Config) -> list[dict]:
         for prompt in how.prompts:
             (ids,) = sample(model.eval(), [tokenizer.encode(prompt)], how.length, mask, **options)
             output.say(f"  {prompt!r} -> {tokenizer.decode(ids, skip_special=True)!r}")
-        output.finish(f"tune run {script(__file__)} --config {cfg.output_dir}/config.yaml steps={2 * steps}")
+        output.finish(
+            f"tune generate {cfg.output_dir}/final --raw --prompt '…' --max-new-tokens {how.length}",
+            f"tune run {script(__file__)} --config {cfg.output_dir}/config.yaml steps={2 * steps}",
+        )
     return output.rows()
 
 

@@ -18,6 +18,7 @@ from ftlib.checkpoint.verify import verify
 from ftlib.config.build import build
 from ftlib.config.tree import from_plain
 from ftlib.errors import Problems, UserError
+from ftlib.losses.diffusion import MASK
 from ftlib.models import LanguageModel, hub, load, own
 from ftlib.models.resize import NAMES, resize_embeddings
 from ftlib.sections import Lora
@@ -97,6 +98,11 @@ def code(folder: Path) -> own.Mark | None:
     named = _said(_config(folder), "model").get("code")
     sha256 = json.loads((folder / "state.json").read_text(encoding="utf-8"))["fingerprint"].get("model.code")
     return own.Mark(Path(named).name, sha256) if sha256 and named else None
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What the run that wrote a checkpoint would record beside its result, `model.code` aside."""
+    return {MASK: _said(_config(folder), "diffusion").get("mask_token")}
 
 
 def added(folder: Path, tokenizer: Tokenizer) -> list[int]:

@@ -3,18 +3,21 @@
     tune generate MODEL [--adapter DIR] --prompt "What is 2+2?"
 
 A model with a chat template gets the prompt as a user's message; --raw continues the bare text. The answer goes to
-stdout, everything else to stderr.
+stdout, everything else to stderr. A model of recipes/diffusion.py restores --max-new-tokens hidden ones, the surest
+first, one in a round.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from ftlib.cli.arguments import Parser
 from ftlib.errors import UserError
 
 if TYPE_CHECKING:
+    from ftlib.models import LanguageModel
     from ftlib.tokenizers import Tokenizer
 
 
@@ -31,8 +34,11 @@ def main(argv: Sequence[str]) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = loading.chosen_dtype(args.dtype, device)
     base, adapter = loading.find(args.model, args.adapter)
-    model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code)
+    model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code, masked=True)
     prompt = _encode(tokenizer, sys.stdin.read() if args.prompt[0] == "-" else args.prompt[0], args.system, args.raw)
+    if mask := loading.mask_token(base, adapter):
+        print(_restored(model, tokenizer, prompt, mask, args))
+        return 0
     params = SamplingParams(
         args.max_new_tokens, temperature=args.temperature, stop_ids=tokenizer.stop_ids, seed=args.seed
     )
@@ -41,6 +47,17 @@ def main(argv: Sequence[str]) -> int:
     if completion.finish_reason == "length":
         print(f"(cut off after --max-new-tokens {args.max_new_tokens})", file=sys.stderr)
     return 0
+
+
+def _restored(
+    model: "LanguageModel", tokenizer: "Tokenizer", prompt: list[int], mask: str, args: argparse.Namespace
+) -> str:
+    """The text behind a prompt up to where it ends, of a model that looks both ways."""
+    from ftlib.losses.diffusion import sample
+
+    length, how = args.max_new_tokens, {"temperature": args.temperature, "seed": args.seed}
+    (ids,) = sample(model, [prompt], length, tokenizer.special_tokens[mask], steps=length, **how)
+    return tokenizer.decode(list(takewhile(lambda i: i not in tokenizer.stop_ids, ids)), skip_special=True)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -9,6 +9,7 @@ import torch
 from ftlib import models, tokenizers
 from ftlib.adapters import peft_format
 from ftlib.errors import UserError
+from ftlib.losses.diffusion import MASK
 from ftlib.models import LanguageModel, heads, hub, own
 from ftlib.models.load import DTYPES
 from ftlib.models.weights import PRECISIONS, precisions
@@ -60,11 +61,23 @@ def find(model: str, adapter: str | None) -> tuple[Path, Path | None]:
     return hub.resolve(model), folder
 
 
+def mask_token(base: Path, adapter: Path | None) -> str | None:
+    """What stands for a hidden token of a model that recipes/diffusion.py trained; None: it predicts the next token,
+    as whatever is trained with an adapter does."""
+    return own.noted(base, MASK) if adapter is None else None
+
+
 def load(
-    base: Path, adapter: Path | None, *, dtype: torch.dtype, device: str | torch.device, code: str | None = None
+    base: Path,
+    adapter: Path | None,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    code: str | None = None,
+    masked: bool = False,
 ) -> tuple[LanguageModel, Tokenizer]:
     """The model with its adapter switched on, and the tokenizer it was trained with. `code`: as `model.code`; a note
-    says where what is loaded was trained with another one."""
+    says where what is loaded was trained with another one. `masked`: it may be one with a `mask_token`."""
     now, was = own.mark(code), {folder: own.recorded(folder) for folder in (adapter, base) if folder is not None}
     for folder, one in was.items():
         own.compare(folder, one, now)
@@ -72,6 +85,9 @@ def load(
     if name.endswith((heads.SEQUENCE.task, heads.STEPS.task)):
         fix = "name a language model; recipes/grpo.py takes this one as a reward: rewards=[{model: …}]"
         raise UserError(f"{base} is a {name}: it scores texts and writes none", fix=fix)
+    if mask_token(base, adapter) and not masked:
+        what = f"{base} was trained by recipes/diffusion.py: it restores hidden tokens and predicts no next one"
+        raise UserError(what, fix=f"tune generate {base} --prompt … samples from it")
     model = models.from_pretrained(base, dtype=dtype, device=device, decoder=own.find(code))
     model.code = now or next(filter(None, was.values()), None)
     if adapter is not None:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     from ftlib.cli import checkpoints, loading
     from ftlib.models import hub, own
 
-    checkpoint = Path(os.path.expanduser(args.adapter))
+    checkpoint, about = Path(os.path.expanduser(args.adapter)), {}
     if checkpoints.is_checkpoint(checkpoint):
         base = hub.resolve(args.model)
         model = models.from_pretrained(base, dtype=loading.merged_dtype(args.dtype, base), decoder=own.find(args.code))
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         _check_base(args.quantize, kept, has_adapter, known=True)
         quant.round_through(model, args.quantize)
         count = merge.merge_into(model) if has_adapter else None
-        tokenizer = checkpoints.tokenizer(checkpoint, base)
+        tokenizer, about = checkpoints.tokenizer(checkpoint, base), checkpoints.about(checkpoint)
         said = f"{checkpoint} of {base} -> {out}" + (f", {count} adapted layers merged" if count else "")
     else:
         base, adapter = loading.find(args.model, args.adapter)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         quant.round_through(model, args.quantize)
         said = f"merged {merge.merge_into(model)} layers of {adapter} into {base} -> {out}"
     folder = staging(out)
-    models.save_pretrained(model, folder)
+    models.save_pretrained(model, folder, about=about)
     tokenizer.save(folder)
     publish(folder, out)
     print(said)

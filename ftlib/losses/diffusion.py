@@ -9,6 +9,8 @@ from ftlib.kernels.linear_logprobs import linear_logprobs
 from ftlib.layers.batch import IGNORED, Batch, Layout
 from ftlib.layers.bidirectional import Bidirectional
 
+MASK = "diffusion.mask_token"  # key of a run's config, and of the record beside the weights that it trained
+
 
 @dataclass
 class Noised:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,12 +27,14 @@ def save_pretrained(
     shard_bytes: int = SHARD_BYTES,
     write: bool = True,
     packed: Packed | None = None,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Write config.json and safetensors shards of at most `shard_bytes`, plus the source's generation_config.json,
     what predicts further tokens (ftlib.models.mtp) and the record of a user's class (ftlib.models.own).
 
     Every process of a sharded model must call this; only the one with `write` touches the disk. Peak memory: one shard.
-    `packed`: what the tensors become before they are written, and the `quantization_config` that says so.
+    `packed`: what the tensors become before they are written, and the `quantization_config` that says so. `about`: what
+    else the record says of how they were trained.
     """
     folder = Path(folder)
     if write:
@@ -57,7 +60,7 @@ def save_pretrained(
     if packed is not None:
         config["quantization_config"] = packed[1]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    own.record(folder, {}, getattr(model, "code", None))
+    own.record(folder, about or {}, getattr(model, "code", None))
     source = getattr(model, "source", None)
     if source is not None and (source / "generation_config.json").exists():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_model import ROOT, losses, steps, train, tune
 
-from ftlib import models, tokenizers
+from ftlib import cli, models, tokenizers
 from ftlib.errors import UserError
 from ftlib.losses.diffusion import sample
 
@@ -23,7 +23,7 @@ def settings(folder):
 
 def test_it_learns_and_its_samples_are_texts_it_saw(tiny, tmp_path, capsys):
     made = {**settings(tmp_path), "diffusion": {"prompts": ["the red"], "length": 10, "steps": 10}, "steps": 150}
-    rows = train("diffusion", "--config", tiny.config(tmp_path, **made), "data.eval=6")
+    rows = train("diffusion", "--config", tiny.config(tmp_path, **made), "data.eval=6", "checkpoint.every=150")
     assert rows[-1]["eval_loss"] < 0.2 * rows[0]["eval_loss"]
     assert "'the red' -> ' fox runs'" in capsys.readouterr().out
     final = tmp_path / "out" / "final"
@@ -31,6 +31,20 @@ def test_it_learns_and_its_samples_are_texts_it_saw(tiny, tmp_path, capsys):
     with torch.no_grad():
         (ids,) = sample(model, [tokenizer.encode("a blue")], 12, tokenizer.special_tokens["<|mask|>"], steps=6)
     assert tokenizer.decode(ids, skip_special=True) == " bird sings"
+    commands_restore_hidden_tokens(tiny.model, final, capsys)
+
+
+def commands_restore_hidden_tokens(base, final, capsys):
+    """Of the result and of a checkpoint; those that would continue from left to right refuse them."""
+    whole, checkpoint = final.parent / "whole", final.parent / "checkpoints" / "step_000150"
+    assert cli.main(["merge", str(base), str(checkpoint), str(whole)]) == 0
+    for folder in map(str, (final, whole)):
+        capsys.readouterr()
+        assert cli.main(["generate", folder, "--raw", "--prompt", "the red", "--max-new-tokens", "10"]) == 0
+        assert capsys.readouterr().out == " fox runs\n"
+        for verb in ("chat", "serve"):
+            assert cli.main([verb, folder]) == 2
+            assert f"fix: tune generate {folder} --prompt" in capsys.readouterr().err
 
 
 def test_resumed_is_never_stopped(tiny, tmp_path):
