@@ -46,7 +46,7 @@ def check_model(cfg: Any) -> LanguageModel:
     if not from_scratch(cfg):
         with about("model.path"):
             load.check_weights(built, folder)
-    quant.check(cfg)
+    quant.check(cfg, built.config)
     quant.attach(built, cfg)
     trained, fresh = new_tokens(cfg, built)
     attach(built, cfg, trained)

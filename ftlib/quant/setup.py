@@ -1,6 +1,7 @@
 """From a config to layers of low precision, and what cannot be combined."""
 
 import shlex
+import warnings
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ def commands(cfg: Any, merged: bool) -> list[str]:
     return found
 
 
-def check(cfg: Any) -> None:
-    """UserError where a combination does not work, with the nearest that does."""
+def check(cfg: Any, kept: dict) -> None:
+    """UserError where a combination does not work, with the nearest that does. `kept`: the model's config.json."""
     section, below_adapters = cfg.model, getattr(cfg, "lora", None) is not None
     if section.quantize and not below_adapters:
         raise UserError(
@@ -58,6 +59,9 @@ def check(cfg: Any) -> None:
     for where in ("qat", "to"):
         if getattr(cfg, where, None) is not None:
             _check_rounding(cfg, where)
+    if hasattr(cfg, "to") and (form := kept.get("quantization_config")):
+        what = f"model.path is kept in {form.get('quant_method', 'few bits')}"
+        warnings.warn(f"{what}: what is rounded, and scored before, are those weights", stacklevel=2)
     if section.fp8 is None:
         return
     if cfg.parallel.tp > 1:

@@ -72,6 +72,8 @@ def test_what_a_float32_run_rounded_is_merged_to_the_bit(tmp_path, capsys):
     assert cli.main([word.replace("MERGED", str(merged)) for word in words]) == 0
     last = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (run, rounded)]
     assert last[0]["eval_loss"] == last[1]["eval_loss"]
+    with pytest.warns(UserWarning, match="model.path is kept in compressed-tensors: what is rounded"):
+        assert cli.main(["validate", "recipes/quantize.py", *words[2:], f"model.path={rounded}/final"]) == 0
 
 
 def test_the_command_proposed_after_a_quantized_run_names_its_base(tmp_path, capsys):
