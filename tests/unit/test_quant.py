@@ -253,6 +253,8 @@ def test_stacked_experts(name, form, tmp_path):
     [
         ("full_sft", [], "only the frozen matrices"),
         ("lora_sft", ["model.quantize=nf5"], "expected 'nf4' or 'int8'"),
+        ("lora_sft", ["qat=int4"], "(write {scheme: int4})"),
+        ("full_sft", ["qat={scheme: fp8, group: 32}"], "qat.group: is for int4 and int8_int4; fp8 has a scale a row"),
     ],
 )
 def test_refused(recipe, more, says, tmp_path, capsys):
