@@ -18,6 +18,7 @@ class Case:
     model: str = "qwen3"
     quantize: str = ""
     fp8: str = ""
+    qat: str = ""  # from the first step on
     pack: bool = True
     micro_rows: int = 1  # accumulation = 8 rows / (micro_rows x data ranks)
     recompute: str = "none"
@@ -40,7 +41,7 @@ class Case:
     @property
     def work(self) -> str:
         words = [f"{self.kind} on {self.quantize}" if self.quantize else self.kind, self.model]
-        words += [f"fp8 {self.fp8}"] * bool(self.fp8)
+        words += [f"fp8 {self.fp8}"] * bool(self.fp8) + [f"qat {self.qat}"] * bool(self.qat)
         words += ["packed" if self.pack else "not packed", f"micro rows {self.micro_rows}"]
         words += ["recompute"] * (self.recompute != "none") + ["tiled"] * bool(self.tiled_mlp)
         words += ["compiled"] * self.compile + ["elastic"] * self.elastic + ["weighted"] * self.weighted
@@ -75,6 +76,10 @@ SHORT = [
     Case(shard=2, model="wide", fp8="tensorwise", recompute="full"),
     Case(shard=2, model="wide", fp8="rowwise", micro_rows=2),
     Case(shard=2, kind="lora", model="wide", fp8="tensorwise"),
+    Case(shard=2, kind="lora", model="wide", qat="int4", recompute="full"),
+    Case(shard=2, model="wide", qat="fp8", micro_rows=2),
+    Case(replicate=2, model="wide", qat="int8_int4"),
+    Case(cp=2, kind="lora", model="wide", qat="int8_int4"),
     Case(shard=2, tp=2, kind="loftq", model="wide", quantize="nf4"),
     Case(cp=2),
     Case(cp=2, style=GATHER, model="qwen2"),

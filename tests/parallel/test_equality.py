@@ -14,7 +14,9 @@ tests/unit/test_quant.py); a quantized layer without an adapter computed whole b
 on int8 experts 5e-2; FSDP2 spreads the first's part of the codes: FSDP2 nf4 2; weights of tokens left behind, or
 taken from other columns, where rows are shared: CP2 weighted 7e-1 and 1; weights in fp8 gathered with each process's
 own scale: FSDP2 tensorwise 3, with another weight's: 3; gathered so though a layer has scales by row: FSDP2 rowwise
-3e-1.
+3e-1; of a rounded matrix each process rounds its rows alone, or the first process alone rounds: FSDP2, DDP2 and CP2
+qat 7e-1 to 3; with the largest of its rows as the scale: FSDP2 qat fp8 2; one scale for all tokens that it holds: CP2
+qat 9e-1.
 """
 
 import pytest

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ftlib import build, optim
+from ftlib import build, optim, quant
 from ftlib.adapters import lora
 from ftlib.checkpoint import Saver, State
 from ftlib.data import Documents, Loader
@@ -22,7 +22,7 @@ from ftlib.models.load import DTYPES
 from ftlib.models.save import hf_tensors
 from ftlib.models.shards import fill
 from ftlib.parallel import run as processes
-from ftlib.sections import Batch, Checkpoint, Lora, Memory, Model, Optim, Parallel
+from ftlib.sections import Batch, Checkpoint, Lora, Memory, Model, Optim, Parallel, Qat
 
 SEQ_LEN, ROWS, STEPS, SEED = 32, 8, 2, 7
 NAMES = {
@@ -71,6 +71,8 @@ def config(case: Case, models: Path) -> SimpleNamespace:
         dtype=case.dtype,
         seed=SEED,
     )
+    if case.qat:
+        cfg.qat = Qat(scheme=case.qat)
     if case.kind != "full":
         more = {"saved": {"modules_to_save": ("lm_head", "norm")}, "dora": {"dora": True}, "loftq": {"init": "loftq"}}
         more["attention"] = {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -152,6 +154,7 @@ def steps(state: State, run: object, which: range) -> dict[str, torch.Tensor]:
     model, loader, found = state.model, state.loader, {}
     replicas = state.optimizer.replicas
     for step in which:
+        quant.at(step + 1, model)
         batch, total = next(loader), torch.zeros((), dtype=torch.float64, device=run.device)
         for micro in batch.micro_batches:
             micro = micro.to(run.device)
