@@ -167,6 +167,8 @@ def main(cfg: Config) -> list[dict]:
 
         for step in range(done + 1, steps + 1):
             note = StepLog()
+            with note.clock("sync"):  # a copy may be as old as the last update, or the average that was evaluated
+                engine.refresh()
             samples, drawn = draw(cfg, step, prompts, drawing, rewards, run, note)
             engine.release()  # the update has the memory of keys and values
             with note.clock("logprobs"):  # of the policy before the update and of the reference, where they are needed
@@ -176,10 +178,8 @@ def main(cfg: Config) -> list[dict]:
             with note.clock("train"):
                 loss, grad_norm = learn(cfg, samples, model, optimizer, tokenizer.filler_id, run, note, pages)
             with note.clock("sync"):
-                engine.refresh()  # where it draws with the trainer's own weights there is nothing to copy
                 drawing.settle()
-            tokens, row = step_row(note, drawn, rewards, algorithm, reference.exists, run)
-            output.step(step, loss, grad_norm, lr, tokens, row)
+            output.step(step, loss, grad_norm, lr, *step_row(note, drawn, rewards, algorithm, reference.exists, run))
             pages.write(step, drawn, rewards.names)
             if boundary(step):  # evaluates, saves and stops when it is time to
                 break

@@ -27,7 +27,7 @@ class Held:
         self._last: list[Sample] = []
 
     def __call__(self, model: LanguageModel) -> dict[str, float]:
-        """One evaluation; every process must call it. The engine looks at the model's weights anew before and after."""
+        """One evaluation; every process must call it. The engine looks at the model's weights anew."""
         if not self.any:
             return {}
         with torch.random.fork_rng():
