@@ -158,7 +158,9 @@ def trial(model: nn.Module, cfg: Any, device: torch.device) -> int | None:
                 ids = torch.randint(model.arch.vocab, (rows, length), device=device)
                 ends = torch.arange(0, 2 * rows + 1, device=device, dtype=torch.int32) * length // 2
                 positions = torch.arange(length, device=device).expand(rows, length)
-                batch = Batch(ids, ids, positions, Layout.packed(ends.int(), length, (rows, length)), ids.numel())
+                extent = torch.tensor([2 * rows, -(-length // 2)], dtype=torch.int32)
+                layout = Layout.packed(ends.int(), length, (rows, length), extent)
+                batch = Batch(ids, ids, positions, layout, ids.numel())
                 learn(model, batch, cfg.loss)
                 if not adds_up:
                     model.zero_grad(set_to_none=True)

@@ -232,11 +232,12 @@ class Preferences:
         cu_seqlens[: len(ends)] = ends
         parents = np.append(parents, np.arange(len(parents), count * most)).astype(np.int32)
         batch.position_ids = torch.from_numpy(positions)
+        extent = np.array((len(ends) - 1, positions.max() + 1), np.int32)  # an answer reads its prompt, too
         part, whole = self.share  # at most so much of any row is read by the prompts and by two answers each
         most_keys = count * length + 2 * count * length * part // whole
         batch.layout = SharedPrefix(
-            torch.from_numpy(cu_seqlens), length, (count, length), "shared_prefix", most_keys=most_keys,
-            parents=torch.from_numpy(parents), positions=batch.position_ids,
+            torch.from_numpy(cu_seqlens), length, (count, length), "shared_prefix", torch.from_numpy(extent),
+            most_keys=most_keys, parents=torch.from_numpy(parents), positions=batch.position_ids,
         )  # fmt: skip
 
 

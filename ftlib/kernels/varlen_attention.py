@@ -9,6 +9,8 @@ is handed that and L.
 import torch
 from torch import Tensor
 
+BLOCK = 128  # tokens
+
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, length: int, scale: float, window: int,
@@ -34,6 +36,17 @@ def _window(window: int) -> dict[str, int]:
     return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
 
 
+def _cut(cu_seqlens: Tensor, cu_keys: Tensor, extent: Tensor | None, length: int) -> tuple[Tensor, Tensor, int]:
+    """Where documents lie and the bound of their lengths, for this batch instead of any: the kernels begin a block for
+    each BLOCK tokens within that bound of each document, padded ones too, which ends at once but not for nothing."""
+    if extent is None:
+        return cu_seqlens, cu_keys, length
+    documents, longest = extent.tolist()
+    alike = cu_keys is cu_seqlens
+    cu_seqlens = cu_seqlens[: documents + 1]
+    return cu_seqlens, cu_seqlens if alike else cu_keys[: documents + 1], min(length, -(-longest // BLOCK) * BLOCK)
+
+
 @torch.library.custom_op("ftlib::varlen_attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -42,11 +55,13 @@ def _attention(
     sinks: Tensor | None,
     cu_seqlens: Tensor,
     cu_keys: Tensor,
+    extent: Tensor | None,
     max_seqlen: int,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, lse, seed, unused = _forward(q, k, v, cu_seqlens, cu_keys, max_seqlen, scale, window)
+    where = _cut(cu_seqlens, cu_keys, extent, max_seqlen)
+    out, lse, seed, unused = _forward(q, k, v, *where, scale, window)
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return out, lse, seed, unused
@@ -79,6 +94,7 @@ def _(
     sinks: Tensor | None,
     cu_seqlens: Tensor,
     cu_keys: Tensor,
+    extent: Tensor | None,
     max_seqlen: int,
     scale: float,
     window: int,
@@ -101,13 +117,15 @@ def _attention_backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     cu_keys: Tensor,
+    extent: Tensor | None,
     seed: Tensor,
     unused: Tensor,
     max_seqlen: int,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, seed, unused, max_seqlen, scale, window)
+    cu_seqlens, cu_keys, length = _cut(cu_seqlens, cu_keys, extent, max_seqlen)
+    grads = _backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, seed, unused, length, scale, window)
     if cu_keys is not cu_seqlens:
         for of_keys in grads[1:]:
             leave_out(of_keys, cu_keys)
@@ -124,6 +142,7 @@ def _(
     lse: Tensor,
     cu_seqlens: Tensor,
     cu_keys: Tensor,
+    extent: Tensor | None,
     seed: Tensor,
     unused: Tensor,
     max_seqlen: int,
@@ -134,19 +153,19 @@ def _(
 
 
 def _setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:  # noqa: ANN001
-    q, k, v, sinks, cu_seqlens, cu_keys, *ctx.constants = inputs
-    ctx.save_for_backward(q, k, v, sinks, cu_seqlens, cu_keys, *output)
+    q, k, v, sinks, cu_seqlens, cu_keys, extent, *ctx.constants = inputs
+    ctx.save_for_backward(q, k, v, sinks, cu_seqlens, cu_keys, extent, *output)
 
 
 def _gradients(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
-    q, k, v, sinks, cu_seqlens, cu_keys, out, lse, seed, unused = ctx.saved_tensors
+    q, k, v, sinks, cu_seqlens, cu_keys, extent, out, lse, seed, unused = ctx.saved_tensors
     grads = torch.ops.ftlib.varlen_attention_backward(
-        grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_keys, seed, unused, *ctx.constants
+        grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_keys, extent, seed, unused, *ctx.constants
     )
     of_sinks = None
     if sinks is not None and ctx.needs_input_grad[3]:
         of_sinks = gradient_of_sinks(sinks, grad, out, lse)
-    return *grads, of_sinks, None, None, None, None, None
+    return *grads, of_sinks, None, None, None, None, None, None
 
 
 _attention.register_autograd(_gradients, setup_context=_setup)
@@ -162,14 +181,15 @@ def varlen_attention(
     window: int | None,
     sinks: Tensor | None = None,
     cu_keys: Tensor | None = None,
+    extent: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v within each document, causal; [N, heads, D] like q.
 
     q [N, heads, D]; k, v [N, kv_heads, D]; float16 or bfloat16 on a GPU, D <= 256. cu_seqlens int32 [documents + 1],
     padded by its last value. `sinks` [heads]: one more score in each row's softmax, without a value.
     `cu_keys`, like cu_seqlens: where documents lie among more keys than queries; the last of a document's queries then
-    stands at the last of its keys.
+    stands at the last of its keys. `extent` int32 [2], on the CPU: documents of this batch, tokens of its longest.
     """
     q, k, v = (t.contiguous() for t in (q, k, v))
-    cu_keys = cu_seqlens if cu_keys is None else cu_keys
-    return torch.ops.ftlib.varlen_attention(q, k, v, sinks, cu_seqlens, cu_keys, max_seqlen, scale, window or 0)[0]
+    where = (cu_seqlens, cu_seqlens if cu_keys is None else cu_keys, extent, max_seqlen)
+    return torch.ops.ftlib.varlen_attention(q, k, v, sinks, *where, scale, window or 0)[0]

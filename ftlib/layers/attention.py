@@ -44,6 +44,7 @@ class AttentionLayout(Protocol):
 
     masks: dict[int | None, Tensor | BlockMask | None]
     cu_seqlens: Tensor | None  # None: not packed documents
+    extent: Tensor | None
     lengths: Tensor  # int [B, T]: of each token's document
 
     def prepare(self, backend: str, windows: set[int | None]) -> None:
@@ -79,8 +80,8 @@ def attend(
         if backend == "flash4" and layout.dense:
             return flash4_attention(q, k, v, None, 0, scale, window, sinks, softcap=softcap)
         if not layout.dense or window is not None or sinks is not None:  # else SDPA's causal kernels are faster
-            where = (layout.cu_seqlens, layout.max_seqlen, scale, window, sinks)
-            return attend_packed(q, k.flatten(0, 1), v.flatten(0, 1), *where, None, softcap, backend)
+            where = (layout.cu_seqlens, layout.max_seqlen, scale, window, sinks, None)
+            return attend_packed(q, k.flatten(0, 1), v.flatten(0, 1), *where, softcap, backend, layout.extent)
     return attend_masked(q, k, v, layout.masks[window], backend, scale, softcap, sinks)
 
 
@@ -96,13 +97,14 @@ def attend_packed(
     cu_keys: Tensor | None,
     softcap: float | None,
     backend: str,
+    extent: Tensor | None = None,
 ) -> Tensor:
     """`attend` for q [B, T, heads, D] by a backend of `PACKED`; keys and values lie in a row, [S, kv_heads, D].
 
-    `cu_seqlens`, `cu_keys`: see ftlib.kernels.varlen_attention. `varlen` caps no scores.
+    `cu_seqlens`, `cu_keys`, `extent`: see ftlib.kernels.varlen_attention. `varlen` caps no scores.
     """
     where = (q.flatten(0, 1), k, v, cu_seqlens, max_seqlen, scale, window, sinks, cu_keys)
-    y = flash4_attention(*where, softcap) if backend == "flash4" else varlen_attention(*where)
+    y = flash4_attention(*where, softcap) if backend == "flash4" else varlen_attention(*where, extent)
     return y.view(q.shape)
 
 

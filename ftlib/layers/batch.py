@@ -20,8 +20,10 @@ class Layout:
 
     `cu_seqlens` int32 [n]: document d covers positions cu_seqlens[d] to cu_seqlens[d + 1] of the B*T flattened tokens;
     the last value, B*T, is repeated so that n is the same for every batch of a run. No document crosses a row.
-    `max_seqlen` bounds a document's length, and is constant for a run too. The kind is `packed`; shared prefix, paged
-    and bidirectional layouts will be further constructors of this class.
+    `max_seqlen` bounds a document's length, and is constant for a run too. `extent` int32 [2] has what a batch's own
+    numbers are, documents and tokens of the longest; it stays on the CPU, where a kernel's launch reads it, and is a
+    tensor so that compiled code is the same for all. The kind is `packed`; shared prefix, paged and bidirectional
+    layouts are further classes.
 
     Attention backends build what they need in `prepare`, once per batch and before the first layer runs, so that
     compiled blocks only ever read it.
@@ -31,13 +33,16 @@ class Layout:
     max_seqlen: int
     shape: tuple[int, int]
     kind: str = "packed"
+    extent: Tensor | None = None
     masks: dict[int | None, Tensor | BlockMask | None] = field(default_factory=dict, repr=False)
     _document_ids: Tensor | None = field(default=None, repr=False)
 
     @classmethod
-    def packed(cls, cu_seqlens: Tensor, max_seqlen: int, shape: tuple[int, int]) -> "Layout":
-        """Documents side by side in rows. `cu_seqlens` int32 [n] as described above, `shape` = (B, T)."""
-        return cls(cu_seqlens, max_seqlen, tuple(shape))
+    def packed(
+        cls, cu_seqlens: Tensor, max_seqlen: int, shape: tuple[int, int], extent: Tensor | None = None
+    ) -> "Layout":
+        """Documents side by side in rows. `cu_seqlens` int32 [n] and `extent` as described above, `shape` = (B, T)."""
+        return cls(cu_seqlens, max_seqlen, tuple(shape), extent=extent)
 
     @property
     def dense(self) -> bool:
@@ -175,11 +180,12 @@ def from_documents(
         tokens += at
     cu_seqlens = np.full(shape[0] * (max_documents + 1) + 1, shape[0] * seq_len, np.int32)
     cu_seqlens[: len(ends)] = ends
+    extent = np.array((len(ends) - 1, np.diff(ends).max()), np.int32)
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
         torch.from_numpy(position_ids),
-        Layout.packed(torch.from_numpy(cu_seqlens), seq_len, shape),
+        Layout.packed(torch.from_numpy(cu_seqlens), seq_len, shape, torch.from_numpy(extent)),
         int((labels != IGNORED).sum()),
         tokens,
         torch.from_numpy(weights) if weighted else None,

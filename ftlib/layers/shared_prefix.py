@@ -16,8 +16,9 @@ class SharedPrefix(Layout):
     """Segments side by side in rows: prompts, answers, padding. `cu_seqlens` int32 [n + 1] as in `Layout`, of segments.
 
     `parents` int32 [n]: the segment that a segment continues, itself for prompts and padding. `positions` int64 [B, T]:
-    places in the text that a token ends; an answer goes on where its prompt ends. `most_keys`: no batch of the run has
-    segments that read more keys together, a prompt's counted once for each answer too.
+    places in the text that a token ends; an answer goes on where its prompt ends. `extent`: a segment's length counts
+    with what it continues. `most_keys`: no batch of the run has segments that read more keys together, a prompt's
+    counted once for each answer too.
     """
 
     most_keys: int = 0
@@ -65,7 +66,7 @@ class SharedPrefix(Layout):
         index, cu_keys = self._keys
         k, v = (t.flatten(0, 1)[index] for t in (k, v))
         where = (self.cu_seqlens, self.max_seqlen, scale, window, sinks, cu_keys)
-        return attend_packed(q, k, v, *where, softcap, backend)
+        return attend_packed(q, k, v, *where, softcap, backend, self.extent)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SharedPrefix":
         """The same layout on `device`."""

@@ -11,19 +11,24 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("ends", [[0, 300, 512, 700, 1024, 1024], [0, 512, 1024]], ids=["packed", "dense"])
+@pytest.mark.parametrize(
+    ("ends", "extent"),
+    [([0, 300, 512, 700, 1024, 1024], None), ([0, 300, 512, 700, 1024, 1024], [4, 324]), ([0, 512, 1024], None)],
+    ids=["packed", "this batch's own extent", "dense"],
+)
 @pytest.mark.parametrize(("backend", "dim"), [("varlen", 64), ("flex", 64), ("flex", 256)])
-def test_output_and_gradients(backend, dim, ends, window, compiled):
+def test_output_and_gradients(backend, dim, ends, extent, window, compiled):
     """`varlen` with sinks, `flex` with capped scores."""
     g = torch.Generator("cuda").manual_seed(0)
     ends = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    extent = None if extent is None else torch.tensor(extent, dtype=torch.int32)
     q, k, v = (torch.randn(2, 512, heads, dim, generator=g, device="cuda") for heads in (8, 2, 2))
     inputs = (q, k, v, torch.randn(8, generator=g, device="cuda"))[: 3 if backend == "flex" else 4]
     weight = torch.sin(3 * q)
     softcap = 3.0 if backend == "flex" else None
 
     def run(backend, dtype):
-        layout = Layout.packed(ends, 512, (2, 512))
+        layout = Layout.packed(ends, 512, (2, 512), extent)
         layout.prepare(backend, {window})
         parts = [t.to(dtype, copy=True).requires_grad_() for t in inputs]
         function = torch.compile(attend, fullgraph=True) if compiled and backend != "reference" else attend

@@ -1,8 +1,10 @@
 """Attention with sinks on every backend against the plain formula, and which backend a model gets."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from ftlib.errors import UserError
 from ftlib.kernels import flex_attention
 from ftlib.kernels import varlen_attention as varlen
 from ftlib.layers.attention import attend, choose_backend
-from ftlib.layers.batch import Layout
+from ftlib.layers.batch import Layout, from_documents
 from ftlib.layers.shared_prefix import SharedPrefix
 from ftlib.observe.output import attention_note
 from ftlib.sections import Parallel
@@ -23,7 +25,8 @@ POSITIONS = torch.tensor([[*range(9), *range(9, 16)], [*range(4), *range(4, 16)]
 
 def shared_prefix():
     parents = torch.tensor([0, 0, 2, 2, 4], dtype=torch.int32)
-    return SharedPrefix(ENDS, 16, (2, 16), most_keys=64, parents=parents, positions=POSITIONS)
+    extent = torch.tensor([4, 16], dtype=torch.int32)
+    return SharedPrefix(ENDS, 16, (2, 16), extent=extent, most_keys=64, parents=parents, positions=POSITIONS)
 
 
 def operands(dtype=torch.float64):
@@ -174,3 +177,37 @@ def test_what_a_run_says_of_it():
     assert said("varlen") == ["attention: varlen"]
     assert "scores are capped softly" in said("reference", softcap=True)[0]
     assert attention_note(None) == []
+
+
+def test_the_packed_kernel_begins_blocks_for_this_batch_alone(monkeypatch):
+    """Documents and the longest of the batch, not of any, without compiling anew; outputs and gradients stay."""
+    begun = []
+
+    def forward(q, k, v, cu_seqlens, cu_keys, length, *rest):
+        begun.append((cu_seqlens.tolist(), cu_keys.tolist(), length))
+        return flash_forward(q, k, v, cu_seqlens, cu_keys, length, *rest)
+
+    def backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, *rest):
+        begun.append((cu_seqlens.tolist(), cu_keys.tolist(), rest[2]))
+        return flash_backward(grad, q, k, v, out, lse, cu_seqlens, cu_keys, *rest)
+
+    monkeypatch.setattr(varlen, "_forward", forward)
+    monkeypatch.setattr(varlen, "_backward", backward)
+    monkeypatch.setattr(varlen, "BLOCK", 4)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for rows, bound in (([[9, 5], [4]], 12), ([[2, 11], [3, 3, 3]], 12), ([[16], []], 16)):
+        documents = [[(np.arange(n), np.arange(n)) for n in row] for row in rows]
+        layout = from_documents(documents, 16, 0, 5).layout.to("cpu", non_blocking=True)
+        ends = layout.cu_seqlens.unique().tolist()
+        assert layout.extent.tolist() == [len(ends) - 1, max(np.diff(ends))]
+        found = []
+        for where, function in ((layout, attend), (layout, compiled), (replace(layout, extent=None), attend)):
+            q, k, v, _ = operands()
+            where.prepare("varlen", {None})
+            stance = "fail_on_recompile" if function is compiled and len(begun) > 6 else "default"
+            with torch.compiler.set_stance(stance):
+                y = function(q, k, v, where, backend="varlen", window=None)
+            found.append((y, *torch.autograd.grad((y * torch.sin(y.detach() * 9)).sum(), (q, k, v))))
+        assert begun[-6:-2] == [(ends, ends, bound)] * 4 and begun[-1][2] == 16 and len(begun[-1][0]) == 13
+        for part in zip(*found, strict=True):
+            assert torch.equal(part[0], part[1]) and torch.equal(part[0], part[2])
