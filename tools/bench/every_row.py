@@ -37,6 +37,15 @@ WITHIN = "--recompute full --budget-gib"
 FULL = "--shape qwen3-1.7b --method full --rows 4"
 TITAN = "--rows 4 --vs plain,torchtitan"
 FLASH = f"{TITAN} --attention flash4 --steps 0"
+MODES = {  # of low precision, and what each is held against: ftlib/quant/README.md
+    "lora_int8": "--quantize int8 --vs dequantized", "lora_fp8_base": "--quantize fp8 --vs dequantized",
+    **{f"{method}_{kind}": f"--method {method} --fp8 {kind} --vs bf16"
+       for method in ("lora", "full") for kind in ("tensorwise", "rowwise")},
+    **{f"{method}_qat_{scheme}": f"--method {method} --qat {scheme} --vs dequantized"
+       for method in ("lora", "full") for scheme in ("int4", "int8_int4", "fp8")},
+    **{f"full_states_{kind}": f"--method full --states {kind} --vs usual" for kind in ("int8", "fp8", "int4")},
+    "full_stochastic": "--method full --rounding stochastic --vs usual",
+}  # fmt: skip
 ROWS = (
     Row("{gpu}_llama8b_qlora_r16_2x4096_recompute", 330, f"sft.py --quantize nf4 {LEAN} --vs unsloth,torchtune"),
     Row("{gpu}_llama8b_lora_r16_2x4096_recompute", 290, f"sft.py {LEAN} --vs torchtune,unsloth"),
@@ -67,6 +76,8 @@ ROWS = (
       for gib in (24, 48, 75)),
     *(Row(f"{{gpu}}_qwen17b_full_within_{gib}", 200, f"sft.py {FULL} {WITHIN} {gib} --vs trl")
       for gib in (16, 24, 48, 75)),
+    *(Row(f"precision_qwen17b_{mode}_2x4096_{{gpu}}", 90, f"sft.py --shape qwen3-1.7b {command} --limit 45")
+      for mode, command in MODES.items()),
     Row("pretrain_qwen06b_4x4096_{gpu}", 280, f"pretrain.py --shape qwen3-0.6b {TITAN} --limit 90"),
     Row("pretrain_qwen17b_4x4096_{gpu}", 320, f"pretrain.py --shape qwen3-1.7b {TITAN} --limit 99"),
     Row("packed_qwen06b_{gpu}", 280, "packed.py --recompute none --vs trl,unsloth"),

@@ -5,8 +5,8 @@
 
 A figure counts only if losses and gradient norms of the first steps agree; the table says so, and the rows go to --out.
 With --quantize or --qat, the peer `dequantized` is our own step on the plain weights that the rounded ones stand for;
-with --fp8, the peer `bf16` is our own step without. Where products are rounded otherwise, they may be 0.5 % of the loss
-and 10 % of the gradient norm apart.
+with --fp8, the peer `bf16` is our own step without, with --states or --rounding the peer `usual`. Where products are
+rounded otherwise, they may be 0.5 % of the loss and 10 % of the gradient norm apart.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+OWN = ("dequantized", "bf16", "usual")  # peers that are our own step: behind them it does not run again
 MEASURED, DATASHEET = 744e12, 989e12  # dense bf16 FLOP/s of an H100: a large matmul here, and the vendor's number
 
 
@@ -26,8 +27,8 @@ def main() -> None:
     keys += ("qat", "budget_gib", "attention", "optimizer", "states", "rounding", "in_backward")
     work = {key: getattr(args, key) for key in keys}
     paths = dict(entry.split("=", 1) for entry in args.peer_path)
-    peers = [f"{peer}_peer" for peer in args.vs.split(",") if peer]
-    order = ["ours", *peers, "ours"] if peers else ["ours"]
+    named = [peer for peer in args.vs.split(",") if peer]
+    order = ["ours", *(f"{peer}_peer" for peer in named), *(["ours"] if set(named) - set(OWN) else [])]
     rows: list[dict] = []
     for script in order:
         add(rows, run(script, work, paths, args.limit), args.out)
@@ -68,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--states", choices=("fp32", "bf16", "int8", "fp8", "int4"), help="of ours' AdamW")
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest", help="of ours' weights")
     parser.add_argument("--in-backward", action="store_true", help="ours moves parameters in backward")
-    parser.add_argument("--vs", default="", help="peers, comma separated: torchtune, trl, unsloth, dequantized, bf16")
+    parser.add_argument("--vs", default="", help=f"peers, comma separated: torchtune, trl, unsloth, {', '.join(OWN)}")
     parser.add_argument("--peer-path", action="append", default=[], metavar="PEER=FOLDER")
     parser.add_argument("--limit", type=int, default=200, help="seconds a contender may take")
     parser.add_argument("--out")
@@ -80,6 +81,8 @@ def run(script: str, work: dict, paths: dict[str, str], limit: int) -> dict:
     peer = script.removesuffix("_peer")
     if peer == "dequantized":
         script, work = "ours", work | {"quantize": None, "qat": None, "rounded": work["quantize"] or work["qat"]}
+    if peer == "usual":
+        script, work = "ours", work | {"states": None, "rounding": "nearest"}
     if peer == "bf16":
         script, work = "ours", work | {"fp8": None, "quantize": None}
     path = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
