@@ -91,10 +91,15 @@ def train(recipe: str, *argv: object) -> list[dict]:
     return module.main(config.load(module.Config, [str(word) for word in argv]))
 
 
+def environment(*folders: Path) -> dict[str, str]:
+    """Of a process of its own, which imports ftlib and what lies in `folders`, and has one thread."""
+    paths = filter(None, (str(ROOT), *map(str, folders), os.environ.get("PYTHONPATH")))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
 def command(*argv: object, cwd: Path | None = None, **options: object) -> subprocess.Popen:
     """The real command in a process of its own: `tune …`."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    env = environment() | options.pop("env", {})
     return subprocess.Popen(
         [sys.executable, "-m", "ftlib", *map(str, argv)],
         cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from faults.tiny_training import fresh, one_process, train_step
+from tiny_model import environment
 
 from ftlib.checkpoint import Saver, newest_good, verify
 from ftlib.checkpoint.format import remove
@@ -21,7 +22,6 @@ from ftlib.errors import UserError
 from ftlib.sections import Checkpoint
 
 PROGRAM = Path(__file__).with_name("tiny_training.py")
-REPO = PROGRAM.parents[2]
 STEPS = 40
 
 
@@ -35,9 +35,8 @@ def process_group():
 
 
 def start(out, steps=STEPS, every=1, pause=0.0):
-    paths = os.pathsep.join([str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, str(PROGRAM), str(out), str(steps), str(every), str(pause)]
+    env = environment(PROGRAM.parents[1])
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -1,7 +1,6 @@
 """Start the processes of a world and collect what each of them found."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from parallel.grid import Case
-
-ROOT = Path(__file__).parents[2]
+from tiny_model import ROOT, environment
 
 
 def run(
@@ -32,14 +30,12 @@ def processes(
     script: Path, world: int, words: Sequence[object], logs: Path, timeout: float = 300, gpus: bool = False
 ) -> None:
     """`script RANK WORLD WORDS…` in a process for each rank; AssertionError with the end of its log if one failed."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    environment |= {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    env = environment() | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     workers = []
     for rank in range(world):
         command = [sys.executable, *map(str, (script, rank, world, *words))]
         log = (logs / f"log_{rank}").open("w")
-        workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
+        workers.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
     try:
         codes = [worker.wait(timeout) for worker in workers]
     finally:

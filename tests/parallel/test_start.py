@@ -1,7 +1,6 @@
 """What a mesh needs is known before anything is loaded, and a large model starts sharded."""
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from parallel import memory
 from parity.shrink import shrunk
 from safetensors.torch import save_file
-from tiny_model import ROOT
+from tiny_model import ROOT, environment
 from torch.distributed.tensor import DTensor
 
 from ftlib.adapters import lora
@@ -184,7 +183,7 @@ def test_a_process_needs_memory_for_its_part_only(quantize, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     del tensors
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
+    env = environment(ROOT / "tests") | {"CUDA_VISIBLE_DEVICES": ""}
     command, words = [sys.executable, memory.__file__], [str(tmp_path), *([quantize] if quantize else [])]
     ranks = [
         subprocess.Popen([*command, str(rank), str(tmp_path / "store"), *words], env=env, stdout=-1, stderr=-1)

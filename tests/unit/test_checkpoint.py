@@ -1,7 +1,6 @@
 """Saving and resuming: bit for bit, with one process and two, sharded and whole, under changed settings."""
 
 import json
-import os
 import pickletools
 import random
 import signal
@@ -18,6 +17,7 @@ from faults import two_ranks
 from faults.tiny_training import Loader, fresh, one_process, train_step
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_model import environment
 from torch import nn
 
 from ftlib.checkpoint import Saver, State, StopFlag, publish, staging, tensors
@@ -302,12 +302,10 @@ def test_a_large_state_is_written_in_several_files(tmp_path, monkeypatch):
 def two(tmp_path_factory):
     """Reports of both processes, and the folder they worked in."""
     out = tmp_path_factory.mktemp("two")
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     ranks = [
         subprocess.Popen(
             [sys.executable, two_ranks.__file__, str(rank), str(out / "store"), str(out)],
-            env=env,
+            env=environment(TESTS),
             stderr=subprocess.PIPE,
             text=True,
         )
