@@ -1,6 +1,7 @@
 """The documents of packed.py as its contenders read them: steps of equally many, the longest of a step first."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import common
@@ -10,8 +11,9 @@ Rows = list[tuple[np.ndarray, np.ndarray]]  # ids int32 [n], trained bool [n]
 MICRO = 4  # batches that padded contenders make of a step, so that short documents are not filled up to the longest
 
 
+@cache
 def read(file: str | Path) -> tuple[list[Rows], dict]:
-    """The documents of each step, and what the file says about itself."""
+    """The documents of each step, and what the file says about itself. Read once: a contender asks three times."""
     with np.load(file) as arrays:
         about, lengths = json.loads(str(arrays["about"])), arrays["lengths"]
         ids, trained = arrays["ids"].astype(np.int32), arrays["trained"]
