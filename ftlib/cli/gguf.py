@@ -28,13 +28,15 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"tune gguf: {out} is no .gguf file", fix=f"name it {out}.gguf")
     if out.exists() and not args.force:
         raise UserError(f"{out} exists and stays as it is", fix="name another file, or add --force")
-    from ftlib.export import gguf  # imports torch
+    from ftlib.cli import loading  # imports torch
+    from ftlib.export import gguf
     from ftlib.models import hub, own
     from ftlib.models.remote import size
 
     folder = hub.resolve(args.model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder} is an adapter", fix=f"merge it first: tune merge MODEL {folder} OUT")
+    loading.check_predicts(folder)
     if code := own.recorded(folder):
         print(f"note: {folder} was trained with {code.code}, which no GGUF can hold", file=sys.stderr)
     print(f"{size(gguf.export(folder, out, args.dtype, args.pre))} -> {out}")

@@ -67,6 +67,13 @@ def mask_token(base: Path, adapter: Path | None) -> str | None:
     return own.noted(base, MASK) if adapter is None else None
 
 
+def check_predicts(base: Path, adapter: Path | None = None) -> None:
+    """UserError where a model does not predict the next token."""
+    if mask_token(base, adapter):
+        what = f"{base} was trained by recipes/diffusion.py: it restores hidden tokens and predicts no next one"
+        raise UserError(what, fix=f"tune generate {base} --prompt … samples from it")
+
+
 def load(
     base: Path,
     adapter: Path | None,
@@ -85,9 +92,8 @@ def load(
     if name.endswith((heads.SEQUENCE.task, heads.STEPS.task)):
         fix = "name a language model; recipes/grpo.py takes this one as a reward: rewards=[{model: …}]"
         raise UserError(f"{base} is a {name}: it scores texts and writes none", fix=fix)
-    if mask_token(base, adapter) and not masked:
-        what = f"{base} was trained by recipes/diffusion.py: it restores hidden tokens and predicts no next one"
-        raise UserError(what, fix=f"tune generate {base} --prompt … samples from it")
+    if not masked:
+        check_predicts(base, adapter)
     model = models.from_pretrained(base, dtype=dtype, device=device, decoder=own.find(code))
     model.code = now or next(filter(None, was.values()), None)
     if adapter is not None:

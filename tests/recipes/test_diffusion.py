@@ -42,8 +42,8 @@ def commands_restore_hidden_tokens(base, final, capsys):
         capsys.readouterr()
         assert cli.main(["generate", folder, "--raw", "--prompt", "the red", "--max-new-tokens", "10"]) == 0
         assert capsys.readouterr().out == " fox runs\n"
-        for verb in ("chat", "serve"):
-            assert cli.main([verb, folder]) == 2
+        for words in (["chat", folder], ["serve", folder], ["gguf", folder, str(final.parent / "out.gguf")]):
+            assert cli.main(words) == 2
             assert f"fix: tune generate {folder} --prompt" in capsys.readouterr().err
 
 
