@@ -42,6 +42,8 @@ class Dpo:
             raise ValueError("loss: name at least one")
         if len({method(name).rated for name in terms}) > 1:
             raise ValueError("loss: kto and bco rate single answers, the others compare pairs: they cannot be mixed")
+        if len(terms) > 1 and method(next(iter(terms))).rated:
+            raise ValueError("loss: kto and bco subtract different baselines: take one of them")
         for key in CONSTANTS:
             if getattr(self, key) is not None and not any(key in method(name).constants for name in terms):
                 readers = [name for name in METHODS if key in METHODS[name].constants]

@@ -122,6 +122,7 @@ def test_presets_resolve_every_constant_and_say_so():
     [
         ({"loss": "sigmod"}, "loss: there is no 'sigmod' (did you mean 'sigmoid'"),
         ({"loss": {"sigmoid": 1.0, "kto": 1.0}}, "they cannot be mixed"),
+        ({"loss": {"kto": 1.0, "bco": 0.5}}, "loss: kto and bco subtract different baselines"),
         ({"loss": {}}, "at least one"),
         ({"gamma": 1.0}, "gamma: not a constant of sigmoid, but of simpo"),
         ({"label_smoothing": 0.1}, "label_smoothing: not a constant of sigmoid, but of cdpo, robust"),
