@@ -97,18 +97,19 @@ class Boundary:
             self.score(step)
         best = output.best
         best_now = cfg.checkpoint.keep_best and best is not None and best["step"] == step
-        stopping = stop_agreed(self.run, self._flag)
-        if stopping or saver.due(step, self.steps) or best_now:
+        stale = bool(cfg.eval.patience and best is not None and best["since"] >= cfg.eval.patience)
+        stopping, due = stop_agreed(self.run, self._flag), saver.due(step, self.steps)
+        if stale and step < self.steps:
+            best_yet = f"{cfg.eval.metric} has not improved on {best['value']:.4g} since step {best['step']}"
+            output.say(f"{best_yet}: ending after step {step} of {self.steps}")
+            return True  # and nothing is saved: a run that is killed before its result is there ends here once more
+        if stopping or due or best_now:
             saver.save(step, self.state)
             output.saved()
         if stopping:
             saver.wait()
             raise Stopped(f"stopped by {self._flag.by} after step {step} of {self.steps}; the same command continues")
-        stale = bool(cfg.eval.patience and best is not None and best["since"] >= cfg.eval.patience)
-        if stale and step < self.steps:
-            best_yet = f"{cfg.eval.metric} has not improved on {best['value']:.4g} since step {best['step']}"
-            output.say(f"{best_yet}: ending after step {step} of {self.steps}")
-        return stale
+        return False
 
     def score(self, step: int) -> None:
         """Evaluate after `step` steps, 0 before the first."""
@@ -125,7 +126,22 @@ class Boundary:
             self.output.say(f"final/ is the model of step {step}, the best by {self.cfg.eval.metric}")
         schedule_free.finish(self.state.optimizer)
 
+    def _look_for_another_best(self) -> None:
+        """A best evaluation is forgotten where this run goes by another number, or has not kept the model of it."""
+        best, metric = self.output.best, self.cfg.eval.metric
+        if best is None:
+            return
+        if best.get("metric", metric) != metric:
+            why = f"that was by {best['metric']}"
+        elif self.cfg.checkpoint.keep_best and not self.saver.has(best["step"]):
+            why = "its checkpoint was not kept"
+        else:
+            return
+        self.output.say(f"the best evaluation was after step {best['step']}, and {why}: the best is looked for anew")
+        self.output.forget_best()
+
     def __enter__(self) -> "Boundary":
+        self._look_for_another_best()
         self._flag.__enter__()
         return self
 

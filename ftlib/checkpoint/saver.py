@@ -238,6 +238,10 @@ class Saver:
             tensors.fill(self.root / name, wanted, state.model, state.optimizers, numbers)
         return saved["step"]
 
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step`. Collective."""
+        return exchange(self.run, (self.root / format.step_name(step)).is_dir())[0]
+
     def finish(self, step: int) -> None:
         """Note that the run is over at `step` and its `final` folder published."""
         self.wait()

@@ -118,8 +118,12 @@ class Output:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The best evaluation so far: its `step`, the `value` of eval.metric, evaluations `since` without a better."""
+        """The best evaluation so far: its `step`, the `value` of its `metric`, evaluations `since` without a better."""
         return self.counters.get("best")
+
+    def forget_best(self) -> None:
+        """The next evaluation is the best so far."""
+        self.counters.pop("best", None)
 
     def _compare(self, step: int, row: dict[str, float]) -> None:
         key = self.cfg.eval.metric
@@ -130,7 +134,7 @@ class Output:
         value, best = row[key], self.best
         sign = -1 if "loss" in key or "perplexity" in key else 1
         if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
-            self.counters["best"] = {"step": step, "value": value, "since": 0}
+            self.counters["best"] = {"step": step, "value": value, "since": 0, "metric": key}
         elif best is not None:
             best["since"] += 1
 

@@ -1,6 +1,8 @@
 """Numbers that go wrong, machines that run out, best models and requests: what a run does about each."""
 
 import json
+import shutil
+import signal
 import sys
 import types
 from types import SimpleNamespace
@@ -8,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import ROOT, train, tune, write_config, write_model, write_rows
+from tiny_model import ROOT, losses, train, tune, write_config, write_model, write_rows
 from torch import nn
 
 from ftlib import config, launch, optim, plugins
 from ftlib.checkpoint import Saver
 from ftlib.errors import UserError
 from ftlib.observe import charts, diagnose, report, sinks
+from ftlib.observe.output import Output
 from ftlib.observe.watch import Watch
 from ftlib.sections import Checkpoint, Eval, Log, Optim
 
@@ -144,7 +147,7 @@ def test_early_stop_keeps_the_best_and_final_is_made_from_it(base, tmp_path, cap
     best, last = min(scored, key=scored.get), max(scored)
     assert last == best + 4 < 60, "two evaluations without a better one"
     kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir() if path.name[0] != ".")
-    assert kept == [f"step_{best:06d}", f"step_{last:06d}"]
+    assert kept == [f"step_{best:06d}", f"step_{last - 2:06d}"], "nothing is saved where it ends"
     final = load_file(tmp_path / "out" / "final" / "model.safetensors")
     shard = load_file(next((tmp_path / "out" / "checkpoints" / kept[0]).glob("*.safetensors")))
     assert torch.equal(final["model.norm.weight"], shard["model.model.norm.weight"])
@@ -157,6 +160,43 @@ def test_early_stop_keeps_the_best_and_final_is_made_from_it(base, tmp_path, cap
         train("full_sft", "--config", file, "~data.eval", f"output_dir={tmp_path}/other")
     with pytest.raises(UserError, match="has no 'exact_match'"):
         train("full_sft", "--config", file, "eval.metric=exact_match", f"output_dir={tmp_path}/other")
+
+
+def test_a_run_that_ended_early_and_is_killed_before_its_result_ends_there_again(base, tmp_path, monkeypatch):
+    """Or is asked to stop just then: a step more would be another result."""
+    sections = {"eval": {"every": 1, "patience": 1}, "checkpoint": {"every": 1}, "optim": {"lr": 1.0}}
+    file = cfg_file(base, tmp_path, **sections)
+    rows, final = train("full_sft", "--config", file), tmp_path / "out" / "final" / "model.safetensors"
+    end, whole = rows[-1]["step"], final.read_bytes()
+    assert end < 12
+    shutil.rmtree(final.parent)
+    again = train("full_sft", "--config", file)
+    assert (losses(again), again[-1], final.read_bytes()) == (losses(rows), rows[-1], whole)
+    right = Output.step
+    ask = lambda output, step, *more: (right(output, step, *more), step == end and signal.raise_signal(signal.SIGTERM))  # noqa: E731
+    monkeypatch.setattr(Output, "step", ask)
+    again = train("full_sft", "--config", file, f"output_dir={tmp_path}/asked")
+    assert losses(again) == losses(rows) and (tmp_path / "asked/final/model.safetensors").read_bytes() == whole
+
+
+def test_a_best_that_this_run_does_not_go_by_or_has_not_kept_is_looked_for_anew(base, tmp_path, capsys):
+    """Going on with another eval.metric, or with keep_best switched on after the best evaluation there ever was."""
+    sections = {"eval": {"every": 1}, "checkpoint": {"every": 4}, "schedule": {"name": "constant"}}
+    file = cfg_file(base, tmp_path, steps=8, optim={"lr": 0.3}, **sections)
+    words, out = ("eval.exact_match=1", "eval.max_new_tokens=2"), tmp_path / "out"
+    scores = lambda rows: {row["step"]: row["eval_loss"] for row in rows if row["step"] and "eval_loss" in row}  # noqa: E731
+    counted = lambda folder: json.loads((folder / "checkpoints/step_000008/state.json").read_text())["extra"]["best"]  # noqa: E731
+    first = scores(train("full_sft", "--config", file, *words, "steps=4"))
+    best = min(first, key=first.get)
+    assert best < 4
+    shutil.copytree(out, tmp_path / "other")
+    rows = scores(train("full_sft", "--config", file, *words, "checkpoint.keep_best=true"))
+    assert f"after step {best}, and its checkpoint was not kept: the best is looked for anew" in capsys.readouterr().out
+    assert counted(out)["value"] == min(rows[step] for step in range(5, 9))
+    train("full_sft", "--config", file, *words, f"output_dir={tmp_path}/other", "eval.metric=exact_match")
+    assert "and that was by eval_loss: the best is looked for anew" in capsys.readouterr().out
+    found = counted(tmp_path / "other")
+    assert (found["metric"], found["step"]) == ("exact_match", 5) and found["value"] <= 1
 
 
 @pytest.mark.slow
