@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,14 @@ def tune(*argv: object, **options: object) -> tuple[int, str, str]:
     process = command(*argv, **options)
     out, errors = process.communicate(timeout=300)
     return process.returncode, out, errors
+
+
+def undo(out: Path, step: int) -> None:
+    """Leave of a finished run what a kill after `step` would have: the same command goes on from a checkpoint."""
+    shutil.rmtree(out / "final")
+    for folder in (out / "checkpoints").glob("step_*"):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
 
 
 def losses(rows: list[dict]) -> list[str]:

@@ -18,6 +18,7 @@ FIGURES = (
     "rewards_chosen", "rewards_rejected", "accuracy", "logps_chosen", "logps_rejected",
     "token_logps_chosen", "token_logps_rejected", "length_chosen", "length_rejected",
 )  # fmt: skip
+SHIFTED = ("bco", "bco_pair")  # losses that subtract the mean reward so far
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Objective:
 
     @property
     def shifted(self) -> bool:
-        """Whether the mean reward so far is needed."""
-        return [term.name for term in self.terms] in (["bco"], ["bco_pair"])
+        """Whether the mean reward so far is needed, by the loss or by one of several."""
+        return any(term.name in SHIFTED for term in self.terms)
 
     @property
     def formula(self) -> str:
@@ -106,8 +107,9 @@ class Objective:
         return values, torch.stack([torch.stack([n.to(rewards.dtype) for n in pair]) for pair in sides])
 
     def _rewards(self, policy: Tensor, reference: Tensor | None, lengths: Tensor) -> Tensor:
-        """beta * h of each answer, of the log-probability where there is no reference; per token where the loss is."""
-        term = self.terms[0]
+        """beta * h of each answer, of the log-probability where there is no reference; per token where the loss is. Of
+        several losses the first's, or that of the one that subtracts their mean."""
+        term = next((term for term in self.terms if term.name in SHIFTED), self.terms[0])
         h = policy if reference is None else policy - reference
         per_token = term.name in methods.PER_TOKEN or (term.name == "ipo" and term.settings.average)
         return term.settings.beta * (h / lengths if per_token else h)

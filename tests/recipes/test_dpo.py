@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tiny_model import ROOT, losses, steps, train, tune, write_config
+from tiny_model import ROOT, losses, steps, train, tune, undo, write_config
 
 from ftlib import build, cli, config, plugins
 from ftlib.errors import UserError
@@ -112,12 +112,16 @@ def test_sharing_prompts_does_not_change_the_numbers(toy, tmp_path):
     assert runs[1][-1]["eval_loss"] == pytest.approx(runs[0][-1]["eval_loss"], rel=1e-5)
 
 
-def test_resumed_equals_never_stopped(toy, tmp_path):
-    """The mean reward of bco is state too."""
-    file = toy(tmp_path, steps=4, dpo={"loss": "bco"}, checkpoint={"every": 2, "keep": 3})
+@pytest.mark.parametrize("loss", ["bco", "mpo"])
+def test_resumed_equals_never_stopped(loss, toy, tmp_path, capsys):
+    """The mean reward of bco is state too, also where it is one of several losses."""
+    file = toy(tmp_path, steps=4, dpo={"loss": loss}, checkpoint={"every": 2, "keep": 3})
     whole = train("dpo", "--config", file)
-    (tmp_path / "out/checkpoints/step_000004/manifest.json").write_text("{")
+    undo(tmp_path / "out", 2)
     again = train("dpo", "--config", file)
+    assert "resuming from step_000002" in capsys.readouterr().out
+    state = json.loads((tmp_path / "out/checkpoints/step_000004/state.json").read_text())["extra"]
+    assert state["mean_reward"] != 0 and state["rewards"] > 0
     assert losses(again) == losses(whole) and len(losses(whole)) == 4
     assert again[-1] == whole[-1] and len(set(losses(whole))) == 4
 
@@ -138,7 +142,7 @@ def test_every_weight_learns_with_a_cached_reference(toy, tmp_path):
     assert abs(steps(whole)[0] - LN2) < 1e-6 and whole[-1]["eval_accuracy"] == 1.0
     out = tmp_path / "out"
     assert (out / "final/model.safetensors").is_file()
-    (out / "checkpoints/step_000010/manifest.json").write_text("{")
+    undo(out, 5)
     cached = {path: path.stat().st_mtime_ns for path in (out / "reference").iterdir()}
     again = train("dpo", "--config", file)
     assert losses(again) == losses(whole)

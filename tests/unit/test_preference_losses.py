@@ -106,6 +106,7 @@ def test_presets_resolve_every_constant_and_say_so():
     simpo = resolve(Dpo(loss="simpo"))
     assert simpo.formula == "-ls(2 (p_w / L_w - p_l / L_l) - 1)" and not simpo.reference
     assert resolve(Dpo(loss="mpo")).formula.startswith("0.8 * [-ls(0.1 d)] + 0.2 * [-ls(0.1 h_w - mean reward)")
+    assert resolve(Dpo(loss="mpo")).shifted and not resolve(Dpo(loss="kto")).shifted
     assert resolve(Dpo(loss="sigmoid", sft=0.5)).formula == "-ls(0.1 d) + 0.5 * [-p_w / L_w]"
     assert resolve(Dpo(loss={"sigmoid": 0.5, "hinge": 2}, beta=0.2)).formula == (
         "0.5 * [-ls(0.2 d)] + 2 * [relu(1 - 0.2 d)]"
