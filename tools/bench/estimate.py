@@ -79,7 +79,7 @@ def build(work: dict) -> tuple[LanguageModel, SimpleNamespace]:
     not go together."""
     shape = common.config_of(work["shape"]) | (TINY if work.get("tiny") else {})
     cfg = settings(work, shape)
-    quant.check(cfg)
+    quant.check(cfg, shape)
     model = on_meta(json.dumps(shape), work["kind"], work.get("quantize"))
     check.check(model, cfg, cfg.parallel.cp, cfg.parallel.tp)
     return model, cfg
