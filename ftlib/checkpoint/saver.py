@@ -204,12 +204,17 @@ class Saver:
         self._unwanted.clear()
 
     def roll_back(self, state: State) -> int:
-        """Fill model and optimizer from the newest whole checkpoint; data, counters and generators go on. Its step."""
+        """Fill model and optimizer from the newest whole checkpoint of this run; data, counters and generators go on.
+        Its step. One that only a signal or a request asked for serves if there is no other, so that a run that was
+        stopped goes back to where one that never was would."""
         self.wait()
         name = None
         with together(self.run, "going back to a checkpoint"):
             if self.run.is_main:
-                name, _ = newest_good(self.root, self._say)
+                own = {name: step for name, step in format.listing(self.root).items() if name not in self._unwanted}
+                every, best = self.cfg.every, self._best(state)
+                planned = [name for name, step in own.items() if name == best or (every and step % every == 0)]
+                name = newest_good(self.root, self._say, planned)[0] or newest_good(self.root, self._say, own)[0]
                 if name is None:
                     fix = "lower checkpoint.every, or set optim.nonfinite or optim.spike to something else"
                     raise UserError("there is no checkpoint to go back to", where=str(self.root), fix=fix)

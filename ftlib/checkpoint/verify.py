@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def newest_good(root: Path, say: Say) -> tuple[str | None, list[str]]:
-    """Name of the newest whole checkpoint (or None) and `name: reason` of each damaged one that was passed over."""
+def newest_good(root: Path, say: Say, names: Iterable[str] | None = None) -> tuple[str | None, list[str]]:
+    """Name of the newest whole checkpoint (or None) and `name: reason` of each damaged one that was passed over.
+    `names`: those to look at, oldest first; None: all."""
     damaged = []
-    for name in reversed(listing(root)):
+    for name in reversed(list(listing(root) if names is None else names)):
         reason = _reason(root / name)
         if reason is None:
             return name, damaged

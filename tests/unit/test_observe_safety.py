@@ -15,7 +15,7 @@ from torch import nn
 
 from ftlib import config, launch, optim, plugins
 from ftlib.checkpoint import Saver
-from ftlib.errors import UserError
+from ftlib.errors import Stopped, UserError
 from ftlib.observe import charts, diagnose, report, sinks
 from ftlib.observe.output import Output
 from ftlib.observe.watch import Watch
@@ -104,6 +104,18 @@ def run_with_loss(file, change, *more):
         return module.main(config.load(module.Config, ["--config", str(file), *more]))
 
 
+def stop_after(patch, last):
+    """Let a run of this process have SIGTERM in step `last`."""
+    right = Output.step
+
+    def step(output, number, *more):
+        right(output, number, *more)
+        if number == last:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(Output, "step", step)
+
+
 def test_nan_in_a_run(base, tmp_path):
     file = cfg_file(base, tmp_path, checkpoint={"every": 2})
     with pytest.raises(UserError, match="step 5"):
@@ -136,6 +148,27 @@ def test_going_back_takes_model_and_optimizer_but_not_the_data(base, tmp_path, m
     monkeypatch.setattr(Watch, "__call__", lambda watch, step, loss, norm: step == 5)
     train("full_sft", "--config", file, "steps=6", "eval.every=0")
     assert seen == [True]
+
+
+def test_going_back_is_alike_in_a_run_that_was_stopped(base, tmp_path, monkeypatch):
+    """The checkpoint of the stop is newer than the one that a run without a stop goes back to."""
+    monkeypatch.setattr(Watch, "__call__", lambda watch, step, loss, norm: step == 5)
+    words = ("--config", cfg_file(base, tmp_path, checkpoint={"every": 3}, steps=6))
+    whole = train("full_sft", *words)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stopped):
+            train("full_sft", *words, f"output_dir={tmp_path}/parts")
+    again = train("full_sft", *words, f"output_dir={tmp_path}/parts")
+    assert losses(again) == losses(whole) and again[-1] == whole[-1]
+
+
+def test_starting_over_never_goes_back_to_the_run_before(base, tmp_path, monkeypatch):
+    file = cfg_file(base, tmp_path, checkpoint={"every": 3}, steps=4)
+    train("full_sft", "--config", file)
+    monkeypatch.setattr(Watch, "__call__", lambda watch, step, loss, norm: step == 2)
+    with pytest.raises(UserError, match="no checkpoint to go back to"):
+        train("full_sft", "--config", file, "seed=1", "checkpoint.resume=never")
 
 
 def test_early_stop_keeps_the_best_and_final_is_made_from_it(base, tmp_path, capsys):
@@ -172,9 +205,7 @@ def test_a_run_that_ended_early_and_is_killed_before_its_result_ends_there_again
     shutil.rmtree(final.parent)
     again = train("full_sft", "--config", file)
     assert (losses(again), again[-1], final.read_bytes()) == (losses(rows), rows[-1], whole)
-    right = Output.step
-    ask = lambda output, step, *more: (right(output, step, *more), step == end and signal.raise_signal(signal.SIGTERM))  # noqa: E731
-    monkeypatch.setattr(Output, "step", ask)
+    stop_after(monkeypatch, end)
     again = train("full_sft", "--config", file, f"output_dir={tmp_path}/asked")
     assert losses(again) == losses(rows) and (tmp_path / "asked/final/model.safetensors").read_bytes() == whole
 
