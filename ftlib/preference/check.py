@@ -33,6 +33,10 @@ def _shared(cfg: Any) -> list[tuple[Any, str, str, str]]:
             cfg.eval.exact_match > 0, "held-out answers are compared with each other, not generated",
             "eval.exact_match", "set eval.exact_match=0",
         ),
+        (
+            bool(cfg.eval.prompts), "nothing is generated in an evaluation here",
+            "eval.prompts", "leave them out; tune generate answers them with the result",
+        ),
     ]  # fmt: skip
 
 
@@ -64,6 +68,11 @@ def _reward(cfg: Any) -> list[tuple[Any, str, str, str]]:
         (
             cfg.parallel.tp > 1, "a head with so few outputs cannot be shared by several processes",
             "parallel.tp", "set parallel.tp=1",
+        ),
+        (
+            cfg.lora is not None and (cfg.model.quantize or cfg.model.fp8),
+            "a model that scores is written whole, and weights in few bits take no adapter in",
+            "model.quantize, model.fp8", "leave them out beside adapters; model.fp8 goes with lora=null",
         ),
         (
             cfg.tokenizer.add_tokens, "a model that scores has no head for new tokens",
