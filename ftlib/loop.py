@@ -33,6 +33,9 @@ def check(cfg: Any) -> None:
     log, evaluation, checkpoint = (getattr(cfg, name, None) for name in ("log", "eval", "checkpoint"))
     if log is not None:
         sinks.check(log.to)
+        if log.statistics and not hasattr(cfg, "stream"):
+            what = "norms by kind of parameter are counted by recipes/pretrain.py alone"
+            raise UserError(what, where="log.statistics", fix="set it to 0")
     if checkpoint is None or evaluation is None:
         return
     best, patience = getattr(checkpoint, "keep_best", False), getattr(evaluation, "patience", 0)
@@ -108,7 +111,9 @@ class Boundary:
             output.saved()
         if stopping:
             saver.wait()
-            raise Stopped(f"stopped by {self._flag.by} after step {step} of {self.steps}; the same command continues")
+            how = " without checkpoint.resume=never" if cfg.checkpoint.resume == "never" else ""
+            what = f"stopped by {self._flag.by} after step {step} of {self.steps}"
+            raise Stopped(f"{what}; the same command{how} continues")
         return False
 
     def score(self, step: int) -> None:
@@ -149,3 +154,4 @@ class Boundary:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._flag.__exit__(kind, error, trace)
+        self._profile.close()

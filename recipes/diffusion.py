@@ -70,6 +70,10 @@ def check(cfg: Config, world: int = 1) -> None:
     if cfg.parallel.cp * cfg.parallel.tp > 1:
         what = "restoring tokens needs whole rows and whole heads on each process"
         raise UserError(what, where="parallel.cp, parallel.tp", fix="set both to 1")
+    if cfg.eval.prompts or cfg.eval.exact_match:
+        what = "an evaluation here is a bound of the loss, and nothing is restored in it"
+        fix = "leave them out; diffusion.prompts are continued when the run is over"
+        raise UserError(what, where="eval.prompts, eval.exact_match", fix=fix)
 
 
 def mask_of(cfg: Config, tokenizer: Reader) -> int:

@@ -60,8 +60,9 @@ def check_model(cfg: Any) -> LanguageModel:
 
 
 def _check_trained(cfg: Any, built: LanguageModel, fresh: tuple[int, ...]) -> None:
-    """UserError where rows for new tokens would stay as they began."""
-    if fresh and hasattr(cfg, "train") and not built.model.embed_tokens.weight.requires_grad:
+    """UserError where rows for new tokens would stay as they began. An adapter has rows of its own for them."""
+    adapted = getattr(cfg, "lora", None) is not None
+    if fresh and hasattr(cfg, "train") and not adapted and not built.model.embed_tokens.weight.requires_grad:
         raise UserError(
             "new tokens need an embedding that trains, and it is frozen",
             where="tokenizer.add_tokens, train",

@@ -79,6 +79,27 @@ def resolve(cfg: Algorithm) -> Resolved:
     return dataclasses.replace(found, objective=objective)
 
 
+def unread(cfg: Algorithm) -> list[tuple[str, str, str]]:
+    """(what, key, fix) of every setting that the algorithm does not look at; it would be ignored."""
+    found = resolve(cfg)
+    readers = {
+        "clip_low": ("loss", "clip"), "clip_high": ("loss", "clip"), "dual_clip": ("loss", "clip"),
+        "ratio_cap": ("loss", "cispo"), "correction_cap": ("correction", "truncate"),
+        "overlong_margin": ("overlong", "soft"),
+    }  # fmt: skip
+    wrong = []
+    for key, (other, value) in readers.items():
+        now = getattr(found if other == "overlong" else found.objective, other)
+        read = now == value or (other == "correction" and now != "none")
+        if getattr(cfg, key) is not None and not read:
+            fix = f"leave it out, or set algorithm.{other}={value}"
+            wrong.append((f"{other} is {now}, which does not look at it", f"algorithm.{key}", fix))
+    if cfg.kl_in is not None and not found.kl_coef:
+        fix = "leave it out, or set algorithm.kl_coef"
+        wrong.append(("there is no divergence to put anywhere", "algorithm.kl_in", fix))
+    return wrong
+
+
 def formula(cfg: Algorithm, rollout: Rollout) -> list[str]:
     """What a run optimises, as lines to print."""
     found = resolve(cfg)

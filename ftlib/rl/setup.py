@@ -17,7 +17,7 @@ from ftlib.errors import Problems, UserError
 from ftlib.kernels.linear_logprobs import linear_logprobs
 from ftlib.models import LanguageModel, own
 from ftlib.parallel.run import Run, sizes
-from ftlib.rl import ahead, by_vllm, environments, reward_model
+from ftlib.rl import ahead, by_vllm, environments, presets, reward_model
 from ftlib.rl.presets import Resolved, resolve
 from ftlib.rl.rewards import run as rewards
 from ftlib.rl.samples import Micro, Sample, idle, log_probabilities, pack
@@ -168,6 +168,8 @@ def _check_algorithm(cfg: Any, world: int) -> None:
             f"rollout.max_new_tokens {cfg.rollout.max_new_tokens} leaves no room for a prompt in data.seq_len "
             f"{cfg.data.seq_len}", "data.seq_len", "raise data.seq_len or lower rollout.max_new_tokens",
         )  # fmt: skip
+    for unread in presets.unread(cfg.algorithm):
+        wrong(*unread)
     taught = algorithm.advantage == "teacher"
     if taught and cfg.teacher.path is None:
         wrong("this algorithm learns from a teacher", "teacher.path", "name its folder or Hub id")

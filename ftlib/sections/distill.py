@@ -30,3 +30,7 @@ class Distill:
             raise ValueError("temperature: a stored teacher has kept its probabilities at 1")
         if self.top_k < 1:
             raise ValueError("top_k: must be at least 1")
+        if self.divergence != "js" and self.beta != Distill.beta:
+            raise ValueError(f"beta: only divergence=js reads it, and this is {self.divergence}")
+        if self.stored is None and self.top_k != Distill.top_k:
+            raise ValueError("top_k: only a stored teacher has been cut to them; name a folder in stored")

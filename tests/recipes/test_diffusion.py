@@ -79,3 +79,10 @@ def test_two_processes_hide_what_one_hides(words, tiny, tmp_path):
 def test_a_mask_token_that_is_not_there_is_named(tiny, tmp_path):
     with pytest.raises(UserError, match=r"no token '<\|mask\|>'"):
         train("diffusion", "--config", tiny.config(tmp_path, steps=1))
+
+
+def test_answers_in_an_evaluation_are_refused(tiny, tmp_path):
+    """They were ignored."""
+    for word in ("eval.prompts=[the]", "eval.exact_match=2"):
+        with pytest.raises(UserError, match="nothing is restored in it"):
+            train("diffusion", "--config", tiny.config(tmp_path, **settings(tmp_path), steps=1), word)

@@ -164,6 +164,8 @@ def test_going_on_from_an_adapter_compares_with_that_adapter(toy, tmp_path):
         ("lora.dropout=0.1", "lora.dropout"),
         ("data.overlong=split", "an answer cannot be split"),
         ("eval.exact_match=4", "eval.exact_match"),
+        ("eval.prompts=[hi]", "nothing is generated in an evaluation here"),
+        ("log.statistics=2", "log.statistics"),
         ("dpo={loss: aot}", "aot sorts all pairs"),
         ("lora=null", "dpo.reference"),
     ],

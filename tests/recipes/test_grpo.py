@@ -361,3 +361,24 @@ def test_every_preset_says_what_it_is():
         assert words in text and f"algorithm: {name}" in text
     changed = presets.resolve(Algorithm(preset="dapo", clip_high=0.5, dynamic_sampling=False, kl_coef=0.1))
     assert changed.objective.clip_high == 0.5 and not changed.dynamic_sampling and changed.needs_reference
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_setting_that_the_algorithm_does_not_look_at_is_told(name):
+    found = presets.resolve(Algorithm(preset=name))
+    more = {"clip_low": 0.1, "dual_clip": 3.0, "ratio_cap": 2.0, "correction_cap": 3.0, "overlong_margin": 0.3}
+    wrong = presets.unread(Algorithm(preset=name, kl_in=found.kl_in, **more))
+    clipped, soft, held = found.objective.loss == "clip", found.overlong == "soft", found.kl_coef > 0
+    read = {"clip_low": clipped, "dual_clip": clipped, "ratio_cap": name == "cispo", "overlong_margin": soft}
+    ignored = [key for key, by_it in (read | {"kl_in": held}).items() if not by_it]
+    assert [key for _, key, _ in wrong] == [f"algorithm.{key}" for key in ignored]
+    assert not presets.unread(Algorithm(preset=name)), "what a preset brings is no mistake"
+    off = presets.unread(Algorithm(preset=name, correction="none", correction_cap=3.0))
+    assert [key for _, key, _ in off] == ["algorithm.correction_cap"]
+
+
+def test_a_new_pad_token_beside_an_adapter_needs_no_row_that_trains(tmp_path):
+    values = rl_toys.settings(rl_toys.write_toy(tmp_path / "toy"), "copy", tmp_path / "out", lora={"rank": 4})
+    values |= {"tokenizer": {"pad_token": "<filler>"}, "steps": 1}
+    values["rollout"] |= {"prompts": 1, "group": 2}
+    assert rl_toys.learn(values)[-1]["step"] == 1
