@@ -111,9 +111,7 @@ class Boundary:
             output.saved()
         if stopping:
             saver.wait()
-            how = " without checkpoint.resume=never" if cfg.checkpoint.resume == "never" else ""
-            what = f"stopped by {self._flag.by} after step {step} of {self.steps}"
-            raise Stopped(f"{what}; the same command{how} continues")
+            raise Stopped(f"stopped by {self._flag.by} after step {step} of {self.steps}; the same command continues")
         return False
 
     def score(self, step: int) -> None:
@@ -154,4 +152,3 @@ class Boundary:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._flag.__exit__(kind, error, trace)
-        self._profile.close()
