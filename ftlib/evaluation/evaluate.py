@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ftlib import data
+from ftlib.errors import UserError
 from ftlib.evaluation import exact_match, held_out
 from ftlib.generation import Engine
 from ftlib.layers.batch import Batch
@@ -67,6 +68,13 @@ class Evaluation:
         )
 
     def _conversations(self) -> list[tuple[str, list[dict]]]:
-        """The first that end with an answer, each with the name of its set."""
+        """The first that end with an answer to something, each with the name of its set."""
         found = [(name, e.messages) for name, rows in self.sets.items() for e in rows.examples if e.messages]
-        return [(name, m) for name, m in found if m[-1]["role"] == "assistant"][: self.cfg.eval.exact_match]
+        asked = [(name, m) for name, m in found if len(m) > 1 and m[-1]["role"] == "assistant" and m[-1].get("content")]
+        if not asked:
+            raise UserError(
+                "no held-out row is a conversation that ends with an answer, so there is none to compare",
+                where="eval.exact_match, data.eval",
+                fix="set eval.exact_match=0; eval.prompts are answered beside any rows",
+            )
+        return asked[: self.cfg.eval.exact_match]

@@ -29,7 +29,7 @@ def answer(
     ]
     given = _greedy(engine, tokenizer, prompts, max_new_tokens)
     return [
-        Answer(messages[-2]["content"], messages[-1]["content"], text)
+        Answer(messages[-2].get("content") or "", messages[-1]["content"], text)
         for messages, text in zip(conversations, given, strict=True)
     ]
 

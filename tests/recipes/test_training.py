@@ -1,6 +1,7 @@
 """The recipes in this process: they learn, write what is promised, and others read their results."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -67,6 +68,23 @@ def test_own_prompts_are_answered_at_every_evaluation(run):
     assert all(row["prompt"] == "say red" for row in own) and {row["set"] for row in held_out} != {"eval.prompts"}
     assert run[0] == "pretrain" or own[0]["answer"] != own[-1]["answer"]
     assert "say red" in (out / "report.html").read_text()
+
+
+def test_only_answers_to_something_are_compared(tiny, tmp_path):
+    """A conversation that begins with its only answer is none, nor are texts; where there is no other, that is said."""
+    first = {"messages": [{"role": "assistant", "content": "red"}]}
+    rows = [first, *map(json.loads, tiny.held_out.read_text().splitlines()[:2])]
+    held_out = tmp_path / "some.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file, words = tiny.config(tmp_path, steps=1), ("eval.exact_match=2", "eval.max_new_tokens=2")
+    run = lambda: train("full_sft", "--config", file, *words, f"data.eval=[{{path: '{held_out}'}}]")  # noqa: E731
+    assert "exact_match" in run()[-1]
+    asked = [json.loads(line)["prompt"] for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert asked == [row["messages"][0]["content"] for row in rows[1:]] * 2
+    held_out.write_text(json.dumps(first) + "\n" + json.dumps(first) + "\n")
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(UserError, match="no held-out row is a conversation that ends with an answer"):
+        run()
 
 
 def test_others_load_the_result_with_equal_logits(run, tiny):
