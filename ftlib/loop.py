@@ -10,7 +10,7 @@ from ftlib.checkpoint.agree import Ranks
 from ftlib.errors import Stopped, UserError
 from ftlib.observe import sinks
 from ftlib.observe.output import Output
-from ftlib.observe.profile import StepProfile
+from ftlib.observe.profile import STEPS, WARM, StepProfile
 from ftlib.optim import schedule_free
 from ftlib.parallel import pulse
 from ftlib.parallel.apply import reshard
@@ -30,6 +30,9 @@ def check(cfg: Any) -> None:
         raise UserError("a seed has at most 63 bits and no sign", where="seed", fix="a number such as 0")
     if getattr(cfg, "neftune", 0) < 0:
         raise UserError(f"noise of {cfg.neftune:g} is none", where="neftune", fix="above 0 (5 is usual), or 0 for none")
+    if getattr(cfg, "profile", False) and cfg.steps is not None and cfg.steps < WARM + STEPS:
+        what = f"steps {WARM + 1} to {WARM + STEPS} are traced, and the run has {cfg.steps}"
+        raise UserError(what, where="profile, steps", fix="raise steps, or leave profile out")
     log, evaluation, checkpoint = (getattr(cfg, name, None) for name in ("log", "eval", "checkpoint"))
     if log is not None:
         sinks.check(log.to)
@@ -111,7 +114,9 @@ class Boundary:
             output.saved()
         if stopping:
             saver.wait()
-            raise Stopped(f"stopped by {self._flag.by} after step {step} of {self.steps}; the same command continues")
+            how = " without checkpoint.resume=never" if cfg.checkpoint.resume == "never" else ""
+            what = f"stopped by {self._flag.by} after step {step} of {self.steps}"
+            raise Stopped(f"{what}; the same command{how} continues")
         return False
 
     def score(self, step: int) -> None:
@@ -152,3 +157,4 @@ class Boundary:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._flag.__exit__(kind, error, trace)
+        self._profile.close()

@@ -122,7 +122,7 @@ def main(cfg: Config) -> list[dict]:
         saver.finish(steps)
         output.finish(
             f"tune generate {cfg.output_dir}/final --prompt '…'",
-            *quant.commands(cfg, merged=True),
+            *quant.commands(cfg, model, merged=True),
             f"tune run {script(__file__)} --config {cfg.output_dir}/config.yaml steps={2 * steps}",
         )
     return output.rows()

@@ -123,7 +123,7 @@ def main(cfg: Config) -> list[dict]:
         saver.finish(steps)
         output.finish(
             f"tune generate {cfg.output_dir}/final --prompt '…'",
-            *quant.commands(cfg, merged=cfg.relora.every > 0),
+            *quant.commands(cfg, model, merged=cfg.relora.every > 0),
             f"tune run {script(__file__)} --config {cfg.output_dir}/config.yaml steps={2 * steps}",
         )
     return output.rows()

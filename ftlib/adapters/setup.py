@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ftlib import quant
 from ftlib.adapters import lora, peft_format, token_rows
 from ftlib.errors import UserError, about
 from ftlib.models import hub
@@ -46,6 +48,17 @@ def fill(model: nn.Module, cfg: Lora, seed: int) -> None:
     for name in ("policy", REFERENCE):
         if any(True for _ in lora.adapted(model, name)):
             peft_format.fill(model, hub.resolve(cfg.start_from), name=name)
+
+
+def compare_base(model: nn.Module, cfg: Lora) -> None:
+    """A note on stderr where an adapter that is continued was trained on a base kept otherwise than this one."""
+    if cfg.start_from is None:
+        return
+    was, now = peft_format.base_form(hub.resolve(cfg.start_from)), quant.kept_in(model)
+    if was not in (None, now):
+        here = f"kept in {now}" if now else "plain"
+        what = f"{cfg.start_from} was trained on a base kept in {was}, and goes on with one that is {here}"
+        print(f"note: lora.start_from: {what} (model.quantize, model.fp8)", file=sys.stderr)
 
 
 def reference_name(cfg: Lora) -> str | None:

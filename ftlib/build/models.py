@@ -68,6 +68,8 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
     built.source, built.code = folder, own.mark(cfg.model.code)
     for begun in filter(None, (folder, getattr(section, "start_from", None)) if run.is_main else ()):
         own.compare(begun, own.recorded(hub.resolve(begun)), built.code, "model.code=FILE.py:CLASS")
+    if run.is_main and section is not None:
+        adapters.compare_base(built, section)
     if cfg.memory.budget_gib is not None:
         budget.settle(built.train(), cfg, run)
     return built.train()

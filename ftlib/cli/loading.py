@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from ftlib import models, tokenizers
+from ftlib import models, quant, tokenizers
 from ftlib.adapters import peft_format
 from ftlib.errors import UserError
 from ftlib.losses.diffusion import MASK
 from ftlib.models import LanguageModel, heads, hub, own
 from ftlib.models.load import DTYPES
 from ftlib.models.weights import PRECISIONS, precisions
+from ftlib.quant import FORMATS
 from ftlib.tokenizers import Tokenizer
 
 
@@ -74,6 +75,17 @@ def check_predicts(base: Path, adapter: Path | None = None) -> None:
         raise UserError(what, fix=f"tune generate {base} --prompt … samples from it")
 
 
+def _round(model: LanguageModel, adapter: Path) -> None:
+    """Give a plain base the values that an adapter saw in training; a note on stderr says so, or that none can."""
+    form = peft_format.base_form(adapter)
+    if form in FORMATS:
+        quant.round_through(model, form)
+        print(f"note: below {adapter} the base has what {form} keeps of it, as in training", file=sys.stderr)
+    elif form:
+        what = f"{adapter} was trained on a base kept in {form}, and lies on the plain one here"
+        print(f"note: {what}: another model than was evaluated", file=sys.stderr)
+
+
 def load(
     base: Path,
     adapter: Path | None,
@@ -82,9 +94,11 @@ def load(
     device: str | torch.device,
     code: str | None = None,
     masked: bool = False,
+    rounded: bool = True,
 ) -> tuple[LanguageModel, Tokenizer]:
     """The model with its adapter switched on, and the tokenizer it was trained with. `code`: as `model.code`; a note
-    says where what is loaded was trained with another one. `masked`: it may be one with a `mask_token`."""
+    says where what is loaded was trained with another one. `masked`: it may be one with a `mask_token`. `rounded`: an
+    adapter that was trained on a quantized base lies on that base, as it was evaluated."""
     now, was = own.mark(code), {folder: own.recorded(folder) for folder in (adapter, base) if folder is not None}
     for folder, one in was.items():
         own.compare(folder, one, now)
@@ -97,6 +111,8 @@ def load(
     model = models.from_pretrained(base, dtype=dtype, device=device, decoder=own.find(code))
     model.code = now or next(filter(None, was.values()), None)
     if adapter is not None:
+        if rounded:
+            _round(model, adapter)
         peft_format.load(model, adapter)
     trained_with = adapter if adapter is not None and any(adapter.glob("tokenizer*")) else base
     return model, tokenizers.from_pretrained(trained_with)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         base, adapter = loading.find(args.model, args.adapter)
         _check_base(args.quantize, kept := peft_format.base_form(adapter), known=checkpoints.is_of_plain_base(adapter))
         dtype = loading.merged_dtype(args.dtype, base)
-        model, tokenizer = loading.load(base, adapter, dtype=dtype, device="cpu", code=args.code)
+        model, tokenizer = loading.load(base, adapter, dtype=dtype, device="cpu", code=args.code, rounded=False)
         quant.round_through(model, args.quantize)
         said = f"merged {merge.merge_into(model)} layers of {adapter} into {base} -> {out}"
     folder = staging(out)

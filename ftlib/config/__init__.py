@@ -81,7 +81,7 @@ def brief(section: object) -> str:
 def _different(value: object) -> object:
     if dataclasses.is_dataclass(value):
         usual, own = defaults_of(type(value)), defaults_of(type(value), value)
-        return {name: _different(own[name]) for name in own if _plain(own[name]) != _plain(usual[name])}
+        return {name: _different(own[name]) for name in own if _plain(own[name]) not in ({}, _plain(usual[name]))}
     if isinstance(value, list | tuple):
         return [_different(item) for item in value]
     return _plain(value)

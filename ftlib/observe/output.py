@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ class Output:
             )
         if self.run.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(config.dump(self.cfg), encoding="utf-8")
+            again = replace(self.cfg.checkpoint, resume="auto")  # a run is started over once
+            kept = config.dump(replace(self.cfg, checkpoint=again))
+            (self.folder / "config.yaml").write_text(kept, encoding="utf-8")
             self._sinks = sinks.open_sinks(self.cfg, self.folder, done, self.counters)
         for file in (self.metrics, self.samples):
             file.truncate_after(done if done else -1)

@@ -76,6 +76,15 @@ class StepProfile:
             self._recording.__enter__()
             self._began = time.perf_counter()
 
+    def close(self) -> None:
+        """After the loop: a recording that the run ended before is given up, and said."""
+        if 0 < self._steps < WARM + STEPS:
+            traced = f"the {STEPS} steps behind a start's first {WARM} are traced"
+            self.say(f"no profile: {traced}, and this one took {self._steps}")
+        if self._recording is not None:
+            self._recording.__exit__(None, None, None)
+            self._recording = None
+
     def _finish(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -57,7 +57,8 @@ def attach(model: nn.Module, section: Rounding, where: str) -> int:
             raise UserError(what, where=f"{where}, model.path", fix="take a dense model")
         if grouped and isinstance(module, Linear) and module.in_features % section.inputs_a_scale:
             what = f"layers.{name} has {module.in_features} inputs, no multiple of {section.inputs_a_scale}"
-            raise UserError(what, where=f"{where}.group", fix="a smaller group, or scheme=fp8")
+            fix = f"a multiple of 8 that divides {module.in_features}, or scheme=fp8"
+            raise UserError(what, where=f"{where}.group", fix=fix)
     after = section.after if isinstance(section, Qat) else 0
     return replace(
         model, lambda linear: RoundedLinear(linear, section.scheme, section.inputs_a_scale, after), lambda linear: True

@@ -2,6 +2,7 @@
 
 import shlex
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from ftlib import config
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
 from ftlib.quant import convert, float8, qat
-from ftlib.sections import Rounding
+from ftlib.quant.formats import FORMATS
+from ftlib.sections import Model
 
 
 def attach(model: nn.Module, cfg: Any) -> None:
@@ -32,17 +34,19 @@ def attach(model: nn.Module, cfg: Any) -> None:
         convert.hold(model, section.quantize)
 
 
-def commands(cfg: Any, merged: bool) -> list[str]:
+def commands(cfg: Any, model: nn.Module, merged: bool) -> list[str]:
     """What there is to do with the result of a run: merge its adapter, unless it is, and round what `qat` trained."""
-    found, model = [], f"{cfg.output_dir}/final"
+    found, path = [], f"{cfg.output_dir}/final"
     if not merged:
-        flags = f" --quantize {cfg.model.quantize}" if cfg.model.quantize else ""
+        form = convert.kept_in(model)
+        flags = f" --quantize {form}" if form in FORMATS else ""
         flags += " --dtype fp32" if cfg.qat and cfg.dtype == "fp32" else ""
-        found.append(f"tune merge {cfg.model.path} {model} MERGED{flags}")
-        model = "MERGED"
+        found.append(f"tune merge {cfg.model.path} {path} MERGED{flags}")
+        path = "MERGED"
     if cfg.qat:
-        to, data = config.brief(Rounding(scheme=cfg.qat.scheme, group=cfg.qat.group)), config.brief(cfg.data)
-        words = (f"model.path={model}", f"to={to}", f"data={data}", f"dtype={cfg.dtype}")
+        group = [f"to.group={cfg.qat.group}"] if cfg.qat.group else []
+        words = [f"model.path={path}", f"to.scheme={cfg.qat.scheme}", *group, f"data={config.brief(cfg.data)}"]
+        words += [f"batch={config.brief(cfg.batch)}", f"dtype={cfg.dtype}", f"output_dir={cfg.output_dir}/rounded"]
         found.append(shlex.join(["tune", "run", "recipes/quantize.py", *words]))
     return found
 
@@ -54,15 +58,22 @@ def check(cfg: Any, kept: dict) -> None:
         raise UserError(
             "only the frozen matrices below an adapter can be quantized",
             where="model.quantize",
-            fix="train adapters (recipes/lora_sft.py, a lora section), or leave it out; model.fp8 computes in 8 bits",
+            fix="leave it out: to.scheme says what is rounded here"
+            if hasattr(cfg, "to")
+            else "train adapters (recipes/lora_sft.py, a lora section), or leave it out; model.fp8 computes in 8 bits",
         )
     for where in ("qat", "to"):
         if getattr(cfg, where, None) is not None:
             _check_rounding(cfg, where)
+    if hasattr(cfg, "to"):
+        _check_result(cfg.output_dir / "final")
     if hasattr(cfg, "to") and (form := kept.get("quantization_config")):
         what = f"model.path is kept in {form.get('quant_method', 'few bits')}"
         warnings.warn(f"{what}: what is rounded, and scored before, are those weights", stacklevel=2)
     if section.fp8 is None:
+        if section.fp8_smallest != Model.fp8_smallest:
+            what = "it says which layers multiply in 8 bits, and none does"
+            raise UserError(what, where="model.fp8_smallest", fix="model.fp8=tensorwise or rowwise, or leave it out")
         return
     if cfg.parallel.tp > 1:
         raise UserError(
@@ -72,7 +83,7 @@ def check(cfg: Any, kept: dict) -> None:
         )
     if section.quantize not in (None, "fp8"):
         raise UserError(
-            f"a base kept in {section.quantize} is made whole in bf16 for its products",
+            f"a base kept in {section.quantize} is made whole for its products",
             where="model.quantize, model.fp8",
             fix="model.quantize=fp8, or leave one of them out",
         )
@@ -82,6 +93,12 @@ def check(cfg: Any, kept: dict) -> None:
             where="model.fp8",
             fix="leave it out; model.quantize saves memory on any GPU",
         )
+
+
+def _check_result(folder: Path) -> None:
+    """UserError where another model would be replaced."""
+    if folder.exists():
+        raise UserError(f"{folder} exists and stays as it is", where="output_dir", fix="name another, or remove it")
 
 
 def _check_rounding(cfg: Any, where: str) -> None:

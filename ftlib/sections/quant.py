@@ -13,7 +13,7 @@ class Rounding:
 
     def __post_init__(self) -> None:
         if self.group is not None and self.scheme == "fp8":
-            raise ValueError("group: is for int4 and int8_int4; fp8 has a scale a row")
+            raise ValueError("group: is for int4 and int8_int4; fp8 has a scale a row, so leave it out")
         if self.inputs_a_scale < 8 or self.inputs_a_scale % 8:
             raise ValueError("group: must be a multiple of 8")
 

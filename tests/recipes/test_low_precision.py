@@ -46,6 +46,16 @@ def run(tmp_path_factory):
     return run
 
 
+def test_an_adapter_that_goes_on_with_another_base_is_told(run, tmp_path, capfd):
+    run("lora", tmp_path / "a", "model.quantize=nf4")
+    start = f"lora.start_from={tmp_path}/a/final"
+    for number, (words, here) in enumerate({(): "plain", ("model.quantize=int8",): "kept in int8"}.items()):
+        run("lora", tmp_path / str(number), start, *words)
+        assert f"trained on a base kept in nf4, and goes on with one that is {here}" in capfd.readouterr().err
+    run("lora", tmp_path / "same", start, "model.quantize=nf4")
+    assert "goes on with" not in capfd.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def plain(run, tmp_path_factory):
     """Losses of each recipe without any of the modes."""

@@ -58,7 +58,7 @@ def test_a_few_numbers_that_are_rounded_are_told(base, tmp_path, capsys):
 def test_what_a_float32_run_rounded_is_merged_to_the_bit(tmp_path, capsys):
     """Training with `qat` and the commands it proposes report one loss, on a base in bfloat16: `tune merge` without a
     loss of precision, recipes/quantize.py on the run's data."""
-    run, merged, rounded = tmp_path / "run", tmp_path / "merged", tmp_path / "rounded"
+    run, merged, rounded = tmp_path / "run", tmp_path / "merged", tmp_path / "run" / "rounded"
     lora_sft = ["run", "recipes/lora_sft.py", *SMALL, "optim.lr=0.02", "qat.scheme=int4"]
     assert cli.main([*lora_sft, f"output_dir={run}"]) == 0
     said = [line.split("] ")[-1].strip() for line in capsys.readouterr().out.split("next:")[1].splitlines()]
@@ -68,12 +68,15 @@ def test_what_a_float32_run_rounded_is_merged_to_the_bit(tmp_path, capsys):
         assert cli.main(["merge", DEMO, str(run / adapter), str(merged), "--quantize", "nf4"]) == 2
         assert "trained on the plain base, not on one kept in nf4" in capsys.readouterr().err and not merged.exists()
     assert cli.main([word.replace("MERGED", str(merged)) for word in merge]) == 0
-    words = [*quantize, "batch={rows: 2, micro_rows: 2}", "eval.exact_match=0", f"output_dir={rounded}"]
-    assert cli.main([word.replace("MERGED", str(merged)) for word in words]) == 0
+    words = [word.replace("MERGED", str(merged)) for word in (*quantize, "eval.exact_match=0")]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "to.scheme=fp8"]) == 2
+    assert f"{rounded}/final exists and stays as it is" in capsys.readouterr().err
     last = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (run, rounded)]
     assert last[0]["eval_loss"] == last[1]["eval_loss"]
     with pytest.warns(UserWarning, match="model.path is kept in compressed-tensors: what is rounded"):
-        assert cli.main(["validate", "recipes/quantize.py", *words[2:], f"model.path={rounded}/final"]) == 0
+        again = [f"model.path={rounded}/final", f"output_dir={tmp_path}/again"]
+        assert cli.main(["validate", "recipes/quantize.py", *words[2:], *again]) == 0
 
 
 def test_the_command_proposed_after_a_quantized_run_names_its_base(tmp_path, capsys):

@@ -37,6 +37,19 @@ def test_a_profiled_run(tmp_path, capsys):
     assert not (tmp_path / "a/profile").exists()
 
 
+def test_a_start_with_too_few_steps_is_told(tmp_path, capsys):
+    """Before the run where its steps are too few, behind it where those that are left are."""
+    words = ["recipes/lora_sft.py", "--config", "configs/demo_lora.yaml", *OPTIONS, "profile=true"]
+    assert tune(["validate", *words, "steps=5"]) == 2
+    assert "steps 4 to 6 are traced, and the run has 5" in capsys.readouterr().err
+    train(tmp_path, "steps=4")
+    train(tmp_path, "profile=true")
+    assert "3 steps behind a start's first 3 are traced, and this one took 4" in capsys.readouterr().out
+    assert not (tmp_path / "profile").exists() and "resume: auto" in (tmp_path / "config.yaml").read_text()
+    train(tmp_path, "checkpoint.resume=never")
+    assert "resume: auto" in (tmp_path / "config.yaml").read_text(), "the proposed command goes on"
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

@@ -13,6 +13,7 @@ from parity.shrink import reference, relative, shrunk
 
 from ftlib import models
 from ftlib.adapters import lora, peft_format
+from ftlib.cli import loading
 from ftlib.cli import main as tune
 from ftlib.errors import UserError
 from ftlib.kernels import nf4
@@ -194,6 +195,10 @@ def test_exported_with_its_quantized_base(form, tmp_path, capsys):
     ])  # fmt: skip
     assert tune([*words, str(tmp_path / "merged"), "--quantize", form]) == 0
     assert relative(theirs(tmp_path / "merged"), trained) < 1e-5 and "note:" not in capsys.readouterr().err
+    answering, _ = loading.load(tmp_path / "base", tmp_path / "adapter", dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        assert relative(answering.logits(ids), trained) < 1e-5
+    assert f"the base has what {form} keeps of it, as in training" in capsys.readouterr().err
     assert tune([*words, str(tmp_path / "other")]) == 0
     assert relative(theirs(tmp_path / "other"), trained) > 1e-3 and f"--quantize {form}" in capsys.readouterr().err
     wrong = "int8" if form != "int8" else "fp8"
@@ -253,6 +258,7 @@ def test_stacked_experts(name, form, tmp_path):
     [
         ("full_sft", [], "only the frozen matrices"),
         ("lora_sft", ["model.quantize=nf5"], "expected 'nf4' or 'int8'"),
+        ("lora_sft", ["model.quantize=null", "model.fp8_smallest=64"], "which layers multiply in 8 bits"),
         ("lora_sft", ["qat=int4"], "(write {scheme: int4})"),
         ("full_sft", ["qat={scheme: fp8, group: 32}"], "qat.group: is for int4 and int8_int4; fp8 has a scale a row"),
     ],
