@@ -145,9 +145,9 @@ def test_the_head_always_trains(toy, tmp_path):
     assert len(train("reward", "--config", file)) == 3, "score is what the recipe's own default says"
 
 
-@pytest.mark.parametrize("word", ["model.quantize=int8", "model.fp8=tensorwise"])
-def test_adapters_on_weights_of_few_bits_are_refused_before_the_first_step(word, toy, tmp_path):
+@pytest.mark.parametrize("word", ["quantize: int8", "fp8: tensorwise, fp8_smallest: 16"])
+def test_adapters_on_weights_of_few_bits_are_refused_before_the_first_step(word, tiny, toy, tmp_path):
     """They could not be merged, which was found out after the last."""
     with pytest.raises(UserError, match="weights in few bits take no adapter in"):
-        train("reward", "--config", toy(tmp_path), word, "model.fp8_smallest=16")
+        train("reward", "--config", toy(tmp_path), f"model={{path: '{tiny.model}', {word}}}")
     assert not (tmp_path / "out").exists()
