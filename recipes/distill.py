@@ -17,7 +17,7 @@ from ftlib.config import OutputDir
 from ftlib.data import teacher_store
 from ftlib.errors import UserError, about
 from ftlib.evaluation.evaluate import Evaluation
-from ftlib.launch import launch
+from ftlib.launch import launch, script
 from ftlib.layers.batch import Batch as Packed
 from ftlib.loop import Boundary
 from ftlib.losses.distillation import StoredTeacher, Teacher, distillation_loss, most_likely
@@ -164,7 +164,10 @@ def main(cfg: Config) -> list[dict]:
             if run.is_main:
                 tokenizer.save(folder)
         saver.finish(steps)
-        output.finish(f"tune generate {cfg.output_dir}/final --prompt '…'")
+        output.finish(
+            f"tune generate {cfg.output_dir}/final --prompt '…'",
+            f"tune run {script(__file__)} --config {cfg.output_dir}/config.yaml steps={2 * steps}",
+        )
     return output.rows()
 
 

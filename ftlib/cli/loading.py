@@ -104,7 +104,10 @@ def load(
         own.compare(folder, one, now)
     name = (hub.read_config(base).get("architectures") or [""])[0]
     if name.endswith((heads.SEQUENCE.task, heads.STEPS.task)):
-        fix = "name a language model; recipes/grpo.py takes this one as a reward: rewards=[{model: …}]"
+        reader = "recipes/grpo.py takes this one as a reward: rewards=[{model: …}]"
+        if name.endswith(heads.STEPS.task):
+            reader = "transformers loads this one by AutoModelForTokenClassification"
+        fix = f"name a language model; {reader}"
         raise UserError(f"{base} is a {name}: it scores texts and writes none", fix=fix)
     if not masked:
         check_predicts(base, adapter)

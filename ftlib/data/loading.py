@@ -56,7 +56,7 @@ def load(
         origins, train = by_source(train, first), train.select(first == np.arange(len(train)))
     deduplicated = count - len(train)
     if held_out:
-        train, evals[HELD_OUT] = _hold_out(train, cfg.eval, seed)
+        train, evals[HELD_OUT] = _hold_out(train, report.sources, cfg, seed)
     elif cfg.eval:
         evals = _eval_sets(cfg, tokenizer, report, prepare, wanted)
     count = len(train)
@@ -145,19 +145,23 @@ def _documents(loaded: list[tuple[Part, SourceReport]], weights: list[float], ke
 def _check_any(documents: Documents, reports: list[SourceReport], cfg: Data) -> None:
     if len(documents):
         return
-    dropped = [f"{count:,} {reason}" for report in reports for reason, count in sorted(report.dropped.items())]
     lengths = [length for report in reports for length in report.lengths]
     raise UserError(
-        f"all {sum(r.rows for r in reports):,} rows were dropped: {'; '.join(dropped) or 'they are held out'}. "
+        f"all {sum(r.rows for r in reports):,} rows were dropped: {_lost(reports) or 'they are held out'}. "
         f"Lengths seen: {spread(lengths)} tokens",
         where=", ".join(report.path for report in reports),
-        fix=_mend({reason for report in reports for reason in report.dropped}, cfg),
+        fix=_mend(reports, cfg) or "give other rows than these",
     )
 
 
-def _mend(reasons: set[str], cfg: Data) -> str:
-    """What brings rows back that were dropped for these reasons."""
-    fixes = []
+def _lost(reports: list[SourceReport]) -> str:
+    """How many rows were dropped, and why."""
+    return "; ".join(f"{count:,} {reason}" for report in reports for reason, count in sorted(report.dropped.items()))
+
+
+def _mend(reports: list[SourceReport], cfg: Data) -> str:
+    """What brings back rows that were dropped."""
+    fixes, reasons = [], {reason for report in reports for reason in report.dropped}
     if any("data.seq_len" in reason or "truncation" in reason for reason in reasons):
         fixes.append(f"raise data.seq_len (now {cfg.seq_len:,})")
     if UNTRAINED in reasons:
@@ -167,18 +171,20 @@ def _mend(reasons: set[str], cfg: Data) -> str:
         fixes.append(f"let each answer have a message of data.train_on ({', '.join(cfg.train_on)}) with a text")
     if BROKEN in reasons:
         fixes.append("see what is wrong with the rows: data.on_bad_row=report")
-    return "; ".join(fixes) or "give other rows than these"
+    return "; ".join(fixes)
 
 
-def _hold_out(documents: Documents, amount: float, seed: int) -> tuple[Documents, Documents]:
+def _hold_out(
+    documents: Documents, reports: list[SourceReport], cfg: Data, seed: int
+) -> tuple[Documents, Documents]:
     """Training and held-out documents, disjoint; which ones depends on `seed` and their number alone."""
-    count = int(amount) if amount >= 1 else max(1, round(amount * len(documents)))
+    count = int(cfg.eval) if cfg.eval >= 1 else max(1, round(cfg.eval * len(documents)))
     if count >= len(documents):
-        raise UserError(
-            f"holding out {count:,} of {len(documents):,} rows leaves none to train on",
-            where="data.eval",
-            fix="hold out fewer, or add rows",
-        )
+        what = f"holding out {count:,} of {len(documents):,} rows leaves none to train on"
+        if lost := _lost(reports):
+            what += f"; dropped were {lost}"
+        fixes = filter(None, ("hold out fewer, or add rows", _mend(reports, cfg)))
+        raise UserError(what, where="data.eval", fix="; ".join(fixes))
     chosen = np.zeros(len(documents), bool)
     chosen[shuffled(len(documents), seed, 3)[:count]] = True
     return documents.select(~chosen, keep_examples=False), documents.select(chosen)

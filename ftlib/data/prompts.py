@@ -78,6 +78,8 @@ def load(
     held_out: list[Prompt] = []
     if isinstance(cfg.eval, (int, float)):
         sources, held_out = _hold_out(sources, cfg.eval, seed)
+        if held_out:
+            report.append(f"held out: {len(held_out):,} prompts of these")
     else:
         for i, source in enumerate(cfg.eval or ()):
             held_out += _read(source, cfg, tokenizer, room, tools, report, f"data.eval[{i}]")

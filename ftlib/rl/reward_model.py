@@ -68,8 +68,8 @@ def check(cfg: Any) -> None:
             folder = hub.resolve(reward.model)
             name = (hub.read_config(folder).get("architectures") or ["no model"])[0]
         if not name.endswith(heads.SEQUENCE.task):
-            what, fix = f"{name} gives no scores", f"name a …{heads.SEQUENCE.task}, such as recipes/reward.py writes"
-            raise UserError(what, where=where, fix=fix)
+            fix = f"name a …{heads.SEQUENCE.task}, such as recipes/reward.py writes of pairs"
+            raise UserError(f"{name} gives no scores", where=where, fix=fix)
         decoder = own.decoder(cfg.model, reward.model)
         load.check_weights(load.build(folder, DTYPES[cfg.dtype], decoder, heads.SEQUENCE), folder)
         turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]

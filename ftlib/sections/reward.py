@@ -16,6 +16,10 @@ class Reward:
     last_step: bool = False  # steps: only the last one of an answer is judged
 
     def __post_init__(self) -> None:
+        for key in ("separator", "last_step") if self.kind == "pairs" else ("centre", "margin", "share_prompt"):
+            if getattr(self, key) != getattr(type(self), key):
+                other = "steps" if self.kind == "pairs" else "pairs"
+                raise ValueError(f"{key}: is for kind {other}, and this is {self.kind}; leave it out")
         if self.centre < 0:
             raise ValueError("centre: must not be negative")
         if not self.separator:

@@ -8,7 +8,7 @@ import torch
 from tiny_model import losses, steps, train, undo, write_config
 
 from ftlib import cli, tokenizers
-from ftlib.errors import UserError
+from ftlib.errors import Problems, UserError
 
 WORDS = ("red", "blue", "green", "white", "black", "brown")
 
@@ -114,13 +114,15 @@ def test_a_margin_asks_for_more(toy, tmp_path):
     assert steps(wide)[0] == pytest.approx(2.126928, abs=1e-6)  # log(1 + e^2)
 
 
-def test_steps_are_judged_where_they_end(toy, tmp_path):
+def test_steps_are_judged_where_they_end(toy, tmp_path, capsys):
     from transformers import AutoModelForTokenClassification
 
     rows = train("reward", "--config", toy(tmp_path, "steps", steps=24))
     assert rows[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6) and rows[0]["eval_accuracy"] == 0.5
     assert rows[-1]["eval_accuracy"] >= 0.95
     folder = tmp_path / "out/final"
+    assert cli.main(["generate", str(folder), "--prompt", "hi"]) == 2
+    assert "transformers loads this one by AutoModelForTokenClassification" in capsys.readouterr().err
     model, said = AutoModelForTokenClassification.from_pretrained(folder, output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]
     tokenizer, right, count = tokenizers.from_pretrained(folder), 0, 0
@@ -134,6 +136,12 @@ def test_steps_are_judged_where_they_end(toy, tmp_path):
                 right += int(model.eval()(torch.tensor([ids])).logits[0, -1].argmax()) == label
             count += 1
     assert right / count == pytest.approx(rows[-1]["eval_accuracy"])
+
+
+def test_keys_of_the_other_kind_are_refused(toy, tmp_path):
+    for kind, word in (("pairs", "reward.last_step=true"), ("steps", "reward.margin=false")):
+        with pytest.raises(Problems, match=rf"is for kind \w+, and this is {kind}; leave it out"):
+            train("reward", "--config", toy(tmp_path, kind), word)
 
 
 def test_the_head_always_trains(toy, tmp_path):

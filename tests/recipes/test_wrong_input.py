@@ -65,6 +65,10 @@ CONFIGS = {
     "no such data": (RUN + "data.sources[0].path=rwos.jsonl", "", "rwos.jsonl"),
     "no such template": (RUN + "data.template=chatlm", "", "data.template", "did you mean 'chatml'?"),
     "nothing left to train on": (RUN + "data.eval=96", "", "data.eval", "leaves none to train on"),
+    "hardly anything left": (
+        RUN + "data.eval=95 data.seq_len=34", "", "leaves none to train on; dropped were ", "longer than data.seq_len=34",
+        "hold out fewer, or add rows; raise data.seq_len (now 34)",
+    ),
     "nothing to resume": (RUN + "checkpoint.resume=required", "", "there is no checkpoint to resume from"),
     "a file in the way": (RUN + "output_dir=good.yaml", "", "good.yaml"),
     "too many processes": ("validate recipes/lora_sft.py --config good.yaml --world 3", "", "batch.rows 4"),
