@@ -66,7 +66,8 @@ CONFIGS = {
     "no such template": (RUN + "data.template=chatlm", "", "data.template", "did you mean 'chatml'?"),
     "nothing left to train on": (RUN + "data.eval=96", "", "data.eval", "leaves none to train on"),
     "hardly anything left": (
-        RUN + "data.eval=95 data.seq_len=34", "", "leaves none to train on; dropped were ", "longer than data.seq_len=34",
+        RUN + "data.eval=95 data.seq_len=34", "",
+        "leaves none to train on; dropped were ", "longer than data.seq_len=34",
         "hold out fewer, or add rows; raise data.seq_len (now 34)",
     ),
     "nothing to resume": (RUN + "checkpoint.resume=required", "", "there is no checkpoint to resume from"),
