@@ -12,6 +12,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from ftlib.errors import UserError
 
+# Tensors of the newest exchange. A thread of gloo's lets go of them some time after the exchange has ended; were it the
+# last to do so while the interpreter ends, which frees them, the process would abort.
+_newest: list[torch.Tensor] = []
+
 
 class Ranks(Protocol):
     """The part of a Run that saving and logging need. A process group exists even for one process."""
@@ -34,12 +38,14 @@ def exchange(run: Ranks, value: Any, group: ProcessGroup | None = None) -> list[
     device = wire_device(run) if group is None else torch.device("cpu")
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(run.world)]
-    dist.all_gather(sizes, torch.tensor([mine.numel()], dtype=torch.int64, device=device), group)
+    size = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
+    dist.all_gather(sizes, size, group)
     lengths = [int(size) for size in sizes]
     padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
     padded[: mine.numel()] = mine
     parts = [torch.empty_like(padded) for _ in range(run.world)]
     dist.all_gather(parts, padded, group)
+    _newest[:] = [size, *sizes, padded, *parts]
     return [json.loads(part[:n].cpu().numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]
 
 
