@@ -40,7 +40,7 @@ def exchange(run: Ranks, value: Any, group: ProcessGroup | None = None) -> list[
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(run.world)]
     size = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
     dist.all_gather(sizes, size, group)
-    lengths = [int(size) for size in sizes]
+    lengths = list(map(int, sizes))
     padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
     padded[: mine.numel()] = mine
     parts = [torch.empty_like(padded) for _ in range(run.world)]

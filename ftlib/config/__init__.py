@@ -79,6 +79,7 @@ def brief(section: object) -> str:
 
 
 def _different(value: object) -> object:
+    """`_plain` without what has its default; an empty mapping is what a section makes of one that was left out."""
     if dataclasses.is_dataclass(value):
         usual, own = defaults_of(type(value)), defaults_of(type(value), value)
         return {name: _different(own[name]) for name in own if _plain(own[name]) not in ({}, _plain(usual[name]))}

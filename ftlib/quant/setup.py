@@ -55,21 +55,16 @@ def check(cfg: Any, kept: dict) -> None:
     """UserError where a combination does not work, with the nearest that does. `kept`: the model's config.json."""
     section, below_adapters = cfg.model, getattr(cfg, "lora", None) is not None
     if section.quantize and not below_adapters:
-        raise UserError(
-            "only the frozen matrices below an adapter can be quantized",
-            where="model.quantize",
-            fix="leave it out: to.scheme says what is rounded here"
-            if hasattr(cfg, "to")
-            else "train adapters (recipes/lora_sft.py, a lora section), or leave it out; model.fp8 computes in 8 bits",
-        )
+        fix = "train adapters (recipes/lora_sft.py, a lora section), or leave it out; model.fp8 computes in 8 bits"
+        if hasattr(cfg, "to"):
+            fix = "leave it out: to.scheme says what is rounded here"
+        what = "only the frozen matrices below an adapter can be quantized"
+        raise UserError(what, where="model.quantize", fix=fix)
     for where in ("qat", "to"):
         if getattr(cfg, where, None) is not None:
             _check_rounding(cfg, where)
     if hasattr(cfg, "to"):
-        _check_result(cfg.output_dir / "final")
-    if hasattr(cfg, "to") and (form := kept.get("quantization_config")):
-        what = f"model.path is kept in {form.get('quant_method', 'few bits')}"
-        warnings.warn(f"{what}: what is rounded, and scored before, are those weights", stacklevel=2)
+        _check_conversion(cfg.output_dir / "final", kept.get("quantization_config"))
     if section.fp8 is None:
         if section.fp8_smallest != Model.fp8_smallest:
             what = "it says which layers multiply in 8 bits, and none does"
@@ -95,10 +90,13 @@ def check(cfg: Any, kept: dict) -> None:
         )
 
 
-def _check_result(folder: Path) -> None:
-    """UserError where another model would be replaced."""
-    if folder.exists():
-        raise UserError(f"{folder} exists and stays as it is", where="output_dir", fix="name another, or remove it")
+def _check_conversion(result: Path, form: dict | None) -> None:
+    """UserError where another model would be replaced; a warning where the one to round is rounded already."""
+    if result.exists():
+        raise UserError(f"{result} exists and stays as it is", where="output_dir", fix="name another, or remove it")
+    if form:
+        what = f"model.path is kept in {form.get('quant_method', 'few bits')}"
+        warnings.warn(f"{what}: what is rounded, and scored before, are those weights", stacklevel=2)
 
 
 def _check_rounding(cfg: Any, where: str) -> None:
