@@ -44,7 +44,8 @@ def main(cfg):
 
 def run(cfg):
     rank = int(os.environ.get("RANK", 0))
-    print(f"rank {rank} {__name__} {os.getcwd() in sys.path}", flush=True)
+    line = f"rank {rank} {__name__} {os.getcwd() in sys.path}\\n"
+    print(line, end="", flush=True)  # in one piece: unbuffered, an end of its own may come behind another worker's line
     if cfg.rank not in (-1, rank):
         time.sleep(60)
     if cfg.end == "user":
