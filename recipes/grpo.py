@@ -164,7 +164,6 @@ def main(cfg: Config) -> list[dict]:
     with rewards, dialogues, drawing, output.begin(done, said), boundary:
         if done == 0:
             boundary.score(0)
-
         for step in range(done + 1, steps + 1):
             note = StepLog()
             with note.clock("sync"):  # a copy may be as old as the last update, or the average that was evaluated
@@ -179,8 +178,9 @@ def main(cfg: Config) -> list[dict]:
                 loss, grad_norm = learn(cfg, samples, model, optimizer, tokenizer.filler_id, run, note, pages)
             with note.clock("sync"):
                 drawing.settle()
-            output.step(step, loss, grad_norm, lr, *step_row(note, drawn, rewards, algorithm, reference.exists, run))
-            pages.write(step, drawn, rewards.names)
+            tokens, row = step_row(note, drawn, rewards, algorithm, reference.exists, run)
+            output.step(step, loss, grad_norm, lr, tokens, row)
+            pages.write(step, drawn, rewards.names, row)
             if boundary(step):  # evaluates, saves and stops when it is time to
                 break
 

@@ -157,7 +157,7 @@ class Output:
         if self.cfg.checkpoint.keep_best and self.best is not None:  # that is the model in final/
             scores = [row for row in scores if row["step"] <= self.best["step"]]
         for key in scores[0] if len(scores) > 1 else ():
-            if key != "step":
+            if key != "step" and key in scores[-1]:
                 before, after = (_number(key, row[key]) for row in (scores[0], scores[-1]))
                 self.say(f"{key.replace('_', ' ')}: {before} before, {after} after")
         if self.run.is_main:
@@ -217,4 +217,6 @@ def trained_share(model: nn.Module) -> str:
 
 
 def _number(key: str, value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.1%}" if key == "exact_match" else f"{value:.4f}"

@@ -34,7 +34,8 @@ class Held:
             self.rollouts.engine.refresh()
             self._last = self.rollouts(self.prompts, 1, (0, 0, 0, self.run.data_rank), greedy=True)
             give_rewards(self._last, self.rewards, self.algorithm, self.rollouts.cfg.max_new_tokens)
-            row = log.reward_row(gather(self._last, self.rewards, self.run), self.rewards.names, self.algorithm)
+            everyone = gather(self._last, self.rewards, self.run)
+            row = log.reward_row(everyone, self.rewards.names, self.algorithm)
             self.rollouts.engine.release()
             self.rewards.counts.clear()
         kept = {"reward": "eval_reward", "length/mean": "eval_length"}
@@ -42,6 +43,9 @@ class Held:
         each = {f"eval_rewards/{name}": row[f"rewards/{name}/mean"] for name in self.rewards.names}
         if len(each) > 1:
             found |= each
+        # Prompts that some reward could not score lie outside of its mean: say how many.
+        if lost := int(everyone.scores.rewards.isnan().any(1).sum()):
+            found["eval_unscorable"] = lost
         return {key: value for key, value in found.items() if value is not None}
 
     def samples(self) -> list[Said]:

@@ -1,47 +1,65 @@
 """Completions for people: rollouts.jsonl, a table on the screen now and then, and a word when something is wrong."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftlib.errors import UserError
 from ftlib.observe.metrics import MetricsFile
 from ftlib.observe.output import Output
 from ftlib.parallel.run import Run
+from ftlib.rl import presets
 from ftlib.rl.log import StepLog
 from ftlib.rl.samples import Sample
 
 NAME = "rollouts.jsonl"
 WIDTH = 60  # characters of a prompt or completion in a table
 EMPTY = 3  # steps in a row without anything to learn before it is said
+SAME = 1e-9  # a standard deviation of rewards below this is none
 
 
 class Pages:
     """What a person reads about a run's completions. Rows of steps that a resumed run does again are dropped."""
 
     def __init__(self, cfg: Any, run: Run, output: Output, done: int) -> None:
-        self.cfg, self.output, self._empty, self._checked = cfg.rollout, output, 0, False
+        self.cfg, self.output, self._checked = cfg.rollout, output, False
+        self.algorithm = presets.resolve(cfg.algorithm)
+        self._empty, self._moved = 0, False
         self.file = MetricsFile(cfg.output_dir, enabled=run.is_main, name=NAME)
         self.file.truncate_after(done if done else -1)
 
-    def write(self, step: int, samples: Sequence[Sample], names: Sequence[str]) -> None:
-        """The first completions of a step."""
+    def write(self, step: int, samples: Sequence[Sample], names: Sequence[str], row: Mapping[str, Any]) -> None:
+        """The first completions of a step; `row`: what metrics.jsonl has of it."""
         for sample in samples[: self.cfg.show]:
             self.file.write(record(step, sample, names))
         if self.cfg.show_every and (step == 1 or step % self.cfg.show_every == 0):
             self.output.say(f"completions of step {step}:")
             for line in lines(samples, self.cfg.show):
                 self.output.say(line)
+        self._empty = 0 if self._moved and not same(row, self.algorithm.advantage) else self._empty + 1
+        self._moved = False
+        if self._empty == EMPTY:
+            self.output.say(f"warning: nothing to learn from in {EMPTY} steps: {self._why(row)}")
 
     def learns(self, tokens: int) -> bool:
-        """Whether an update has `tokens` to learn from; says so when several in a row have none."""
-        self._empty = 0 if tokens else self._empty + 1
-        if self._empty == EMPTY:
-            self.output.say(
-                f"nothing to learn from in {EMPTY} updates: all completions of a prompt earn the same. "
-                "Look at rollouts.jsonl; other prompts, a higher temperature or a finer reward may help"
-            )
+        """Whether an update has `tokens` to learn from; a step in which none has counts as empty."""
+        self._moved = self._moved or tokens > 0
         return tokens > 0
+
+    def _why(self, row: Mapping[str, Any]) -> str:
+        """What a step without anything to learn means, and the keys to look at."""
+        among = "the step" if self.algorithm.advantage == "whiten" else "a prompt"
+        what = f"all completions of {among} that were scored earn the same (frac_zero_std, reward_std)"
+        if self.algorithm.advantage == "teacher":
+            return "every token is as likely to the teacher (teacher.path) as to the model"
+        if row["reward"] is None:
+            what = "no completion was scored (unscorable)"
+        elif not same(row, self.algorithm.advantage):
+            what = "all completions that differ are left out (algorithm.overlong)"
+        what += "; only the divergence moves weights (algorithm.kl_coef)" if self.algorithm.kl_coef else ""
+        cut = "every completion is cut off: raise rollout.max_new_tokens. " if row["truncated"] == 1 else ""
+        look = "Look at rollouts.jsonl; a finer reward (rewards), other prompts (data.sources), a higher"
+        return f"{what}. {cut}{look} rollout.temperature or a larger rollout.group may help"
 
     def check(self, note: StepLog, run: Run) -> None:
         """Before the first update, look at how engine and trainer agree: UserError when nothing can be learned so.
@@ -61,6 +79,13 @@ class Pages:
             )
         if gap > self.cfg.mismatch_warn:
             self.output.say(f"{said}; algorithm.correction weighs tokens by it")
+
+
+def same(row: Mapping[str, Any], advantage: str) -> bool:
+    """Whether the rewards of a step tell no completion from those that it is compared with."""
+    if advantage == "teacher":  # which looks at no reward
+        return False
+    return (row["reward_std"] or 0.0) < SAME if advantage == "whiten" else row["frac_zero_std"] == 1
 
 
 def lines(samples: Sequence[Sample], count: int) -> list[str]:

@@ -96,12 +96,35 @@ def test_a_stale_engine_is_noticed(toy, tmp_path, monkeypatch):
 
 
 def test_everything_unscorable_or_empty_moves_nothing(toy, tmp_path, capsys):
-    (tmp_path / "none.py").write_text("def none(completions, **k): return [None] * len(completions)\n")
-    sections = {"rewards": [{"fn": f"{tmp_path / 'none.py'}:none"}], "steps": 3, "rollout": {"prompts": 2, "group": 2}}
+    """The first evaluation is scored but for one prompt, nothing after it is."""
+    once = "calls = []\ndef once(completions, **k):\n    calls.append(1)\n"
+    once += "    return [1.0 if i and len(calls) == 1 else None for i in range(len(completions))]\n"
+    (tmp_path / "once.py").write_text(once)
+    sections = {"rewards": [{"fn": f"{tmp_path / 'once.py'}:once"}], "steps": 3, "rollout": {"prompts": 2, "group": 2}}
+    sections["data"] = {"eval": 5}
     rows = rl_toys.learn(rl_toys.settings(toy, "copy", tmp_path / "out", **sections))
-    assert all(row["loss"] == 0 and row["grad_norm"] == 0 and row["unscorable"] == 4 for row in rows)
-    assert all(row["reward"] is None for row in rows)
-    assert "nothing to learn from in 3 updates" in capsys.readouterr().out
+    before, *steps, after = rows
+    assert all(row["loss"] == 0 and row["grad_norm"] == 0 and row["unscorable"] == 4 for row in steps)
+    assert all(row["reward"] is None for row in steps)
+    assert before["eval_reward"] == 1 and before["eval_unscorable"] == 1
+    assert after["eval_unscorable"] == 5 and "eval_reward" not in after
+    said = capsys.readouterr().out
+    assert "eval unscorable 1\n" in said and "eval unscorable: 1 before, 5 after" in said
+    assert "nothing to learn from in 3 steps: no completion was scored" in said
+
+
+@pytest.mark.parametrize("preset", ["grpo", "grpo_paper", "reinforce++"])
+def test_rewards_that_tell_nothing_apart_are_told_once(preset, toy, tmp_path, capsys):
+    (tmp_path / "same.py").write_text("def same(completions, **k): return [0.3] * len(completions)\n")
+    sections = {"rewards": [{"fn": f"{tmp_path / 'same.py'}:same"}], "steps": 7, "algorithm": {"preset": preset}}
+    sections["rollout"] = {"prompts": 2, "group": 2, "minibatches": 2}
+    rl_toys.learn(rl_toys.settings(toy, "length", tmp_path / "out", **sections))
+    said = capsys.readouterr().out
+    assert said.count("nothing to learn from in 3 steps: all completions of ") == 1
+    assert ("only the divergence moves weights" in said) == (preset == "grpo_paper")
+    assert "a finer reward (rewards)" in said and "every completion is cut off" not in said
+    rl_toys.learn(rl_toys.settings(toy, "length", tmp_path / "learns", steps=5))
+    assert "nothing to learn" not in capsys.readouterr().out
 
 
 def demo(out, *settings):
