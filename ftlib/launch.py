@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from ftlib.parallel import logs
 
 Schema = TypeVar("Schema")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
+LET_GO_S = 0.1  # what threads of gloo's are given to let go of what they exchanged
 WORKERS = "FTLIB_WORKERS"  # folder in which the workers of one `tune run` leave their process ids and last messages
 
 
@@ -156,5 +158,7 @@ def _close() -> None:
 
     pulse.stop()
     distributed.destroy_process_group()
+    if _world() > 1:  # a thread of gloo's that lets go of its last tensors while the interpreter ends aborts the process
+        time.sleep(LET_GO_S)
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -12,10 +12,6 @@ from torch.distributed.checkpoint import CheckpointException
 
 from ftlib.errors import UserError
 
-# Tensors of the newest exchange. A thread of gloo's lets go of them some time after the exchange has ended; were it the
-# last to do so while the interpreter ends, which frees them, the process would abort.
-_newest: list[torch.Tensor] = []
-
 
 class Ranks(Protocol):
     """The part of a Run that saving and logging need. A process group exists even for one process."""
@@ -35,6 +31,10 @@ def wire_device(run: Ranks) -> torch.device:
 
 def exchange(run: Ranks, value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """`value` (JSON-able) of every rank, in rank order. Collective; `group`: of all ranks, on the CPU."""
+    if run.world == 1:
+        # A thread of gloo's lets go of its tensors some time after a collective, and needs the interpreter for that:
+        # where the process ends at once, as with an error at its start, it would be aborted.
+        return [json.loads(json.dumps(value))]
     device = wire_device(run) if group is None else torch.device("cpu")
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(run.world)]
@@ -45,7 +45,6 @@ def exchange(run: Ranks, value: Any, group: ProcessGroup | None = None) -> list[
     padded[: mine.numel()] = mine
     parts = [torch.empty_like(padded) for _ in range(run.world)]
     dist.all_gather(parts, padded, group)
-    _newest[:] = [size, *sizes, padded, *parts]
     return [json.loads(part[:n].cpu().numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]
 
 

@@ -52,6 +52,8 @@ class StopFlag:
 
 def stop_agreed(run: Ranks, flag: StopFlag) -> bool:
     """Whether any rank was asked to stop, the same answer on all. Collective, once a step: one integer on the CPU."""
+    if run.world == 1:
+        return flag.requested
     asked = torch.tensor(int(flag.requested), dtype=torch.int32, device=wire_device(run))
     dist.all_reduce(asked, op=dist.ReduceOp.MAX)
     return bool(asked.item())

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from faults.tiny_training import fresh, one_process, train_step
 from tiny_model import environment
 
-from ftlib.checkpoint import Saver, newest_good, verify
+from ftlib.checkpoint import Saver, StopFlag, exchange, newest_good, stop_agreed, together, verify
 from ftlib.checkpoint.format import remove
 from ftlib.errors import UserError
 from ftlib.sections import Checkpoint
@@ -337,3 +337,16 @@ def test_a_failed_save_does_not_change_what_is_trained(tmp_path, monkeypatch):
         break_calls(patch, 0, forever=False)
         Saver(Checkpoint(), tmp_path, one_process(), {"seed": 0}).save(1, state)
     assert found + [train_step(state) for _ in range(2)] == expected
+
+
+def test_one_process_agrees_with_itself_without_a_collective(monkeypatch):
+    """A refusal just after one aborted one run in four: a thread of gloo's met an interpreter that had begun to end."""
+    run, flag = one_process(), StopFlag()
+    for name in ("all_gather", "all_reduce"):
+        monkeypatch.setattr(dist, name, lambda *args, **kwargs: pytest.fail("a collective"))
+    assert exchange(run, {"a": (1, "ü")}) == [{"a": [1, "ü"]}], "as JSON has it"
+    assert not stop_agreed(run, flag)
+    flag.requested = True
+    assert stop_agreed(run, flag)
+    with pytest.raises(UserError, match="writing: Permission denied"), together(run, "writing"):
+        raise PermissionError(13, "Permission denied")
