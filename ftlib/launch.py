@@ -158,7 +158,7 @@ def _close() -> None:
 
     pulse.stop()
     distributed.destroy_process_group()
-    if _world() > 1:  # a thread of gloo's that lets go of its last tensors while the interpreter ends aborts the process
+    if _world() > 1:  # a thread of gloo's that does so while the interpreter ends aborts the process
         time.sleep(LET_GO_S)
     for number, handler in handlers.items():
         signal.signal(number, handler)
