@@ -21,6 +21,7 @@ from ftlib.checkpoint import format, rng, tensors
 from ftlib.checkpoint.agree import Ranks, exchange, together, wire_device
 from ftlib.checkpoint.background import Background
 from ftlib.checkpoint.verify import newest_good, read_state, verify
+from ftlib.config.whose import recipe_of_run
 from ftlib.errors import UserError
 from ftlib.parallel.apply import reshard
 from ftlib.parallel.run import reseed
@@ -314,8 +315,11 @@ class Saver:
     def _compare(self, name: str, saved: dict[str, Any]) -> None:
         drift = _drift(saved, self.fingerprint)
         if drift:
+            other = saved.keys() != self.fingerprint.keys()  # sections that only one of them has: another recipe's
+            recipe = recipe_of_run(self.root.parent) if other else None
+            by = f", by {recipe}" if recipe else ""
             raise UserError(
-                f"{name} was made with other settings:\n    " + "\n    ".join(drift),
+                f"{name} was made with other settings{by}:\n    " + "\n    ".join(drift),
                 where=str(self.root),
                 fix="set them back, use a new output_dir, or start over: checkpoint.resume=never",
             )

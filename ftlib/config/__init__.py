@@ -21,8 +21,10 @@ from ftlib.config.docs import KeyDoc, describe
 from ftlib.config.layers import read_layers, split_arguments
 from ftlib.config.places import Places
 from ftlib.config.secrets import redact, redact_tree
-from ftlib.config.tree import scalar
+from ftlib.config.suggest import NO_KEY
+from ftlib.config.tree import plain, scalar
 from ftlib.config.types import LocalOrHub, MaybeFile, OutputDir, defaults_of, known_keys
+from ftlib.config.whose import recipes_of
 from ftlib.errors import Problems
 
 __all__ = [
@@ -49,7 +51,11 @@ def read(schema: type[Schema], argv: Sequence[str] | None = None) -> tuple[Schem
     cfg, found = build(schema, tree)
     problems += found
     if problems:
-        raise Problems(sorted(dict.fromkeys(problems), key=_by_line))
+        problems = sorted(dict.fromkeys(problems), key=_by_line)
+        if any(NO_KEY in problem for problem in found) and (others := recipes_of(plain(tree), arguments.files)):
+            named = " or ".join(others)
+            problems[-1] += f"\nfix: take a recipe that has all of these keys, {named}, or leave out what is none here"
+        raise Problems(problems)
     return cfg, Places.of(tree)
 
 

@@ -17,6 +17,8 @@ _THOUSANDS = re.compile(r"(\d+) ?k", re.I)
 def value(hint: Any, node: Node, key: str) -> str:
     """For a value that fits no alternative of `hint`."""
     kinds, given = members(hint), node.value
+    if isinstance(given, list) and dict[str, float] in kinds:
+        return f" (write {{{', '.join(f'{item.value}: 1' for item in given)}}})"
     if sections := [kind for kind in kinds if dataclasses.is_dataclass(kind)]:
         return section(sections[0], given)
     sequences = [kind for kind in kinds if is_sequence(kind)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ftlib.config.build import BROKEN
 from ftlib.config.secrets import redact_override
-from ftlib.config.suggest import unknown_key
+from ftlib.config.suggest import option, unknown_key
 from ftlib.config.tree import Node, Source, YamlError, from_plain, merge, parse, plain, scalar
 from ftlib.errors import Problems
 
@@ -23,7 +23,8 @@ class Arguments:
 
     files: list[str] = field(default_factory=list)  # of `--config`, in order: later ones win
     overrides: list[str] = field(default_factory=list)  # `key=value` and `~key`, in order
-    problems: list[str] = field(default_factory=list)  # what is neither
+    options: list[str] = field(default_factory=list)  # other words that begin with `-`
+    problems: list[str] = field(default_factory=list)  # what is none of these
 
 
 def split_arguments(argv: Iterable[str]) -> Arguments:
@@ -38,8 +39,7 @@ def split_arguments(argv: Iterable[str]) -> Arguments:
         elif word.startswith("--config="):
             result.files.append(word.removeprefix("--config="))
         elif word.startswith("-"):
-            fix = f"; keys are set as {word.lstrip('-')}" + ("" if "=" in word else "=VALUE")
-            result.problems.append(f"command line: unknown option {redact_override(word)!r}{fix}")
+            result.options.append(word)
         elif "=" in word or word.startswith("~"):
             result.overrides.append(word)
         else:
@@ -51,6 +51,9 @@ def split_arguments(argv: Iterable[str]) -> Arguments:
 def read_layers(arguments: Arguments, known: list[str]) -> tuple[Node, list[str]]:
     """The merged tree and the problems that do not prevent it. Files that cannot be read raise `Problems`."""
     problems, unreadable = list(arguments.problems), []
+    for word in arguments.options:
+        key = redact_override(option(word, known))
+        problems.append(f"command line: unknown option {redact_override(word)!r}; keys are set as {key}")
     tree = Node({}, ", ".join(arguments.files) or "command line", Path.cwd())
     for name in arguments.files:
         try:

@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+NO_KEY = "no such key"
+
 # What other libraries call our keys. Offered only where the recipe has the key.
 _ELSEWHERE = {
     "learning_rate": "optim.lr", "max_steps": "steps", "num_epochs": "epochs", "num_train_epochs": "epochs",
@@ -58,5 +60,13 @@ def unknown_key(key: str, known: Iterable[str], neighbours: Iterable[str]) -> st
     """The message about a key that does not exist; `neighbours` are the keys beside it."""
     near = near_keys(key, known)
     if near:
-        return f"no such key (did you mean {' or '.join(map(repr, near))}?)"
-    return f"no such key (here are: {', '.join(neighbours)})"
+        return f"{NO_KEY} (did you mean {' or '.join(map(repr, near))}?)"
+    return f"{NO_KEY} (here are: {', '.join(neighbours)})"
+
+
+def option(word: str, known: Iterable[str]) -> str:
+    """How `--name` or `--name=value`, of which there are none here, is written as a key."""
+    name, sign, value = word.lstrip("-").partition("=")
+    known, name = list(known), name.replace("-", "_")
+    near = [name] if name in known else [key for key in near_keys(name, known) if "[" not in key]
+    return f"{near[0] if near else name}={value if sign else 'VALUE'}"

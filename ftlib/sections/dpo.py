@@ -29,6 +29,9 @@ class Dpo:
     reference: Literal["auto", "adapter_off", "cache"] = "auto"  # its log-probs: each step, or once before the first
 
     def __post_init__(self) -> None:
+        if isinstance(self.loss, str) and self.loss.startswith("["):  # of a command line; that of a file is no text
+            weights = ", ".join(f"{name.strip()}: 1" for name in self.loss.strip("[]").split(","))
+            raise ValueError(f"loss: several have weights (write {{{weights}}})")
         try:
             terms = preset(self.loss).terms
         except KeyError as error:

@@ -350,3 +350,14 @@ def test_one_process_agrees_with_itself_without_a_collective(monkeypatch):
     assert stop_agreed(run, flag)
     with pytest.raises(UserError, match="writing: Permission denied"), together(run, "writing"):
         raise PermissionError(13, "Permission denied")
+
+
+def test_a_folder_of_another_recipe_s_run_is_told_whose_it_is(tmp_path):
+    run, cfg = one_process(), Checkpoint(every=1)
+    Saver(cfg, tmp_path, run, {"seed": 0, "lora.rank": 4}).save(1, fresh())
+    (tmp_path / "config.yaml").write_text("model: {path: x}\nrelora: {every: 2}\n")
+    with pytest.raises(UserError, match="made with other settings, by recipes/lora_sft") as error:
+        Saver(cfg, tmp_path, run, {"seed": 0, "dpo.loss": "ipo"}).resume(fresh())
+    assert "dpo.loss: None then, 'ipo' now" in str(error.value)
+    with pytest.raises(UserError, match="made with other settings:"):
+        Saver(cfg, tmp_path, run, {"seed": 1, "lora.rank": 4}).resume(fresh())

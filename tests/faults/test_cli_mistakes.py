@@ -39,7 +39,7 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("run", RECIPE, "--config", "model"): "is a folder, not a config",
     ("run", RECIPE, "--config", "rows.jsonl"): "rows.jsonl",
     ("run", RECIPE, "c.yaml"): "a file is given as --config c.yaml",
-    ("run", RECIPE, "--config", "c.yaml", "--lr=3"): "keys are set as lr=3",
+    ("run", RECIPE, "--config", "c.yaml", "--lr=3"): "keys are set as optim.lr=3",
     ("run", RECIPE, "--config", "c.yaml", "optim.lr"): "expected key=value, got 'optim.lr'",
     ("run", RECIPE, "--config", "c.yaml", "optim.lr="): "optim.lr",
     ("run", RECIPE, "--config", "c.yaml", "lr=1e-3"): "did you mean 'optim.lr'?",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import config
+from ftlib import cli, config
 from ftlib.errors import Problems
 from ftlib.sections import Batch, Checkpoint, Data, Log, Lora, Memory, Model, Optim, Parallel, Schedule, Tokenizer
 
@@ -107,6 +107,9 @@ COMMANDS = {
     "no value": (["optim.lr"], "command line: expected key=value, got 'optim.lr'"),
     "a file without --config": (["b.yaml"], "command line: expected key=value", "--config b.yaml"),
     "an option": (["--optim.lr=3"], "command line: unknown option '--optim.lr=3'; keys are set as optim.lr=3"),
+    "an option without its section": (["--lr=3"], "unknown option '--lr=3'; keys are set as optim.lr=3"),
+    "an option of others": (["--learning-rate=3"], "option '--learning-rate=3'; keys are set as optim.lr=3"),
+    "a name that stands alone": (["--x"], "unknown option '--x'; keys are set as x=VALUE"),
     "no file": (["--config"], "command line: --config needs a file"),
     "no key": (["=3"], "command line: =3: a key is words joined by dots"),
     "delete with a value": (["~steps=3"], "command line: ~steps=3: ~key takes no value"),
@@ -205,3 +208,31 @@ def test_a_recipe_prints_one_message_and_ends_with_2(tmp_path):
         "error: 2 problems\n  command line: lr=1: lr: no such key (did you mean 'optim.lr'?)\n"
         "  command line: step=2: step: no such key (did you mean 'steps'?)\n"
     )
+
+
+def refused(capsys, *words):
+    assert cli.main(["validate", *words]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_config_of_another_recipe_is_told_whose_it_is(tmp_path, capsys):
+    said = refused(capsys, "recipes/lora_sft.py", "--config", "demo_grpo")
+    assert "rewards: no such key" in said
+    assert said.count("fix: take a recipe that has all of these keys, recipes/grpo.py, or leave out") == 1
+    said = refused(capsys, "recipes/grpo.py", "--config", "demo_lora")
+    assert "all of these keys, recipes/lora_sft.py, or" in said, "of several the one whose schema it names"
+    said = refused(capsys, "recipes/dpo.py", "--config", "demo_lora", "dpo.lss=ipo")
+    assert "dpo.lss: no such key (did you mean 'dpo.loss'?)" in said and "take a recipe" not in said
+
+
+@pytest.mark.parametrize("form", ["file", "shell"])
+def test_several_losses_in_a_list_are_told_how_they_are_written(form, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("dpo: {loss: [sigmoid, sft]}\n" if form == "file" else "seed: 0\n")
+    words = [] if form == "file" else ["dpo.loss=[sigmoid, sft]"]
+    said = refused(capsys, "recipes/dpo.py", "--config", str(tmp_path / "c.yaml"), *words)
+    assert "(write {sigmoid: 1, sft: 1})" in said
+
+
+def test_resume_given_as_an_option_is_told_its_key(capsys):
+    said = refused(capsys, "recipes/lora_sft.py", "--config", "demo_lora", "--resume=never")
+    assert said.endswith("unknown option '--resume=never'; keys are set as checkpoint.resume=never\n")
