@@ -14,7 +14,7 @@ from ftlib.adapters import hf_layers, initial, lora, saved_modules, token_rows
 from ftlib.adapters.factors import LoraFactors
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
-from ftlib.models import own, shards
+from ftlib.models import hub, own, shards
 from ftlib.models.resize import resize_embeddings
 from ftlib.models.shards import unsharded
 from ftlib.quant import kept_in
@@ -258,7 +258,7 @@ def read_config(folder: Path) -> dict:
     """adapter_config.json of a LoRA adapter without options that we would have to ignore."""
     file = folder / CONFIG
     if not file.exists():
-        fix = f"name a folder with {CONFIG} and {TENSORS}, as final/ of a LoRA run is"
+        fix = hub.of_run(folder, (CONFIG,)) or f"name a folder with {CONFIG} and {TENSORS}, as final/ of a LoRA run is"
         raise UserError(f"{folder} is no adapter: it has no adapter_config.json", fix=fix)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

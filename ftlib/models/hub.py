@@ -50,12 +50,26 @@ def read_config(folder: Path) -> dict:
         if (folder / "adapter_config.json").is_file():
             fix = "name the model it belongs to; lora.start_from continues an adapter, and `tune merge` makes one model"
             raise UserError(f"{folder} is an adapter, not a model", fix=fix)
-        raise UserError(f"{folder} has no config.json", fix="give a model folder in Hugging Face layout")
+        fix = of_run(folder) or "give a model folder in Hugging Face layout"
+        raise UserError(f"{folder} has no config.json", fix=fix)
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         # As the tokenizer's reader says it of the same file: one check of both then tells it once.
         raise UserError(f"not valid JSON: {error}", where=str(file), fix="download the file again") from None
+
+
+def of_run(folder: Path, result: tuple[str, ...] = ("config.json", "adapter_config.json")) -> str | None:
+    """What to name in place of a run's folder, or of one in it; None for others. `result`: one of these files is in
+    what is wanted of the run."""
+    for run in (folder, folder.parent, folder.parent.parent):
+        final, steps = run / "final", sorted((run / "checkpoints").glob("step_*"))
+        if final != folder and any((final / name).is_file() for name in result):
+            return f"name the result of this run, {final}"
+        if steps and not final.is_dir():
+            newest = folder if folder in steps else steps[-1]
+            return f"this run has no result yet; `tune merge MODEL {newest} OUT` makes one of a checkpoint"
+    return None
 
 
 def _shipped() -> list[str]:

@@ -151,6 +151,15 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("merge", "cut_adapter", "model", "merged"): "the model comes first\n  fix: tune merge model cut_adapter merged",
     ("merge", "model", "nowhere/at/all", "merged"): "no such file or folder",
     ("merge", "model", "model", "bare"): "bare exists and stays as it is",
+    ("chat", "run"): "run has no config.json\n  fix: name the result of this run, run/final\n",
+    ("generate", "run/checkpoints/step_000001", "--prompt", "x"): "fix: name the result of this run, run/final\n",
+    ("generate", "model", "--adapter", "run", "--prompt", "x"): "fix: name the result of this run, run/final\n",
+    ("merge", "model", "run", "merged"): "adapter_config.json\n  fix: name the result of this run, run/final\n",
+    ("gguf", "run", "run.gguf"): "fix: name the result of this run, run/final\n",
+    ("serve", "run/checkpoints"): "fix: name the result of this run, run/final\n",
+    ("generate", "begun", "--prompt", "x"): "no result yet; `tune merge MODEL begun/checkpoints/step_000002 OUT`",
+    ("merge", "model", "whole/final", "merged"): "adapter_config.json\n  fix: name a folder with",
+    ("run", RECIPE, "--config", "c.yaml", "model.path=run"): "fix: name the result of this run, ",
     ("gguf", "model"): "required: OUT.gguf",
     ("gguf", "model", "m.bin"): "m.bin is no .gguf file",
     ("gguf", "model", "m.gguf", "--dtype", "q4_k"): "invalid choice: 'q4_k'",
@@ -184,6 +193,11 @@ def made(tmp_path_factory):
     (folder / "bad.jinja").write_text("{% for m in messages %}{{ m.foo.bar }}{% endfor %}")
     (folder / "bare").mkdir()
     (folder / "bare" / "notes.txt").write_text("not empty")
+    for name in ("run/final", "run/checkpoints/step_000001", "begun/checkpoints/step_000002", "whole/final"):
+        (folder / name).mkdir(parents=True)
+    (folder / "run" / "final" / "adapter_config.json").write_text("{}")
+    (folder / "whole" / "checkpoints" / "step_000001").mkdir(parents=True)
+    (folder / "whole" / "final" / "config.json").write_text("{}")
     (folder / "odd").mkdir()
     (folder / "odd" / "config.json").write_text('{"model_type": "odd"}')
     write_model(folder / "cut")
