@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from ftlib.data.examples import Example, Shape, cell, no_weights, shown
+from ftlib.data.examples import MEND, Example, Shape, cell, no_weights, shown
 from ftlib.data.messages import MESSAGES, WEIGHTS, add_turns, read_tools, weight_of
 from ftlib.data.pairs import SYSTEM, opening
 from ftlib.errors import UserError
@@ -141,8 +141,13 @@ def read_unpaired(row: dict[str, Any], shape: Shape, where: str) -> Example:
 def read_stepwise(row: dict[str, Any], shape: Shape, where: str) -> Example:
     """Steps of an answer, each right or wrong: `record` has `completions` and `labels`."""
     steps, labels = (shape.value(row, name, where) for name in ("completions", "labels"))
-    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels):
-        raise UserError("columns 'completions' and 'labels' must be lists of one length", where=where)
+    for name, value in (("completions", steps), ("labels", labels)):
+        if not isinstance(value, list):
+            what = f"column {shape.column(name)!r} must be a list, an entry a step, here it is {shown(value)}"
+            raise UserError(what, where=where, fix=f"{MEND}, or set data.on_bad_row=skip")
+    if len(steps) != len(labels):
+        what = f"{shape.column('completions')!r} has {len(steps)} steps and {shape.column('labels')!r} {len(labels)}"
+        raise UserError(f"{what}: each step needs its label", where=where, fix=f"{MEND}, or set data.on_bad_row=skip")
     example = _prompt(row, shape, where)
     example.record = {"completions": steps, "labels": labels}
     return example

@@ -109,6 +109,10 @@ def test_other_records():
     assert (shape.format, said(example), example.record["completion"]) == ("unpaired", TALK[:1], ASSISTANT)
     shape, (example,) = read({"prompt": "2+2?", "completions": ["a", "b"], "labels": [True, False]})
     assert (shape.format, example.record) == ("stepwise", {"completions": ["a", "b"], "labels": [True, False]})
+    with pytest.raises(UserError, match="'completions' has 2 steps and 'labels' 1: each step needs its label"):
+        read({"prompt": "2+2?", "completions": ["a", "b"], "labels": [True]})
+    with pytest.raises(UserError, match="'completions' must be a list, an entry a step, here it is \"a b\""):
+        read({"prompt": "2+2?", "completions": "a b", "labels": [True]})
     shape, (example,) = read({"messages": [ASK], "ground_truth": "4", "dataset": "x"})
     assert (shape.format, said(example), example.extra) == ("judged", TALK[:1], {"ground_truth": "4", "dataset": "x"})
     shape, (example,) = read({"id": 1, "question": [[ASK]], "function": [{"name": "f"}]})
