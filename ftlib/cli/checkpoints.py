@@ -93,6 +93,13 @@ def is_of_plain_base(adapter: Path) -> bool:
     return "path" in model and not any(map(model.get, LOW_PRECISION))
 
 
+def rounded_in_fp32(folder: Path) -> bool:
+    """Whether a checkpoint, or the `final/` of a run, was trained against rounding (`qat`) in float32."""
+    folder = folder.absolute()
+    whole = _read(_config(folder) if is_checkpoint(folder) else folder.parent / "config.yaml")
+    return bool(whole.get("qat")) and whole.get("dtype") == "fp32" and (folder.name == "final" or is_checkpoint(folder))
+
+
 def code(folder: Path) -> own.Mark | None:
     """The record of the `model.code` of the run that wrote a checkpoint."""
     named = _said(_config(folder), "model").get("code")
@@ -130,6 +137,11 @@ def _config(folder: Path) -> Path:
 
 def _said(config: Path, section: str) -> dict[str, Any]:
     """A section of a run's config; empty where it has none, and where there is no config."""
-    whole = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
-    found = whole.get(section) if isinstance(whole, dict) else None
+    found = _read(config).get(section)
     return found if isinstance(found, dict) else {}
+
+
+def _read(config: Path) -> dict[str, Any]:
+    """A run's config; empty where there is none."""
+    whole = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
+    return whole if isinstance(whole, dict) else {}

@@ -75,6 +75,12 @@ def check_predicts(base: Path, adapter: Path | None = None) -> None:
         raise UserError(what, fix=f"tune generate {base} --prompt … samples from it")
 
 
+def note_other_base(adapter: Path, form: str, remedy: str = "") -> None:
+    """Say that an adapter which was trained on a base kept in `form` lies on the plain one."""
+    what = f"{adapter} was trained on a base kept in {form}, and lies on the plain one here"
+    print(f"note: {what}: another model than was evaluated{remedy}", file=sys.stderr)
+
+
 def _round(model: LanguageModel, adapter: Path) -> None:
     """Give a plain base the values that an adapter saw in training; a note on stderr says so, or that none can."""
     form = peft_format.base_form(adapter)
@@ -82,8 +88,7 @@ def _round(model: LanguageModel, adapter: Path) -> None:
         quant.round_through(model, form)
         print(f"note: below {adapter} the base has what {form} keeps of it, as in training", file=sys.stderr)
     elif form:
-        what = f"{adapter} was trained on a base kept in {form}, and lies on the plain one here"
-        print(f"note: {what}: another model than was evaluated", file=sys.stderr)
+        note_other_base(adapter, form)
 
 
 def load(

@@ -37,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
     first, second = (Path(os.path.expanduser(name)) for name in (args.model, args.adapter))
     if (first / "adapter_config.json").is_file() and (second / "config.json").is_file():
         raise UserError(f"{first} is an adapter: the model comes first", fix=f"tune merge {second} {first} {args.out}")
-    from ftlib import models, quant  # imports torch: a wrong argument answers at once
+    import torch  # takes a second: a wrong argument answers at once
+
+    from ftlib import models, quant
     from ftlib.adapters import merge, peft_format
     from ftlib.checkpoint.final import publish, staging
     from ftlib.cli import checkpoints, loading
@@ -70,10 +72,18 @@ def main(argv: Sequence[str]) -> int:
     publish(folder, out)
     print(said)
     if kept and not args.quantize:
-        what = f"the adapter was trained on a base kept in {kept}, and this is its sum with the plain base"
         remedy = f"--quantize {kept} merges it into that base" if kept in FORMS else "no --quantize gives that base"
-        print(f"note: {what}, another model than was evaluated; {remedy}", file=sys.stderr)
+        loading.note_other_base(checkpoint, kept, f"; {remedy}")
+    if checkpoints.rounded_in_fp32(checkpoint) and model.lm_head.weight.dtype != torch.float32:
+        _note_rounding(checkpoint, model.lm_head.weight.dtype)
     return 0
+
+
+def _note_rounding(adapter: Path, dtype: object) -> None:
+    """Say that what is stored is rounded before the rounding that a run with `qat` has learned to make up for."""
+    stored = str(dtype).removeprefix("torch.")
+    what = f"{adapter} was trained against rounding (qat) in float32, and the sum is stored in {stored}"
+    print(f"note: {what}: rounded from there it is not what was evaluated; --dtype fp32 keeps it", file=sys.stderr)
 
 
 def _check_base(asked: str | None, kept: str | None, has_adapter: bool = True, *, known: bool) -> None:

@@ -60,11 +60,15 @@ def check(cfg: Any, kept: dict) -> None:
             fix = "leave it out: to.scheme says what is rounded here"
         what = "only the frozen matrices below an adapter can be quantized"
         raise UserError(what, where="model.quantize", fix=fix)
+    packed = kept.get("quantization_config") or (kept.get("text_config") or {}).get("quantization_config")
+    if section.quantize and packed:
+        what = f"model.path is kept in {packed.get('quant_method', 'few bits')} already"
+        warnings.warn(f"{what}: model.quantize={section.quantize} rounds those weights a second time", stacklevel=2)
     for where in ("qat", "to"):
         if getattr(cfg, where, None) is not None:
             _check_rounding(cfg, where)
     if hasattr(cfg, "to"):
-        _check_conversion(cfg.output_dir / "final", kept.get("quantization_config"))
+        _check_conversion(cfg.output_dir / "final", packed)
     if section.fp8 is None:
         if section.fp8_smallest != Model.fp8_smallest:
             what = "it says which layers multiply in 8 bits, and none does"

@@ -68,6 +68,11 @@ def test_what_a_float32_run_rounded_is_merged_to_the_bit(tmp_path, capsys):
         assert cli.main(["merge", DEMO, str(run / adapter), str(merged), "--quantize", "nf4"]) == 2
         assert "trained on the plain base, not on one kept in nf4" in capsys.readouterr().err and not merged.exists()
     assert cli.main([word.replace("MERGED", str(merged)) for word in merge]) == 0
+    assert "against rounding" not in capsys.readouterr().err
+    for adapter in ("final", "checkpoints/step_000002"):  # without --dtype fp32
+        assert cli.main(["merge", DEMO, str(run / adapter), str(tmp_path / adapter[:5])]) == 0
+        said = f"note: {run / adapter} was trained against rounding (qat) in float32, and the sum is stored in bfloat16"
+        assert said in capsys.readouterr().err
     words = [word.replace("MERGED", str(merged)) for word in (*quantize, "eval.exact_match=0")]
     assert cli.main(words) == 0
     assert cli.main([*words, "to.scheme=fp8"]) == 2
@@ -77,6 +82,9 @@ def test_what_a_float32_run_rounded_is_merged_to_the_bit(tmp_path, capsys):
     with pytest.warns(UserWarning, match="model.path is kept in compressed-tensors: what is rounded"):
         again = [f"model.path={rounded}/final", f"output_dir={tmp_path}/again"]
         assert cli.main(["validate", "recipes/quantize.py", *words[2:], *again]) == 0
+    with pytest.warns(UserWarning, match="compressed-tensors already: model.quantize=nf4 rounds"):
+        lora_sft = ["validate", "recipes/lora_sft.py", *SMALL, f"model.path={rounded}/final"]
+        assert cli.main([*lora_sft, "model.quantize=nf4", f"output_dir={tmp_path}/twice"]) == 0
 
 
 def test_the_command_proposed_after_a_quantized_run_names_its_base(tmp_path, capsys):
@@ -84,3 +92,7 @@ def test_the_command_proposed_after_a_quantized_run_names_its_base(tmp_path, cap
     assert cli.main([*words, f"output_dir={tmp_path / 'run'}"]) == 0
     said = capsys.readouterr().out.split("next:")[1]
     assert f"tune merge {DEMO} {tmp_path / 'run'}/final MERGED --quantize nf4" in said
+    final, plain = tmp_path / "run" / "final", "was trained on a base kept in nf4, and lies on the plain one here"
+    assert cli.main(["merge", DEMO, str(final), str(tmp_path / "plain")]) == 0
+    said = f"note: {final} {plain}: another model than was evaluated; --quantize nf4 merges it into that base"
+    assert said in capsys.readouterr().err

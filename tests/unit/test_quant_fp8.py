@@ -253,7 +253,7 @@ def test_a_folder_and_a_checkpoint_tell_of_one_base(section, kept, tmp_path, cap
     assert peft_format.base_form(tmp_path / "final") == kept
     assert tune(["merge", name, str(tmp_path / "final"), str(tmp_path / "merged")]) == 0
     said = capsys.readouterr().err
-    assert f"kept in {kept}, and this is its sum" in said if kept else "note:" not in said
+    assert f"kept in {kept}, and lies on the plain one" in said if kept else "note:" not in said
     if kept and " " in kept:
         assert "no --quantize gives that base" in said
         assert tune(["merge", name, str(tmp_path / "final"), str(tmp_path / "other"), "--quantize", "fp8"]) == 2
