@@ -34,6 +34,8 @@ def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
     for key in ("quantize", "fp8"):
         if getattr(cfg.model, key):
             found[f"model.{key}"] = getattr(cfg.model, key)
+    if getattr(getattr(cfg, "context", None), "skip", False):
+        found["context.skip"] = True
     if getattr(cfg, "mtp", Mtp()).depth:
         found["mtp"] = dataclasses.asdict(cfg.mtp)
     if getattr(getattr(cfg, "optim", None), "states", None) is not None:
