@@ -33,6 +33,7 @@ DIGESTS = {
     "model": "other weights or another config.json than then (model.path)",
 }  # entries of a fingerprint whose values say nothing to a reader
 ROWS_FOLLOW = frozenset({"seed", "data.seq_len", "tokenizer.add_tokens", "batch.rows"})  # held out, cut, in a step
+OF_A_RECIPE = frozenset({"dpo", "reward", "rollout", "train", "diffusion"})  # a recipe lists them always or never
 SAVE = "SAVE"  # a file of this name in output_dir asks for a checkpoint after the step that is running
 
 
@@ -315,7 +316,7 @@ class Saver:
     def _compare(self, name: str, saved: dict[str, Any]) -> None:
         drift = _drift(saved, self.fingerprint)
         if drift:
-            other = saved.keys() != self.fingerprint.keys()  # sections that only one of them has: another recipe's
+            other = any(key.split(".")[0] in OF_A_RECIPE for key in saved.keys() ^ self.fingerprint.keys())
             recipe = recipe_of_run(self.root.parent) if other else None
             by = f", by {recipe}" if recipe else ""
             raise UserError(
