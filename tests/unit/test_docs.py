@@ -1,5 +1,6 @@
 """Docs cannot lag: every `tune …` line and every key in a README or a shipped YAML is one that exists."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,9 +9,14 @@ import sys
 import pytest
 from tiny_model import ROOT
 
-from ftlib import cli, config, plugins
+from ftlib import cli, config, data, plugins, tokenizers
 from ftlib.cli import assets, completion
 from ftlib.config.types import known_keys
+from ftlib.data import prompts
+from ftlib.data.formats import choose_shape, kind
+from ftlib.models import hub
+from ftlib.sections import Data, Source
+from ftlib.sections.rl import Prompts
 
 READMES = sorted(path for path in ROOT.rglob("README.md") if ".git" not in path.parts and "output" not in path.parts)
 IN_CODE = re.compile(r"`(tune [^`]+)`|^\s*(?:\$ )?(tune .+)$", re.MULTILINE)
@@ -93,3 +99,26 @@ def test_the_speed_table_is_what_was_measured():
     command = [sys.executable, "tools/bench/table.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout in (ROOT / "README.md").read_text()
+
+
+ROW = re.compile(r"^\| (.+?) \| `(\{\".+?\})`[^|]*\|$", re.MULTILINE)
+LOADS = {"train": "train", "preference": "pairs", "unpaired": "rated", "stepwise": "steps"}  # kind of rows -> Wanted
+
+
+@pytest.mark.parametrize(("folder", "count"), [("data", 11), ("preference", 4), ("rl", 2)])
+def test_every_row_of_the_readmes_loads(folder, count, tmp_path):
+    tokenizer = tokenizers.from_pretrained(hub.resolve("ftlib:demo/model"))
+    rows = ROW.findall(TEXTS[f"ftlib/{folder}/README.md"])
+    assert len(rows) == count
+    for name, text in rows:
+        (tmp_path / "rows.jsonl").write_text(f"{text}\n{text}\n")
+        source = Source(path=str(tmp_path / "rows.jsonl"))
+        if folder == "rl" or name == "`prompt`":
+            found = prompts.load(Prompts(sources=(source,), seq_len=256), tokenizer, 8, seed=0)
+            assert found.columns == {"answer"} and len(found.train.sources[0]) == 2, text
+            continue
+        shape = choose_shape(json.loads(text), "auto", {}, {}, "data.sources[0]", ("assistant",))
+        assert folder != "data" or name == f"`{shape.format}`", "the format that is told by the columns"
+        wanted = data.Wanted(LOADS[kind(shape.format)])
+        found = data.load(Data(sources=(source,), seq_len=256), tokenizer, seed=0, wanted=wanted)
+        assert len(found.train) == 2 and not any("dropped" in line for line in found.report.lines()), text
