@@ -41,6 +41,9 @@ def check(cfg: Any) -> None:
             raise UserError(what, where="log.statistics", fix="set it to 0")
     if checkpoint is None or evaluation is None:
         return
+    if _goes_back(cfg) and not (checkpoint.every or getattr(checkpoint, "keep_best", False)):
+        what, where = "rollback goes back to a checkpoint, and none is saved", "optim.nonfinite, optim.spike"
+        raise UserError(what, where=f"checkpoint.every, {where}", fix="set checkpoint.every above 0")
     best, patience = getattr(checkpoint, "keep_best", False), getattr(evaluation, "patience", 0)
     if best and not evaluation.every:
         raise UserError("there is no evaluation to pick the best by", where="eval.every", fix="set it above 0")
@@ -66,6 +69,12 @@ def _warn_of_warmup(warmup: int, steps: int) -> None:
         warnings.warn(f"{what}: the warm-up is shortened to {steps // 10} steps", stacklevel=3)
 
 
+def _goes_back(cfg: Any) -> bool:
+    """Whether a run may go back to a checkpoint."""
+    section = getattr(cfg, "optim", None)
+    return "rollback" in (getattr(section, "nonfinite", None), getattr(section, "spike", None))
+
+
 class Boundary:
     """`with Boundary(…) as boundary:` around the loop; in it, `if boundary(step): break` after each step.
 
@@ -86,6 +95,7 @@ class Boundary:
         self.cfg, self.run, self.steps = cfg, run, steps
         self.evaluate, self.output, self.saver, self.state = evaluate, output, saver, state
         self._flag, self._step = StopFlag(), 0
+        saver.goes_back = _goes_back(cfg)
         wanted = getattr(cfg, "profile", False) and run.is_main
         self._profile = StepProfile(output.folder / "profile", state.model, state.optimizer, output.say, wanted)
 
@@ -98,7 +108,7 @@ class Boundary:
         cfg, output, saver, self._step = self.cfg, self.output, self.saver, step
         pulse.at(step + 1)
         if output.must_go_back:
-            saver.roll_back(self.state)
+            output.say(f"model and optimizer are those of step {saver.roll_back(self.state)} again")
         if step == self.steps or (cfg.eval.every and step % cfg.eval.every == 0):
             self.score(step)
         best = output.best

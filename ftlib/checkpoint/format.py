@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,12 @@ def discard(temporary: Path) -> None:
         pass  # the failure that brought us here is the one to report; the next start sweeps
 
 
-def prune(root: Path, keep: int, newest: int, unwanted: set[str], say: Say, best: str | None = None) -> None:
-    """Keep the `keep` newest checkpoints up to step `newest`, and `best`. Later ones and `unwanted` belong to an
-    abandoned line."""
+def prune(root: Path, keep: int, newest: int, unwanted: set[str], say: Say, also: Collection[str] = ()) -> None:
+    """Keep the `keep` newest checkpoints up to step `newest`, and those in `also`. Later ones and `unwanted` belong to
+    an abandoned line."""
     names = listing(root)
     line = [name for name, step in names.items() if step <= newest and name not in unwanted]
-    old = [name for name in line[:-keep] if name != best]
+    old = [name for name in line[:-keep] if name not in also]
     for name in [*sorted(names.keys() - set(line)), *old, *listing(root, ".del_")]:
         victim = root / (name if name.startswith(".") else f".del_{name}")
         try:

@@ -87,6 +87,7 @@ class Saver:
         self._in_background = run.device.type == "cuda" if asked == "auto" else asked
         self._background: Background | None = None  # made after the first step
         self._state: State | None = None  # what `resume` was given
+        self.goes_back = False  # whether `roll_back` may be asked for, so that stops leave what it goes back to
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether to save after `step`: every `checkpoint.every` steps and at the end, never if that is 0, and when
@@ -153,15 +154,16 @@ class Saver:
                 temporary.mkdir()
                 self._request.unlink(missing_ok=True)
         content = self._content(step, state, numbers, exchange(self.run, rng.capture(self.run.device)))
-        best = self._best(state)
+        also = self._planned(state)[-1:] if self.goes_back and step % max(1, self.cfg.every) else []
+        also += filter(None, [self._best(state)])
         if not self._in_background:
-            return self._write(step, everything, content, best)
+            return self._write(step, everything, content, also)
         if self._background is None:
             self._background = Background()
         with together(self.run, f"copying {name}"):
             copies = self._background.copy(everything)
         content = json.loads(json.dumps(content))  # counters go on too
-        self._background.start(lambda: self._write(step, copies, content, best, self._background.group))
+        self._background.start(lambda: self._write(step, copies, content, also, self._background.group))
 
     def _everything(self, state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All live tensors that a checkpoint holds, and the optimizer's plain numbers."""
@@ -179,7 +181,7 @@ class Saver:
         step: int,
         everything: dict[str, Tensor],
         content: dict[str, Any],
-        best: str | None,
+        also: list[str],
         group: ProcessGroup | None = None,
     ) -> None:
         run, name = self.run, format.step_name(step)
@@ -202,7 +204,7 @@ class Saver:
             raise
         with together(run, "removing old checkpoints", group):
             if run.is_main:
-                format.prune(self.root, self.cfg.keep, step, self._unwanted - {name}, self._say, best)
+                format.prune(self.root, self.cfg.keep, step, self._unwanted - {name}, self._say, also)
         self._unwanted.clear()
 
     def roll_back(self, state: State) -> int:
@@ -213,14 +215,21 @@ class Saver:
         name = None
         with together(self.run, "going back to a checkpoint"):
             if self.run.is_main:
-                own = {name: step for name, step in format.listing(self.root).items() if name not in self._unwanted}
-                every, best = self.cfg.every, self._best(state)
-                planned = [name for name, step in own.items() if name == best or (every and step % every == 0)]
+                own, planned = self._own(), self._planned(state)
                 name = newest_good(self.root, self._say, planned)[0] or newest_good(self.root, self._say, own)[0]
                 if name is None:
                     fix = "lower checkpoint.every, or set optim.nonfinite or optim.spike to something else"
                     raise UserError("there is no checkpoint to go back to", where=str(self.root), fix=fix)
         return self._fill(exchange(self.run, name)[0], state)
+
+    def _own(self) -> dict[str, int]:
+        """Checkpoints of this run, and not of one that it started over, with their steps; lowest first."""
+        return {name: step for name, step in format.listing(self.root).items() if name not in self._unwanted}
+
+    def _planned(self, state: State) -> list[str]:
+        """Those of `_own` that it would have if nobody had stopped it, or asked for one."""
+        every, best = self.cfg.every, self._best(state)
+        return [name for name, step in self._own().items() if name == best or (every and step % every == 0)]
 
     def load_best(self, state: State) -> int | None:
         """With `checkpoint.keep_best`: fill model and optimizer from the best evaluation's checkpoint. Its step."""

@@ -75,5 +75,5 @@ class Watch:
         self.memory["rollbacks"] = self.memory.get("rollbacks", 0) + 1
         if self.memory["rollbacks"] > IN_A_ROW:
             raise UserError(f"{what}; the run has already gone back {IN_A_ROW} times", fix="lower optim.lr")
-        self.say(f"{what}: going back to the newest checkpoint, on with the data that follow")
+        self.say(f"{what}: going back to a checkpoint, on with the data that follow")
         return True

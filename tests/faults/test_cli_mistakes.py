@@ -51,6 +51,7 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("run", RECIPE, "--config", "c.yaml", "dtype=fp16"): "expected one of 'bf16', 'fp32'",
     ("run", RECIPE, "--config", "c.yaml", "steps=many"): "steps",
     ("run", RECIPE, "--config", "c.yaml", "steps=0"): "0 steps are none",
+    ("run", RECIPE, "--config", "c.yaml", "optim.spike=rollback", "checkpoint.every=0"): "set checkpoint.every above 0",
     ("run", RECIPE, "--config", "c.yaml", "steps=-3", "output_dir=elsewhere"): "-3 steps are none",
     ("run", RECIPE, "--config", "c.yaml", "~steps", "epochs=-1"): "-1 epochs are none",
     ("validate", RECIPE, "--config", "c.yaml", "output_dir=rows.jsonl"): "rows.jsonl is a file, not a folder",

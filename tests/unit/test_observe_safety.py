@@ -150,17 +150,23 @@ def test_going_back_takes_model_and_optimizer_but_not_the_data(base, tmp_path, m
     assert seen == [True]
 
 
-def test_going_back_is_alike_in_a_run_that_was_stopped(base, tmp_path, monkeypatch):
-    """The checkpoint of the stop is newer than the one that a run without a stop goes back to."""
-    monkeypatch.setattr(Watch, "__call__", lambda watch, step, loss, norm: step == 5)
-    words = ("--config", cfg_file(base, tmp_path, checkpoint={"every": 3}, steps=6))
+@pytest.mark.parametrize("keep", [1, 2])
+def test_going_back_is_alike_in_a_run_that_was_stopped_twice(keep, base, tmp_path, monkeypatch, capsys):
+    """The checkpoints of the stops are newer than the one that a run without a stop goes back to, which they leave."""
+    monkeypatch.setattr(Watch, "__call__", lambda watch, step, loss, norm: step == 6)
+    file = cfg_file(base, tmp_path, checkpoint={"every": 3, "keep": keep}, steps=7)
+    words = ("--config", file, "optim.spike=rollback")
     whole = train("full_sft", *words)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 4)
-        with pytest.raises(Stopped):
-            train("full_sft", *words, f"output_dir={tmp_path}/parts")
+    for last in (4, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, last)
+            with pytest.raises(Stopped):
+                train("full_sft", *words, f"output_dir={tmp_path}/parts")
     again = train("full_sft", *words, f"output_dir={tmp_path}/parts")
     assert losses(again) == losses(whole) and again[-1] == whole[-1]
+    assert capsys.readouterr().out.count("model and optimizer are those of step 3 again") == 2
+    left = [sorted(path.name for path in (tmp_path / out / "checkpoints").iterdir()) for out in ("out", "parts")]
+    assert left[0] == left[1]
 
 
 def test_starting_over_never_goes_back_to_the_run_before(base, tmp_path, monkeypatch):
