@@ -16,7 +16,7 @@ from ftlib.data.examples import Example, Shape, shown
 from ftlib.data.formats import FORMATS, choose_shape, kind, read_examples
 from ftlib.data.masks import Masked, Tokenizer, tokenize_all
 from ftlib.data.preference import KINDS, Wanted
-from ftlib.data.report import BROKEN, LISTED, UNTRAINED, SourceReport
+from ftlib.data.report import BROKEN, LISTED, RENDERED, UNTRAINED, SourceReport
 from ftlib.data.store import MemoryWriter, Pieces
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
@@ -114,6 +114,8 @@ class Job:
         for example in examples:
             if self.wanted.kind == "train":
                 thinking.apply(example, self.cfg.thinking)
+                if self.shape.format == "completion" and example.messages is not None:
+                    done.changed.append(RENDERED)
                 continue
             kept = example if self.keep_examples else None
             done.documents += [(u.ids, u.trained, kept, u.pieces) for u in self.units(done, example)]

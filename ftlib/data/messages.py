@@ -37,7 +37,8 @@ def add_turns(example: Example, turns: Any, shape: Shape, column: str) -> Exampl
         turns = _from_json(turns, column, example.where)
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"column {column!r} must be a list of messages, with at least one in it", where=example.where)
+        what = f"column {column!r} must be a list of messages, with at least one in it, here it is {shown(turns)}"
+        raise UserError(what, where=example.where)
     for number, turn in enumerate(turns, 1):
         try:
             if isinstance(turn, dict) and is_pair(turn):
@@ -65,7 +66,7 @@ def _pair(example: Example, turn: dict[str, Any]) -> None:
 
 def _message(example: Example, turn: Any, shape: Shape) -> None:
     if not isinstance(turn, dict):
-        raise UserError("it must be an object with role and content")
+        raise UserError(f"it must be an object with role and content, here it is {shown(turn)}")
     role_key, content_key = _key(turn, shape, "role", "from"), _key(turn, shape, "content", "value")
     role = _role(turn, role_key, shape)
     read = {"role", "from", "content", "value", role_key, content_key, "train_detail", *WEIGHTS}

@@ -12,6 +12,7 @@ from ftlib.data.documents import Documents
 
 UNTRAINED = "no trained token"
 BROKEN = "a broken row (data.on_bad_row)"
+RENDERED = "a conversation, which the chat template writes"  # of a format whose rows may be plain text as well
 LISTED = 1000  # bad rows that are kept by name
 UNRENDERED = "is not in what the template renders, so it is not learned: take a data.template that writes it"
 UNWRITTEN = f"{UNRENDERED}, or say data.thinking=drop"
@@ -42,7 +43,10 @@ class SourceReport:
         known = ", tokenised before" if self.cached else ""
         facts = [f"{self.name}: {counted(self.rows, 'row')}, format {self.format} ({self.evidence}{known})"]
         facts += [f"  dropped {count:,}: {reason}" for reason, count in sorted(self.dropped.items())]
-        facts += [f"  {reason}: {count:,}" for reason, count in sorted(self.changed.items())]
+        facts += [f"  {reason}: {count:,}" for reason, count in sorted(self.changed.items()) if reason != RENDERED]
+        if 0 < self.changed[RENDERED] < self.rows:
+            mixed = f"  warning: {self.changed[RENDERED]:,} of {counted(self.rows, 'row')} hold lists of messages"
+            facts.append(f"{mixed}, which the chat template writes; the others are text, trained as it is")
         facts += [f"  {bad}" for bad in self.bad]
         unwritten = f"  warning: the reasoning of {counted(self.unwritten, 'message')} {UNWRITTEN}"
         facts += [unwritten] if self.unwritten else []

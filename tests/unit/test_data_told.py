@@ -101,6 +101,19 @@ def test_weighted_sources_say_their_shares(tmp_path):
     assert "weight" not in "\n".join(load(Data(sources=(plain,)), FakeTokenizer(), seed=0).report.lines())
 
 
+def test_a_column_that_mixes_text_and_lists_is_told(tmp_path):
+    plain = {"prompt": "2+2 =", "completion": " 4"}
+    lists = {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "4"}]}
+    said = told(tmp_path, [plain, lists, plain])
+    assert "warning: 1 of 3 rows hold lists of messages, which the chat template writes; the others are text" in said
+    for alike in ([plain] * 3, [lists] * 3):
+        said = told(tmp_path, alike)
+        assert "chat template" not in said
+    for name, value, what in (("completion", "4", "at least one in it"), ("prompt", ["2+2?"], "role and content")):
+        with pytest.raises(UserError, match=f"{what}, here it is"):
+            told(tmp_path, [lists, {**lists, name: value}])
+
+
 LEAVES_OUT = """
 def rows(row):
     return row["text"] if len(row["text"]) > 1 else None
