@@ -223,4 +223,5 @@ def _check_data(cfg: Any, said: list[str]) -> None:
     sets = load_prompts(cfg, build.tokenizer(cfg))
     said += sets.report
     rewards.check(cfg.rewards, sets.columns)
+    rewards.check_answers(cfg.rewards, [*(prompt for source in sets.train.sources for prompt in source), *sets.eval])
     reward_model.check(cfg)

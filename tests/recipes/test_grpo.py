@@ -339,6 +339,12 @@ def test_checked_before_a_run(toy, tmp_path, capsys):
         world = ["--world", "2"] if "mesh" in name else []
         assert cli.main(["validate", "recipes/grpo.py", "--config", str(file), *world]) == 2
         assert message in capsys.readouterr().err, name
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1=", "answer": "1"}\n{"prompt": "2=", "answer": ["2"]}\n')
+    lists = rl_toys.settings(toy, "copy", tmp_path / "out", data={"sources": [{"path": str(tmp_path / "rows.jsonl")}]})
+    (tmp_path / "lists.yaml").write_text(json.dumps(lists | {"rewards": [{"fn": "exact"}]}))
+    assert cli.main(["validate", "recipes/grpo.py", "--config", str(tmp_path / "lists.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "'answer' must be text or a number, here it is [\"2\"]" in said and "rows.jsonl:2, 1 of 2 prompts" in said
     good = rl_toys.settings(toy, "copy", tmp_path / "out", steps=1)
     (tmp_path / "good.yaml").write_text(json.dumps(good))
     words = ["validate", "recipes/grpo.py", "--config", str(tmp_path / "good.yaml")]
