@@ -12,6 +12,7 @@ from ftlib.adapters import lora
 from ftlib.adapters import setup as adapters
 from ftlib.checkpoint.agree import exchange
 from ftlib.data import prompts as asked
+from ftlib.data.examples import shown
 from ftlib.data.report import counted
 from ftlib.errors import Problems, UserError
 from ftlib.kernels.linear_logprobs import linear_logprobs
@@ -22,7 +23,10 @@ from ftlib.rl.presets import Resolved, resolve
 from ftlib.rl.rewards import run as rewards
 from ftlib.rl.samples import Micro, Sample, idle, log_probabilities, pack
 from ftlib.sections import Train
+from ftlib.sections.rl import Reward
 from ftlib.tokenizers import Tokenizer
+
+COMPARES = ("gsm8k", "maths", "exact", "contains")  # rewards, with the column `answer`
 
 
 def check(cfg: Any, world: int = 1) -> list[str]:
@@ -223,5 +227,16 @@ def _check_data(cfg: Any, said: list[str]) -> None:
     sets = load_prompts(cfg, build.tokenizer(cfg))
     said += sets.report
     rewards.check(cfg.rewards, sets.columns)
-    rewards.check_answers(cfg.rewards, [*(prompt for source in sets.train.sources for prompt in source), *sets.eval])
+    _check_answers(cfg.rewards, [*(prompt for source in sets.train.sources for prompt in source), *sets.eval])
     reward_model.check(cfg)
+
+
+def _check_answers(cfg: Sequence[Reward], prompts: Sequence[asked.Prompt]) -> None:
+    """UserError where a built-in reward would compare completions with a list, written as text."""
+    readers = [f"rewards[{i}].fn" for i, reward in enumerate(cfg) if reward.fn in COMPARES]
+    odd = [prompt for prompt in prompts if isinstance(prompt.columns.get("answer"), list | dict)]
+    if readers and odd:
+        what = f"column 'answer' must be text or a number, here it is {shown(odd[0].columns['answer'])}"
+        fix = "write one answer as text; several right ones take a function of yours: rewards=[{fn: ./mine.py:f}]"
+        where = f"{odd[0].where}, {len(odd):,} of {len(prompts):,} prompts ({', '.join(readers)})"
+        raise UserError(what, where=where, fix=fix)

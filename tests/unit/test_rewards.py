@@ -1,12 +1,14 @@
 """Built-in rewards against tables of answers, real files where they are there, and the processes that run rewards."""
 
 import json
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from shared_data import shared
+from shared_data import ROOT, shared
 
 from ftlib.errors import Problems, UserError
 from ftlib.rl.rewards import BUILTIN, form, maths, run, text
@@ -246,3 +248,8 @@ def test_rewards_load_without_torch():
     code = "import sys, ftlib.rl.rewards.worker; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_the_processes_of_rewards_load_no_torch():
+    words = "import sys, ftlib.rl.rewards.run, ftlib.rl.rewards.worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], cwd=ROOT).returncode == 0

@@ -7,14 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ftlib.data.examples import shown
-from ftlib.data.prompts import COLUMNS, Prompt
 from ftlib.errors import Problems, UserError, about, did_you_mean
 from ftlib.rl.rewards.worker import Died, Failed, TooSlow, Worker, find
 from ftlib.sections.rl import Reward
 
 PASSED = ("prompts", "completions", "completion_ids")  # what every function is offered besides the columns
-COMPARES = ("gsm8k", "maths", "exact", "contains")  # with the column `answer`
 MOST_EMPTY = 5  # times that rewards are asked and none scores anything, before the run ends
 MOST_LOST = 3  # processes that a function may hang or crash in a step, before the rest of its completions is left out
 Values = list[float | None]
@@ -166,17 +163,6 @@ def check(cfg: Sequence[Reward], columns: set[str]) -> None:
         raise Problems(problems)
 
 
-def check_answers(cfg: Sequence[Reward], prompts: Sequence[Prompt]) -> None:
-    """UserError where a built-in reward would compare completions with a list, written as text."""
-    readers = [f"rewards[{i}].fn" for i, reward in enumerate(cfg) if reward.fn in COMPARES]
-    odd = [prompt for prompt in prompts if isinstance(prompt.columns.get("answer"), list | dict)]
-    if readers and odd:
-        what = f"column 'answer' must be text or a number, here it is {shown(odd[0].columns['answer'])}"
-        fix = "write one answer as text; several right ones take a function of yours: rewards=[{fn: ./mine.py:f}]"
-        where = f"{odd[0].where}, {len(odd):,} of {len(prompts):,} prompts ({', '.join(readers)})"
-        raise UserError(what, where=where, fix=fix)
-
-
 def _problems(reward: Reward, columns: set[str], number: int) -> list[UserError]:
     key = f"rewards[{number}]"
     if reward.fn is None:
@@ -200,6 +186,8 @@ def _problems(reward: Reward, columns: set[str], number: int) -> list[UserError]
         name for name, p in signature.parameters.items()
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }  # fmt: skip
+    from ftlib.data.prompts import COLUMNS
+
     missing = required - {*PASSED, *columns} - reward.args.keys()
     found = []
     if missing:
