@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from shared_data import ROOT, shared
+from shared_data import shared
+from tiny_model import ROOT
 
 from ftlib.errors import Problems, UserError
 from ftlib.rl.rewards import BUILTIN, form, maths, run, text
