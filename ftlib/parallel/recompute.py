@@ -1,5 +1,6 @@
 """How the blocks of a model trade speed for memory: what backward computes again, and in what pieces."""
 
+import re
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ftlib.quant import QuantizedLinear
 from ftlib.sections import Memory
 
+ATTENTION = re.compile("attention|attn")  # in the names of operations
+PRODUCTS = re.compile(r"attention|attn|mm|linear|lora_project|fp8_product|conv")
 WHOLE = ("full", "except_attention")  # every product of a block is computed again in backward
 
 
@@ -39,17 +42,21 @@ def _compile(layers: list[nn.Module], recompute: str) -> None:
     `full` keeps a block's input alone. `except_attention` keeps the output of attention too, the dearest to make again;
     where matrices train, the compiler would keep every product, so there each operation is told. `selective` makes
     elementwise results again (normalised inputs, the product inside the feed-forward layer), which costs little, and
-    keeps the outputs of matrix products and attention.
+    keeps the outputs of matrix products and attention: each operation is told, as a compiler takes products that are
+    operators of ours for free.
     """
     # Each kind of block, with and without gradients, with each adapter: all are versions of one function.
     torch._dynamo.config.recompile_limit = 64
     partitioner = torch._functorch.config  # read when a block is compiled; no public switch exists
-    told = recompute == "except_attention" and any(_trains(block) for block in layers)
-    partitioner.aggressive_recomputation = recompute == "except_attention" and not told
-    partitioner.activation_memory_budget = {"full": 0.0, "selective": 0.7}.get(recompute, 1.0)
+    kept = PRODUCTS if recompute == "selective" else None
+    if recompute == "except_attention" and any(_trains(block) for block in layers):
+        kept = ATTENTION
+    partitioner.aggressive_recomputation = recompute == "except_attention" and kept is None
+    partitioner.activation_memory_budget = 0.0 if recompute == "full" else 1.0
+    keep = partial(checkpoint, use_reentrant=False, context_fn=partial(_contexts, kept))
     for block in layers:
         block.__dict__.pop("compute", None)  # what an earlier setting compiled
-        compute = partial(checkpoint, block.compute, use_reentrant=False, context_fn=_kept) if told else block.compute
+        compute = block.compute if kept is None else partial(keep, block.compute)
         block.compute = torch.compile(compute, fullgraph=True)  # in place: parameter names do not change
 
 
@@ -58,10 +65,11 @@ def _trains(block: nn.Module) -> bool:
     return any(p.requires_grad and name.endswith(".weight") and p.ndim >= 2 for name, p in block.named_parameters())
 
 
-def _kept() -> tuple[AbstractContextManager, AbstractContextManager]:
-    return create_selective_checkpoint_contexts(_keep_attention)
+def _contexts(kept: re.Pattern) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What a checkpointed function keeps: the outputs of operations with such names."""
 
+    def policy(context: object, operation: object, *args: object, **options: object) -> CheckpointPolicy:
+        named = kept.search(str(operation)) is not None
+        return CheckpointPolicy.MUST_SAVE if named else CheckpointPolicy.MUST_RECOMPUTE
 
-def _keep_attention(context: object, operation: object, *args: object, **options: object) -> CheckpointPolicy:
-    attends = any(word in str(operation) for word in ("attention", "attn"))
-    return CheckpointPolicy.MUST_SAVE if attends else CheckpointPolicy.MUST_RECOMPUTE
+    return create_selective_checkpoint_contexts(policy)

@@ -63,6 +63,36 @@ def test_except_attention_keeps_one_output_more_than_full(config):
     torch.testing.assert_close(gradients["except_attention"], gradients["full"])
 
 
+@pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "every weight"])
+def test_selective_repeats_no_product_and_keeps_little_else(adapters, config):
+    """What it leaves out: the outputs of two norms, those of queries and keys and their rotations, the product inside
+    the feed-forward layer. The compiler's own choice once was to repeat all fused products of a small model."""
+    kept, gradients = {}, {}
+    for mode in ("none", "selective"):
+        torch._dynamo.reset()
+        model = load.build(config, torch.float32).to_empty(device="cpu")
+        model.tie()
+        initial.init_weights(model, 0, None, True)
+        if adapters:
+            model.requires_grad_(False)
+            lora.attach(model, "all-linear", rank=4)
+            lora.reset(model, 0)
+            assert fuse(model) == 4
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (numbers.append(x.numel()), x)[1], lambda x: x):  # noqa: B023
+            hidden = hidden_states(model, mode)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            hidden.square().sum().backward()
+        called = Counter(event.name for event in seen.events())
+        kept[mode], gradients[mode] = sum(numbers), [p.grad for p in model.parameters() if p.grad is not None]
+        assert called["ftlib::lora_project"] == 0
+        assert called["ftlib::lora_project_backward"] == (4 if adapters else 0)
+        assert not any("scaled_dot_product" in name and "backward" not in name for name in called)
+    torch.testing.assert_close(gradients["selective"], gradients["none"])
+    left_out = 2 * 64 + 2 * (4 + 2) * WIDTH + 128  # channels
+    assert kept["none"] - kept["selective"] > 0.6 * left_out * ROWS * LENGTH
+
+
 @pytest.mark.parametrize(("mode", "form"), [("full", None), ("except_attention", "nf4")])
 def test_the_last_product_of_a_block_is_not_repeated(mode, form, config):
     """Backward reads what goes into the product, not what comes out: of four fused products it repeats three. Matrices
