@@ -12,7 +12,7 @@ from ftlib.models import LanguageModel, load
 from ftlib.optim import adamw, in_backward, lisa, schedule_free
 from ftlib.optim.groups import parameter_groups
 from ftlib.parallel import check as mesh
-from ftlib.parallel import replicas
+from ftlib.parallel import graphs, replicas
 from ftlib.parallel.run import sizes
 from ftlib.preference import check as preference
 from ftlib.sections import Reward
@@ -97,6 +97,7 @@ def _check_parallel(cfg: Any, world: int) -> int:
     if cfg.memory.offload and default_device().type != "cuda":
         raise UserError("offload needs a GPU to offload from", where="memory.offload", fix="set memory.offload=false")
     budget.check(cfg, world)
+    graphs.check(cfg, world)
     per_forward = cfg.batch.micro_rows * replicate * shard
     if getattr(cfg.batch, "rows", per_forward) % per_forward:
         raise UserError(

@@ -16,7 +16,7 @@ from ftlib.layers.attention import choose_backend
 from ftlib.models import LanguageModel, heads, hub, initial, load, mtp, own, resize
 from ftlib.models.load import DTYPES
 from ftlib.optim import lisa
-from ftlib.parallel import offload, replicas
+from ftlib.parallel import graphs, offload, replicas
 from ftlib.parallel.apply import apply
 from ftlib.parallel.run import Run
 from ftlib.sections import Init, Lora, Mtp, Reward
@@ -72,6 +72,8 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
         adapters.compare_base(built, section)
     if cfg.memory.budget_gib is not None:
         budget.settle(built.train(), cfg, run)
+    if cfg.memory.cuda_graph:
+        graphs.attach(built)
     return built.train()
 
 

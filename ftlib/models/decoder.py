@@ -86,10 +86,13 @@ class Decoder(nn.Module):
         lengths = batch.layout.lengths if any(rope.needs_lengths for rope in ropes) else None
         tables = {rope: rope.table(batch.position_ids, lengths) for rope in ropes}
         batch.layout.prepare(self.backend, {mixer.window for mixer in mixers})
-        x = embeds
+        return self.blocks(embeds, tables, batch.layout)
+
+    def blocks(self, x: Tensor, tables: dict[Rope, Turns], layout: AttentionLayout) -> Tensor:
+        """The same where everything that is the batch's own has been made."""
         with self.saving():
-            for block, mixer in zip(self.layers, mixers, strict=True):
-                x = block(x, tables.get(mixer.rope), batch.layout)
+            for block, layer in zip(self.layers, self.arch.layers, strict=True):
+                x = block(x, tables.get(layer.mixer.rope), layout)
         return self.norm(x)
 
     def forward(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:

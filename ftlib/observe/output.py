@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ftlib.observe.metrics import MetricsFile
 from ftlib.observe.progress import Progress
 from ftlib.observe.said import Said
 from ftlib.observe.watch import Watch
-from ftlib.parallel import pulse
+from ftlib.parallel import graphs, pulse
 from ftlib.quant.frozen import FrozenWeight
 
 
@@ -47,7 +48,8 @@ class Output:
 
             peak = device_peak(torch.cuda.get_device_name(run.device))
         work = flops_per_token(*count_weights(model), mixers, cfg.data.seq_len)
-        self._meter = Meter(run, work, peak and (peak.measured or peak.datasheet))
+        peak_flops = peak and (peak.measured or peak.datasheet)
+        self._meter = Meter(run, work, peak_flops, unseen=partial(graphs.unseen, model))
         self._progress = Progress(steps, steps, enabled=run.is_main)
 
     def say(self, text: str) -> None:

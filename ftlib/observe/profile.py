@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ftlib.optim.pieces import local
+from ftlib.parallel import graphs
 
 WARM, STEPS = 3, 3  # steps before the trace begins (compilation, first allocations), steps in it
 COMPONENTS = (  # the first whose expression is found in the name of an operation, of what called it, or of its kernel
@@ -97,10 +98,11 @@ class StepProfile:
             shutil.copyfileobj(source, target)
         plain.unlink()
         on_gpu = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() + graphs.unseen(self.model) if on_gpu else None
         summary = {
             "step_ms": round(1e3 * wall, 2),
             "time_ms": by_component(self._recording.events(), on_gpu),
-            "memory_gib": memory(self.model, self.optimizer, torch.cuda.max_memory_allocated() if on_gpu else None),
+            "memory_gib": memory(self.model, self.optimizer, peak),
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         for line in table(summary, "GPU waits" if on_gpu else "Python and what is not an operation"):

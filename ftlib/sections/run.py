@@ -17,6 +17,7 @@ class Memory:
     tiled_mlp: int = 0  # tokens at a time in feed-forward layers, again in backward: for long rows; 0: all at once
     budget_gib: float | Literal["auto"] | None = None  # of the GPU: recompute, offload and tiles are found by trial
     compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on with CUDA, off on CPU
+    cuda_graph: bool = False  # launch all blocks at once: for small models on one GPU, whose steps wait for the host
 
     def __post_init__(self) -> None:
         if self.tiled_mlp < 0:
