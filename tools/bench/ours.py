@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import LanguageModel
 from ftlib.models.load import base_state
 from ftlib.observe.profile import memory as memory_by_component
+from ftlib.parallel import graphs
 from ftlib.parallel import run as processes
 from ftlib.parallel.run import Run
 from ftlib.quant import FORMATS, qat
@@ -94,6 +96,7 @@ def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
                 tensor.fill(value)  # quantized, one matrix at a time
         for name, _, factors in lora.adapted(model):
             factors.lora_A.copy_(common.weight(f"{name}.lora_A", factors.lora_A.shape))
+    common.unseen = partial(graphs.unseen, model)
     return model, run, cfg
 
 
@@ -101,7 +104,8 @@ def memory(work: dict) -> Memory:
     """The settings named, or what `memory.budget_gib` makes of a budget."""
     if work.get("budget_gib"):
         return Memory(budget_gib=work["budget_gib"])
-    return Memory(recompute=work["recompute"], offload=work.get("offload", False), tiled_mlp=work.get("tiled_mlp", 0))
+    more = {key: work[key] for key in ("offload", "tiled_mlp", "cuda_graph") if work.get(key)}
+    return Memory(recompute=work["recompute"], **more)
 
 
 def optimizer_of(work: dict) -> Optim:

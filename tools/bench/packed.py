@@ -39,7 +39,8 @@ TINY = {"rank": 4, "rows": 2, "seq_len": 256, "steps": 8}
 def main() -> None:
     args = arguments()
     work = {key: getattr(args, key) for key in ("shape", "recompute", "rank", "rows", "seq_len", "steps")}
-    work |= {"method": "lora", "offload": args.offload, "padded": False}
+    work |= {"method": "lora", "offload": args.offload, "cuda_graph": args.cuda_graph, "padded": False}
+    work |= {"attention": args.attention}
     if args.tiny:
         work |= TINY | {"shape": f"tiny-{args.shape}"}
         args.documents, args.data, args.tokenizer = None, [str(DEMO / "data" / "lora_eval.jsonl")], str(DEMO / "model")
@@ -158,8 +159,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--recompute", choices=("none", "except_attention", "full"), default="none")
+    parser.add_argument("--recompute", choices=("none", "selective", "except_attention", "full"), default="none")
     parser.add_argument("--offload", action="store_true", help="ours")
+    parser.add_argument("--cuda-graph", action="store_true", help="ours launches its blocks at once")
+    parser.add_argument("--attention", default="auto", help="ours' `model.attention`")
     parser.add_argument("--vs", default="trl,unsloth", help="of trl, trl_padded, unsloth, unsloth_padded")
     parser.add_argument("--peer-path", action="append", default=[], metavar="PEER=FOLDER")
     parser.add_argument("--limit", type=int, default=150, help="seconds a contender may take")

@@ -56,8 +56,11 @@ def settings(work: dict, shape: dict) -> SimpleNamespace:
     """What build.model reads of a recipe's config."""
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(shape))
+    options = {key: work[key] for key in ("quantize", "attention", "fp8") if key in work}
+    if "fp8" in work:
+        options["fp8_smallest"] = min(1024, shape["hidden_size"])
     cfg = SimpleNamespace(
-        model=Model(path=str(folder), quantize=work.get("quantize"), attention=work.get("attention", "auto")),
+        model=Model(path=str(folder), **options),
         memory=Memory(recompute=work["recompute"], offload=work.get("offload", False)),
         parallel=Parallel(**work["mesh"]),
         batch=SimpleNamespace(rows=work["rows"], micro_rows=work["micro_rows"]),

@@ -28,7 +28,7 @@ WARM = 10  # steps of the recipe before its median is taken
 def main() -> None:
     args = arguments()
     work = {"method": "full", "rank": 0, "offload": False}
-    work |= {name: getattr(args, name) for name in ("shape", "rows", "seq_len", "recompute", "attention")}
+    work |= {name: getattr(args, name) for name in ("shape", "rows", "seq_len", "recompute", "attention", "cuda_graph")}
     rows: list[dict] = []
     paths = dict(entry.split("=", 1) for entry in args.peer_path)
     peers = ["plain", *paths] if args.vs is None else [peer for peer in args.vs.split(",") if peer]
@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--recompute", choices=("none", "selective", "except_attention", "full"), default="none")
     parser.add_argument("--attention", default="auto", help="ours' `model.attention`; peers have their own")
+    parser.add_argument("--cuda-graph", action="store_true", help="ours launches its blocks at once")
     parser.add_argument("--vs", help="peers, comma separated; without it plain and those of --peer-path")
     parser.add_argument("--peer-path", action="append", default=[], metavar="PEER=FOLDER")
     parser.add_argument("--steps", type=int, default=40, help="of the recipe; 0: leave it out")
@@ -67,7 +68,7 @@ def recipe(work: dict, steps: int, workers: int, limit: int) -> dict:
         "stream": {"workers": workers, "max_documents": 256},
         "batch": {"rows": work["rows"], "micro_rows": work["rows"]},
         "steps": steps,
-        "memory": {"recompute": work["recompute"]},
+        "memory": {"recompute": work["recompute"], "cuda_graph": work["cuda_graph"]},
         "checkpoint": {"every": 0},
         "log": {"every": 10},
         "output_dir": str(folder / "out"),

@@ -24,7 +24,7 @@ MEASURED, DATASHEET = 744e12, 989e12  # dense bf16 FLOP/s of an H100: a large ma
 def main() -> None:
     args = arguments()
     keys = ("shape", "method", "rows", "seq_len", "recompute", "rank", "offload", "quantize", "fp8", "tiled_mlp")
-    keys += ("qat", "budget_gib", "attention", "optimizer", "states", "rounding", "in_backward")
+    keys += ("qat", "budget_gib", "attention", "optimizer", "states", "rounding", "in_backward", "cuda_graph")
     work = {key: getattr(args, key) for key in keys}
     paths = dict(entry.split("=", 1) for entry in args.peer_path)
     named = [peer for peer in args.vs.split(",") if peer]
@@ -69,6 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--states", choices=("fp32", "bf16", "int8", "fp8", "int4"), help="of ours' AdamW")
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest", help="of ours' weights")
     parser.add_argument("--in-backward", action="store_true", help="ours moves parameters in backward")
+    parser.add_argument("--cuda-graph", action="store_true", help="ours launches its blocks at once")
     parser.add_argument("--vs", default="", help=f"peers, comma separated: torchtune, trl, unsloth, {', '.join(OWN)}")
     parser.add_argument("--peer-path", action="append", default=[], metavar="PEER=FOLDER")
     parser.add_argument("--limit", type=int, default=200, help="seconds a contender may take")
