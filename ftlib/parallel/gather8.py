@@ -1,6 +1,7 @@
 """Weights that are multiplied in 8 bits are gathered in 8 bits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -43,19 +44,54 @@ class Gather8:
         self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False
     ) -> None:
         """Every process's `input_tensor` [n] into `output_tensor` [processes * n]."""
-        parts = list(zip(input_tensor.split(self.sizes), self.narrow, strict=True))
-        largest = torch.stack([part.abs().amax().float() for part, _ in parts])  # those of other parts go unused
+        parts = input_tensor.split(self.sizes)
+        largest = torch.stack([fused(largest_of, part) for part, narrow in self._each(parts) if narrow])
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        scales = power_of_two(largest, E4M3)
-        codes = [
-            encode(part, scale, E4M3) if narrow else part
-            for (part, narrow), scale in zip(parts, scales, strict=True)
-        ]
-        sent = torch.cat([part.view(torch.uint8) for part in codes])
-        received = torch.empty(group.size() * len(sent), dtype=torch.uint8, device=sent.device)
+        scales = iter(power_of_two(largest, E4M3))
+        scales = [next(scales) if narrow else None for narrow in self.narrow]
+        sizes = [part.numel() if narrow else part.nbytes for part, narrow in self._each(parts)]
+        sent = torch.empty(sum(sizes), dtype=torch.uint8, device=input_tensor.device)
+        for target, part, scale in zip(sent.split(sizes), parts, scales, strict=True):
+            if scale is None:
+                target.copy_(part.view(torch.uint8))
+            else:
+                fused(put_codes, target, part, scale)
+        received = sent.new_empty(group.size() * len(sent))
         dist.all_gather_into_tensor(received, sent, group=group)
-        arrived = received.view(group.size(), -1).split([part.nbytes for part in codes], 1)
+        arrived = received.view(group.size(), -1).split(sizes, 1)
         targets = output_tensor.view(group.size(), -1).split(self.sizes, 1)
-        for target, part, (_, narrow), scale in zip(targets, arrived, parts, scales, strict=True):
-            whole = part.contiguous().view(E4M3 if narrow else target.dtype)
-            target.copy_(whole.to(target.dtype) * scale.to(target.dtype) if narrow else whole)
+        for target, part, scale in zip(targets, arrived, scales, strict=True):
+            if scale is None:
+                target.copy_(part.contiguous().view(target.dtype))
+            else:
+                fused(put_whole, target, part, scale)
+
+    def _each(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+        """(part of the unit, whether it goes as codes)."""
+        return zip(parts, self.narrow, strict=True)
+
+
+def largest_of(part: Tensor) -> Tensor:
+    """Its largest magnitude, float32; NaN where it has one."""
+    return part.abs().amax().float()
+
+
+def put_codes(target: Tensor, part: Tensor, scale: Tensor) -> None:
+    """Codes of `part` into `target`, uint8 of as many elements."""
+    target.copy_(encode(part, scale, E4M3).view(torch.uint8))
+
+
+def put_whole(target: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """The numbers that `codes`, uint8, stand for into `target`."""
+    target.copy_(codes.view(E4M3).to(target.dtype) * scale.to(target.dtype))
+
+
+def fused(function: Callable[..., Tensor | None], *tensors: Tensor) -> Tensor | None:
+    """`function(*tensors)`, on a GPU as one pass over memory: step by step it is seven, beside products that wait for
+    the same memory."""
+    return (_compiled(function) if tensors[0].is_cuda else function)(*tensors)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
