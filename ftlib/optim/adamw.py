@@ -1,5 +1,6 @@
 """AdamW whose states have a precision of their own, and whose steps can be rounded stochastically."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -17,6 +18,7 @@ from ftlib.optim.rounding import noise, to_bfloat16
 from ftlib.sections import Optim
 
 WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WIDTH = 256  # columns that numbers without blocks are given: a compiler reads several at once where it knows of many
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name -> whether it has a sign
 
 
@@ -61,7 +63,8 @@ class AdamW(Update):
         move = mover(kind, block, rounds, p.is_cuda)
         books = [book(kind, signed, part.device) for signed in MOMENTS.values()] if kind else []
         where = self._where(p, state["step"]) if rounds else []
-        shapes = [(-1, block), (-1, block // self._packed), (-1,)] if kind else [(-1, 1)] * 3
+        plain = (-1, math.gcd(part.numel(), WIDTH))
+        shapes = [(-1, block), (-1, block // self._packed), (-1,)] if kind else [plain] * 3
         slots = [x.view(shapes[1 + i % 2]) for i, x in enumerate(slots)]
         grad = local_gradient(p).reshape(shapes[0])
         move(part.view(shapes[0]), grad, slots, books, self._terms(group, state["step"], p), where)
@@ -118,7 +121,7 @@ class AdamW(Update):
 def mover(kind: str, block: int, stochastic: bool, compiled: bool) -> Callable[..., None]:
     """One step of AdamW in place on p and gradient [blocks, block]: `move(p, gradient, slots, books, terms, where)`.
 
-    `slots` are codes and scales of each moment, for `kind` "" the moments themselves, all [numbers, 1]; `AdamW` makes
+    `slots` are codes and scales of each moment, for `kind` "" the moments themselves, in the shape of p; `AdamW` makes
     the other arguments.
     """
 
