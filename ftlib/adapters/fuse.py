@@ -124,8 +124,9 @@ def fuse(model: nn.Module, name: str = "policy") -> int:
     """Fuse every group of siblings whose layers all carry a plain adapter `name` and no bias; returns how many.
 
     For weights in memory on one device, unsharded: call it after loading. The copies of the factors are refreshed by
-    a hook before each forward of the first block, where a recorded pass has it too (ftlib.parallel.graphs). Between a pass and its backward no other pass comes,
-    nor a turn of the gate (autograd says so): what a policy is compared with is computed before it.
+    a hook before each forward of the first block, where a recorded pass has it too (ftlib.parallel.graphs). Between a
+    pass and its backward no other pass comes, nor a turn of the gate (autograd says so): what a policy is compared with
+    is computed before it.
     """
     groups = []
     for module in model.modules():
