@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "bench")]
 
+from sft import OWN  # noqa: E402
 from table import results  # noqa: E402
 
 from ftlib import build, config, plugins  # noqa: E402
@@ -111,8 +112,8 @@ def gpu(recipe: str, overrides: list[str]) -> str:
     same = ["method", "quantize", "fp8", "qat"]
     same += [] if asked.get("fp8") else ["states", "rounding"]  # beside fp8 they are named
     for path in [*results(), *sorted(RESULTS.glob("precision_*_h[12]00.json"))]:
-        rows = [row for row in json.loads(path.read_text()).get("rows", []) if row.get("contender") == "ftlib"]
-        rows = [row for row in rows if "tokens_per_s" in row and "work" in row]
+        found = [row for row in json.loads(path.read_text()).get("rows", []) if "tokens_per_s" in row and "work" in row]
+        rows = [row for row in found if row["contender"] == "ftlib"]
         rows = [row for row in rows if all(_of(row["work"], key) == asked.get(key) for key in same)]
         if rows:
             slower = min(rows, key=lambda r: r["tokens_per_s"])
@@ -121,8 +122,17 @@ def gpu(recipe: str, overrides: list[str]) -> str:
             if work.get("states") and "states" not in asked:
                 what += f", states {work['states']}"
             what += f", {slower['device'].split()[1]}"
-            cells.append(f"{what}: {slower['tokens_per_s']:,} ({slower['peak_gib']:.1f})")
+            cells.append(f"{what}: {slower['tokens_per_s']:,} ({slower['peak_gib']:.1f}){beside(found)}")
     return "; ".join(cells)
+
+
+def beside(rows: list[dict]) -> str:
+    """Against the same step without the mode, where that ran beside it: speed, and whether the two agree."""
+    plain = next((row for row in rows if row["contender"] in OWN), None)
+    if plain is None:
+        return ""
+    wrong = "" if plain["agrees"] else f", first gradient {plain['grad_gap']:.0%} off"
+    return f", × {plain['ratio']:.2f} of plain's{wrong}"
 
 
 def _of(work: dict, key: str) -> str | None:

@@ -71,16 +71,19 @@ ROWS = (
         "sft.py --shape qwen3-0.6b --rows 4 --recompute selective --vs unsloth,trl",
     ),
     Row("{gpu}_qwen17b_full_4x4096_recompute", 180, f"sft.py {FULL} {LEAN} --in-backward --vs trl"),
-    Row("{gpu}_llama8b_qlora_within_16", 300, f"sft.py --quantize nf4 {WITHIN} 16 --vs unsloth,torchtune"),
-    *(Row(f"{{gpu}}_llama8b_lora_within_{gib}", 300, f"sft.py {WITHIN} {gib} --vs unsloth,torchtune")
-      for gib in (24, 48, 75)),
-    *(Row(f"{{gpu}}_qwen17b_full_within_{gib}", 200, f"sft.py {FULL} {WITHIN} {gib} --vs trl")
-      for gib in (16, 24, 48, 75)),
+    Row("{gpu}_llama8b_lora_within_48", 300, f"sft.py {WITHIN} 48 --vs unsloth,torchtune"),
+    Row("budgets_llama8b_lora_{gpu}", 460, "budgets.py --vs torchtune,unsloth --limit 100"),
+    Row(
+        "budgets_llama8b_qlora_{gpu}", 330, "budgets.py --quantize nf4 --vs torchtune,unsloth --limit 100 --budgets 16 "
+        "--settings selective,except_attention+",
+    ),
+    Row("budgets_qwen17b_full_{gpu}", 330, f"budgets.py {FULL} --in-backward --vs trl --limit 80"),
     *(Row(f"precision_qwen17b_{mode}_2x4096_{{gpu}}", 90, f"sft.py --shape qwen3-1.7b {command} --limit 45")
       for mode, command in MODES.items()),
     Row("pretrain_qwen06b_4x4096_{gpu}", 280, f"pretrain.py --shape qwen3-0.6b {TITAN} --limit 90"),
     Row("pretrain_qwen17b_4x4096_{gpu}", 320, f"pretrain.py --shape qwen3-1.7b {TITAN} --limit 99"),
     Row("packed_qwen06b_{gpu}", 280, "packed.py --recompute none --vs trl,unsloth"),
+    Row("packed_qwen06b_selective_{gpu}", 280, "packed.py --recompute selective --vs unsloth"),
     Row("packed_qwen06b_recompute_{gpu}", 280, "packed.py --recompute full --vs trl,unsloth"),
     *(Row(f"pretrain_qwen{size}_4x4096_flash4_{{gpu}}", 280, f"pretrain.py --shape {shape} {FLASH} --limit 90")
       for size, shape in (("06b", "qwen3-0.6b"), ("17b", "qwen3-1.7b"))),

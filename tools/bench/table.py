@@ -40,7 +40,7 @@ def cell(row: dict) -> str:
 
 
 def title(work: dict) -> str:
-    kept = {"none": "nothing recomputed", "selective": "selective"}.get(work["recompute"], "recomputed")
+    kept = {"none": "nothing recomputed", "selective": "elementwise recomputed"}.get(work["recompute"], "recomputed")
     if work.get("budget_gib"):
         kept = f"within {work['budget_gib']:g} GiB"
     offload = ", offloaded" if work.get("offload") else ""
