@@ -1,6 +1,5 @@
 """AdamW whose states have a precision of their own, and whose steps can be rounded stochastically."""
 
-import math
 import zlib
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -63,7 +62,7 @@ class AdamW(Update):
         move = mover(kind, block, rounds, p.is_cuda)
         books = [book(kind, signed, part.device) for signed in MOMENTS.values()] if kind else []
         where = self._where(p, state["step"]) if rounds else []
-        plain = (-1, math.gcd(part.numel(), WIDTH))
+        plain = (-1, 1 if part.numel() % WIDTH else WIDTH)
         shapes = [(-1, block), (-1, block // self._packed), (-1,)] if kind else [plain] * 3
         slots = [x.view(shapes[1 + i % 2]) for i, x in enumerate(slots)]
         grad = local_gradient(p).reshape(shapes[0])

@@ -38,6 +38,9 @@ def check(cfg: Any, world: int) -> None:
     wanted = {"lora": "dropout", "relora": "every", "lisa": "layers", "optim": "in_backward", "memory": "offload"}
     found = [f"{section}.{key}" for section, key in wanted.items() if getattr(getattr(cfg, section, None), key, None)]
     found += ["qat"] if getattr(cfg, "qat", None) is not None else []
+    found += ["model.code"] if cfg.model.code else []  # which may read what is no input of its blocks
+    found += ["memory.budget_gib"] if cfg.memory.budget_gib is not None else []  # which may come to offload
+    found += ["deterministic"] if getattr(cfg, "deterministic", False) == "elastic" else []  # sums by hooks
     problems = (
         (not torch.cuda.is_available(), "there is no GPU here to record on", "memory.cuda_graph"),
         (world > 1, "passes of one process are recorded, and this run has several", "memory.cuda_graph"),
@@ -129,7 +132,8 @@ class Blocks:
     def __call__(self, x: Tensor, tables: Tables, layout: Layout) -> Tensor:
         waiting = self.last()
         free = waiting is None or waiting.used
-        if not (torch.is_grad_enabled() and free and type(layout) is Layout):
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.decoder.layers.parameters())
+        if not (learns and free and type(layout) is Layout):
             return self.plain(x, tables, layout)
         layout = replace(layout, extent=bounds(layout))
         key = _key(x, tables, layout)

@@ -159,6 +159,7 @@ def test_only_so_many_pairs_are_kept(model, monkeypatch):
 
 def config(**changes):
     base = {"memory": Memory(cuda_graph=True), "lora": Lora(), "optim": Optim(lr=1e-3), "loss": Loss(), "qat": None}
+    base["model"] = SimpleNamespace(code=None)
     return SimpleNamespace(**base | changes)
 
 
@@ -173,6 +174,9 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch, model):
         ({"qat": Qat(scheme="int4")}, "qat"),
         ({"optim": Optim(lr=1e-3, in_backward=True)}, "optim.in_backward"),
         ({"memory": Memory(cuda_graph=True, offload=True)}, "memory.offload"),
+        ({"memory": Memory(cuda_graph=True, budget_gib=24.0)}, "memory.budget_gib"),
+        ({"deterministic": "elastic"}, "deterministic"),
+        ({"model": SimpleNamespace(code="mine.py:Mine")}, "model.code"),
     ):
         with pytest.raises(Problems, match=words):
             graphs.check(config(**wrong), 1)
@@ -180,3 +184,11 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch, model):
         graphs.check(config(), 2)
     with pytest.raises(UserError, match="attention by masks"):
         graphs.attach(model)
+
+
+def test_a_model_whose_blocks_do_not_train_runs_as_it_is(model):
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    blocks = attached(model)
+    model(batch(1))
+    assert not blocks.passes
