@@ -38,9 +38,8 @@ def exchange(run: Ranks, value: Any, group: ProcessGroup | None = None) -> list[
     device = wire_device(run) if group is None else torch.device("cpu")
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(run.world)]
-    size = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
-    dist.all_gather(sizes, size, group)
-    lengths = list(map(int, sizes))
+    dist.all_gather(sizes, torch.tensor([mine.numel()], dtype=torch.int64, device=device), group)
+    lengths = [int(size) for size in sizes]
     padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
     padded[: mine.numel()] = mine
     parts = [torch.empty_like(padded) for _ in range(run.world)]

@@ -123,7 +123,8 @@ class Blocks:
 
     def __post_init__(self) -> None:
         self.plain = self.decoder.blocks
-        self.trained: list[nn.Parameter] = []
+        parameters = (*self.decoder.layers.parameters(), *self.decoder.norm.parameters())
+        self.trained = [p for p in parameters if p.requires_grad]
         self.sums: list[Tensor] = []  # the gradients that an optimizer sees, which no replay writes over
         self.last: Callable[[], _Ticket | None] = lambda: None
         # No parameter: one that a graph of autograd's holds belongs to the stream of that, and could not be recorded.
@@ -132,8 +133,7 @@ class Blocks:
     def __call__(self, x: Tensor, tables: Tables, layout: Layout) -> Tensor:
         waiting = self.last()
         free = waiting is None or waiting.used
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.decoder.layers.parameters())
-        if not (learns and free and type(layout) is Layout):
+        if not (self.trained and torch.is_grad_enabled() and free and type(layout) is Layout):
             return self.plain(x, tables, layout)
         layout = replace(layout, extent=bounds(layout))
         key = _key(x, tables, layout)
@@ -147,13 +147,11 @@ class Blocks:
     def _recorded(self, x: Tensor, tables: Tables, layout: Layout) -> _Pass:
         """Both passes over copies of these inputs."""
         if not self.sums:
-            parameters = (*self.decoder.layers.parameters(), *self.decoder.norm.parameters())
-            self.trained = [p for p in parameters if p.requires_grad]
             self.sums = [torch.zeros_like(p) for p in self.trained]
         inputs = [t.detach().clone() for t in (x, *_tensors(tables, layout))]
-        kept = [inputs[0].requires_grad_(x.requires_grad), *inputs[1:]]
-        args = (kept[0], *_rebuilt(kept[1:], tables, layout))
-        leaves = [*kept[:1] * x.requires_grad, *self.trained]
+        inputs[0].requires_grad_(x.requires_grad)
+        args = (inputs[0], *_rebuilt(inputs[1:], tables, layout))
+        leaves = [*inputs[:1] * x.requires_grad, *self.trained]
         made: dict[str, Tensor] = {}
 
         def forward() -> Tensor:

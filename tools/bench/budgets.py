@@ -10,8 +10,6 @@ finds ours' setting for a run by itself.
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import sft
 
@@ -34,9 +32,7 @@ def main() -> None:
         print(f"{'':12} {setting}", flush=True)
     found = table(rows, [float(budget) for budget in args.budgets.split(",")])
     print("\n".join(found))
-    if args.out:
-        kept = json.loads(Path(args.out).read_text())
-        Path(args.out).write_text(json.dumps(kept | {"table": found}, indent=1) + "\n")
+    sft.write(rows, args.out, table=found)
 
 
 def table(rows: list[dict], budgets: list[float]) -> list[str]:

@@ -42,12 +42,12 @@ def add(rows: list[dict], row: dict, out: str | None) -> None:
     write(rows, out)
 
 
-def write(rows: list[dict], out: str | None) -> None:
-    """Rows and the command that gave them."""
+def write(rows: list[dict], out: str | None, **more: object) -> None:
+    """Rows, the command that gave them, and `more`."""
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python", f"tools/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-        Path(out).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+        Path(out).write_text(json.dumps({"command": command, "rows": rows, **more}, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:
