@@ -19,7 +19,7 @@ class Meter:
     """Makes step rows. It never waits for the device: the recipe has read the loss, so the step's work is done.
 
     `flops_per_token` is `observe.flops_per_token(…)`, `peak_flops` one device's FLOP/s; without either `mfu` is null.
-    `unseen`: bytes on the device that its allocator does not count (ftlib.parallel.graphs).
+    `memory`: most bytes that were in use on the device so far.
     """
 
     def __init__(
@@ -28,9 +28,9 @@ class Meter:
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        unseen: Callable[[], int] = int,
+        memory: Callable[[], int] = torch.cuda.max_memory_allocated,
     ) -> None:
-        self.run, self._unseen = run, unseen
+        self.run, self._memory = run, memory
         self.tokens = 0  # trained so far, over all devices and restarts
         self._flops, self._peak, self._clock = flops_per_token, peak_flops, clock
         self._since = clock()
@@ -62,7 +62,7 @@ class Meter:
             mfu = speed * self._flops / (self._peak * self.run.world)
         memory = None
         if self.run.device.type == "cuda":
-            memory = (torch.cuda.max_memory_allocated(self.run.device) + self._unseen()) / 2**30
+            memory = self._memory() / 2**30
         row = {
             "step": step,
             "loss": loss,

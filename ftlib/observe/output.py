@@ -49,7 +49,7 @@ class Output:
             peak = device_peak(torch.cuda.get_device_name(run.device))
         work = flops_per_token(*count_weights(model), mixers, cfg.data.seq_len)
         peak_flops = peak and (peak.measured or peak.datasheet)
-        self._meter = Meter(run, work, peak_flops, unseen=partial(graphs.unseen, model))
+        self._meter = Meter(run, work, peak_flops, memory=partial(graphs.peak, model))
         self._progress = Progress(steps, steps, enabled=run.is_main)
 
     def say(self, text: str) -> None:

@@ -98,7 +98,7 @@ class StepProfile:
             shutil.copyfileobj(source, target)
         plain.unlink()
         on_gpu = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() + graphs.unseen(self.model) if on_gpu else None
+        peak = graphs.peak(self.model) if on_gpu else None
         summary = {
             "step_ms": round(1e3 * wall, 2),
             "time_ms": by_component(self._recording.events(), on_gpu),

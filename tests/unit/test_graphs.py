@@ -22,26 +22,22 @@ class Rerun:
     """Records nothing: replays by calling."""
 
     def __init__(self):
-        self.calls = 0
+        self.calls = self.warmed = 0
 
-    def __call__(self, function):
-        found = function()
+    def __call__(self, *functions):
+        def replaying(function):
+            def replay():
+                self.calls += 1
+                with torch.enable_grad():
+                    function()
 
-        def replay():
-            self.calls += 1
-            with torch.enable_grad():
-                fresh = function()
-            pairs = zip(found, fresh, strict=True) if isinstance(found, tuple) else [(found, fresh)]
-            for old, new in pairs:
-                old.copy_(new)
+            return replay
 
-        return replay, found
+        return [replaying(function) for function in functions]
 
     def warm(self, function):
+        self.warmed += 1
         function()
-
-    def unseen(self):
-        return 7
 
 
 @pytest.fixture
@@ -99,7 +95,6 @@ def test_micro_batches_and_steps_add_up_as_without(model, frozen):
     for seeds, expected in zip(steps, plain, strict=True):
         equal(gradients(model, seeds), expected)
     assert blocks.record.calls == 2 * 5 and len(blocks.passes) == 1, "every pass was a replay of one pair"
-    assert graphs.unseen(model) == 7
 
 
 def test_an_optimizer_may_keep_gradients_or_write_over_them(model):
@@ -143,18 +138,54 @@ def test_bounds_are_few_and_hold_what_the_batch_has():
     ends = torch.zeros(101, dtype=torch.int32)
     for documents, longest, expected in ((1, 1, (32, 128)), (33, 129, (64, 256)), (99, 3000, (100, 3072))):
         layout = Layout.packed(ends, 3072, (4, 3072), torch.tensor([documents, longest], dtype=torch.int32))
-        assert tuple(graphs.bounds(layout).tolist()) == expected
-    assert graphs.bounds(Layout.packed(ends, 3072, (4, 3072))) is None
+        assert tuple(graphs.bounds(layout, "varlen").tolist()) == expected
+        assert tuple(graphs.bounds(layout, "flash4").tolist()) == (100, 3072), "one for all: it is told by cu_seqlens"
+    assert graphs.bounds(Layout.packed(ends, 3072, (4, 3072)), "varlen") is None
 
 
 def test_only_so_many_pairs_are_kept(model, monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 1)
     monkeypatch.setattr(graphs, "LONGEST", 8)
+    model.model.backend = "varlen"
     expected = gradients(model, [1])
     blocks = attached(model)
     model(batch(0, (ROWS, 3)))
     equal(gradients(model, [1]), expected)
     assert len(blocks.passes) == 1 and blocks.record.calls == 1
+
+
+def test_pairs_of_one_shape_share_what_they_read_and_write(model, monkeypatch):
+    """A second pair in the middle of a step neither warms up again nor touches what was added up so far."""
+    monkeypatch.setattr(graphs, "LONGEST", 8)
+    model.model.backend = "varlen"
+    expected = gradients(model, [1, 2, 3])
+    blocks = attached(model)
+    plain = graphs.bounds
+    rounded = iter(((ROWS, 8), (ROWS, 24), (ROWS, 8)))
+    monkeypatch.setattr(graphs, "bounds", lambda *args: plain(*args).copy_(torch.tensor(next(rounded))))
+    equal(gradients(model, [1, 2, 3]), expected)
+    assert len(blocks.passes) == 2 and len(blocks.places) == 1 and blocks.record.warmed == 1
+
+
+def test_a_weight_that_no_pass_uses_keeps_no_gradient(model):
+    model.model.layers[0].unused = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    expected = gradients(model, [1, 2])
+    attached(model)
+    equal(gradients(model, [1, 2]), expected)
+    assert model.model.layers[0].unused.grad is None
+
+
+def test_gradients_that_others_put_there_are_added_to(model):
+    """Of a pass that was not replayed, or of terms beside the loss."""
+    expected = gradients(model, [1, 2])
+    attached(model)
+    first = gradients(model, [1])
+    for parameter in model.parameters():
+        parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+    hidden = model(batch(2))
+    (hidden * torch.linspace(-1, 1, hidden.shape[-1])).pow(2).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    equal(([*first[0], hidden.detach()], found), expected)
 
 
 def config(**changes):
@@ -176,6 +207,7 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch, model):
         ({"memory": Memory(cuda_graph=True, offload=True)}, "memory.offload"),
         ({"memory": Memory(cuda_graph=True, budget_gib=24.0)}, "memory.budget_gib"),
         ({"deterministic": "elastic"}, "deterministic"),
+        ({"profile": True}, "profile"),
         ({"model": SimpleNamespace(code="mine.py:Mine")}, "model.code"),
     ):
         with pytest.raises(Problems, match=words):

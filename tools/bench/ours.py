@@ -96,7 +96,7 @@ def build_model(work: dict) -> tuple[LanguageModel, Run, SimpleNamespace]:
                 tensor.fill(value)  # quantized, one matrix at a time
         for name, _, factors in lora.adapted(model):
             factors.lora_A.copy_(common.weight(f"{name}.lora_A", factors.lora_A.shape))
-    common.unseen = partial(graphs.unseen, model)
+    common.most_bytes = partial(graphs.peak, model)
     return model, run, cfg
 
 
