@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from ftlib.models.shards import local_index
 
@@ -38,7 +38,7 @@ def piece(tensor: Tensor) -> Piece:
     groups = tuple(
         mesh.get_group(axis)
         for axis, placement in enumerate(tensor.placements)
-        if isinstance(placement, Shard) and mesh.size(axis) > 1
+        if not placement.is_replicate() and mesh.size(axis) > 1  # rows cut by tp and again by FSDP2 are no plain Shard
     )
     return Piece(local_index(tensor), groups)
 

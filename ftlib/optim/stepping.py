@@ -1,10 +1,13 @@
 """One step of an optimizer: its rate, then the sum over replicas, clipping, the move."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from ftlib.optim.pieces import local
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
@@ -26,22 +29,27 @@ def step(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tenso
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if getattr(optimizer, "replicas", None) is not None:
         optimizer.replicas.sum(parameters)
-    norm = clip(parameters, max_grad_norm)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = global_norm(grads)
     if optimizer.defaults.get("fused") and not any(isinstance(p, DTensor) for p in parameters):
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        optimizer.grad_scale = None if max_grad_norm is None else 1 / _factor(norm, max_grad_norm)
+        optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
     elif norm.isfinite():
+        if max_grad_norm is not None:
+            torch._foreach_mul_([local(grad) for grad in grads], _factor(norm, max_grad_norm))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def clip(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scale gradients in place so that their global 2-norm is at most `max_norm` (None: only measure)."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+def global_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients, added up in float32 at least: in bfloat16 it would depend on how they are sharded."""
+    wide = reduce(torch.promote_types, {grad.dtype for grad in grads}, torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What brings gradients of this norm to `max_norm`, 1 where it is smaller."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -47,8 +48,10 @@ def attach(model: nn.Module) -> None:
 
         embedding.weight = nn.Parameter(embedding.weight.detach().cpu().pin_memory(), requires_grad=False)
         embedding.forward = partial(host_embedding, table=embedding.weight)
-    weights = frozenset(tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    parking = HostOffload(weights)
+    parking = HostOffload(_addresses(model))
+    for block in model.model.layers:
+        if isinstance(block, FSDPModule):
+            block.register_forward_pre_hook(parking.enter)  # behind FSDP2's, which makes its weights whole
     model.model.saving = lambda: torch.autograd.graph.saved_tensors_hooks(parking.pack, parking.unpack)
 
 
@@ -58,6 +61,12 @@ def detach(model: nn.Module, device: torch.device) -> None:
     if embedding.__dict__.pop("forward", None) is not None:
         embedding.weight = nn.Parameter(embedding.weight.detach().to(device), requires_grad=False)
     model.model.saving = nullcontext
+
+
+def _addresses(module: nn.Module) -> frozenset[int]:
+    """Where this process's parts of its weights lie."""
+    parts = (t.to_local() if isinstance(t, DTensor) else t for t in (*module.parameters(), *module.buffers()))
+    return frozenset(part.untyped_storage().data_ptr() for part in parts)
 
 
 @dataclass(eq=False)
@@ -74,6 +83,7 @@ class HostOffload:
     """
 
     weights: frozenset[int]  # addresses of storages that stay
+    gathered: frozenset[int] = frozenset()  # of the block at work, which FSDP2 frees behind it and gathers again
     smallest: int = 8 << 20
     stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
     _parked: list[_Parked] = field(default_factory=list)
@@ -82,10 +92,18 @@ class HostOffload:
     _backward: bool = False
     _free: dict[int, list[Tensor]] = field(default_factory=dict)  # bytes -> host buffers
 
+    def enter(self, block: nn.Module, _: tuple) -> None:
+        """Before the forward of a block whose weights were gathered for it."""
+        self.gathered = _addresses(block)
+
+    def stays(self, storage: UntypedStorage) -> bool:
+        """Whether it is a weight's."""
+        return storage.data_ptr() in self.weights or storage.data_ptr() in self.gathered
+
     def pack(self, tensor: Tensor) -> Tensor | _View:
         """Start the copy to the host; what autograd keeps instead of the tensor."""
         storage = tensor.untyped_storage()
-        if tensor.device.type != "cuda" or storage.nbytes() < self.smallest or storage.data_ptr() in self.weights:
+        if tensor.device.type != "cuda" or storage.nbytes() < self.smallest or self.stays(storage):
             return tensor
         if self._backward:  # a new forward
             self._parked.clear()

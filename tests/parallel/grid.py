@@ -25,6 +25,7 @@ class Case:
     tiled_mlp: int = 0
     compile: bool = False
     dtype: str = "fp64"
+    offload: bool = False  # what backward needs waits elsewhere, copied late
     elastic: bool = False  # deterministic: elastic
     weighted: bool = False  # tokens count anything from 0 to 3
 
@@ -44,7 +45,7 @@ class Case:
         words += [f"fp8 {self.fp8}"] * bool(self.fp8) + [f"qat {self.qat}"] * bool(self.qat)
         words += ["packed" if self.pack else "not packed", f"micro rows {self.micro_rows}"]
         words += ["recompute"] * (self.recompute != "none") + ["tiled"] * bool(self.tiled_mlp)
-        words += ["compiled"] * self.compile + ["elastic"] * self.elastic + ["weighted"] * self.weighted
+        words += ["offloaded"] * self.offload + ["compiled"] * self.compile + ["elastic"] * self.elastic + ["weighted"] * self.weighted
         return ", ".join([*words, self.dtype])
 
 
@@ -53,6 +54,8 @@ GATHER, RING = "allgather", "ring"
 SHORT = [
     Case(shard=2),
     Case(shard=2, kind="lora", model="qwen2", micro_rows=2, recompute="full"),
+    Case(shard=2, model="qwen2", offload=True),
+    Case(shard=2, kind="lora", model="wide", quantize="nf4", recompute="full", offload=True),
     Case(replicate=2, model="qwen2"),
     Case(replicate=2, elastic=True, dtype="fp32"),
     Case(replicate=4, elastic=True, dtype="fp32", kind="lora"),
@@ -87,6 +90,7 @@ SHORT = [
     Case(cp=2, style=RING, kind="lora", model="qwen2", recompute="full", micro_rows=2),
     Case(replicate=2, shard=2, micro_rows=2),
     Case(shard=2, tp=2, kind="lora", model="qwen2", recompute="full", tiled_mlp=7),
+    Case(shard=2, tp=2, kind="lora", recompute="full", offload=True),
     Case(cp=2, tp=2, style=RING, model="qwen3_moe"),
     Case(shard=2, cp=2, kind="saved"),
 ]
@@ -100,6 +104,10 @@ MORE = [
     Case(cp=2, tp=2, model="gpt_oss"),
     Case(shard=2, tp=2),
     Case(cp=4, style=RING, model="qwen2"),
+    Case(cp=2, recompute="full", offload=True),
+    Case(tp=2, offload=True),
+    Case(shard=2, recompute="full", offload=True, compile=True),
+    Case(shard=2, kind="lora", model="qwen2", offload=True, compile=True),
 ]
 
 

@@ -98,6 +98,20 @@ def placements(kind, mesh, ndim):
     return [Shard(0), Shard(1) if ndim > 1 else Replicate()]
 
 
+def cut_twice(x, mesh):
+    """Rows shared by tensor parallelism, and those of each process by FSDP2: no plain shards of the whole."""
+    held = nn.Module()
+    held.register_parameter("x", nn.Parameter(distribute_tensor(x, mesh["b"], [Shard(0)])))
+    fully_shard(held, mesh=mesh["a"])
+    return held.x.detach()
+
+
+def placing(kind, mesh):
+    if kind == "rows_twice":
+        return lambda x: cut_twice(x, mesh)
+    return lambda x: distribute_tensor(x, mesh, placements(kind, mesh, x.ndim))
+
+
 def main(rank, world, folder, meshes):
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
@@ -105,19 +119,18 @@ def main(rank, world, folder, meshes):
     for kind in meshes:
         shape = (world,) if kind == "fsdp" else (2, world // 2)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)])
+        place = placing(kind, mesh)
         for name in NAMES:
-            alone = train(name, lambda x: x)
-            spread = train(name, lambda x: distribute_tensor(x, mesh, placements(kind, mesh, x.ndim)))  # noqa: B023
+            alone, spread = train(name, lambda x: x), train(name, place)
             report[f"{kind} {name}"] = max(float((spread[key] - alone[key]).abs().max()) for key in alone)
             print(kind, name, report[f"{kind} {name}"], flush=True)
-        away = train("adamw", lambda x: distribute_tensor(x, mesh, placements(kind, mesh, x.ndim)), offload=True)  # noqa: B023
-        alone = train("adamw", lambda x: x)
+        alone, away = train("adamw", lambda x: x), train("adamw", place, offload=True)
         report[f"{kind} from host memory"] = max(float((away[key] - alone[key]).abs().max()) for key in alone)
         for states in LOW:
             if kind == "fsdp_tp" and LOW[states]:
                 continue  # a part of some columns has noise of its own
             alone = held(train_low(states, lambda x: x))
-            state = train_low(states, lambda x: distribute_tensor(x, mesh, placements(kind, mesh, x.ndim)))  # noqa: B023
+            state = train_low(states, place)
             if states == "int4" and kind == "fsdp":  # for one process to go on from
                 run = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), is_main=rank == 0)
                 Saver(Checkpoint(every=1), folder / "run", run, {}).save(4, state)

@@ -12,17 +12,17 @@ from parallel import spawn
 from ftlib.checkpoint import Saver
 from ftlib.sections import Checkpoint
 
-MESHES = {2: ["fsdp"], 4: ["hsdp", "fsdp_tp"]}
+MESHES = {2: ["fsdp"], 4: ["hsdp", "fsdp_tp", "rows_twice"]}
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_is_unsharded(world, tmp_path):
-    """Last result of the slow part: every optimizer equal on 2 x 2 (replicated and sharded, sharded twice)."""
+    """Last result of the slow part: every optimizer equal on 2 x 2 (replicated and sharded, sharded twice, rows sharded twice)."""
     words = [tmp_path, json.dumps(MESHES[world])]
     spawn.processes(Path(__file__).parent / "optimizer_worker.py", world, words, tmp_path)
     for rank in range(world):
         found = json.loads((tmp_path / f"report_{rank}.json").read_text())
-        assert len(found) == (15 if world == 2 else 25)
+        assert len(found) == (15 if world == 2 else 38)
         assert all(difference < 1e-12 for difference in found.values()), found
     if world == 2:
         went_on = train_low("int4", lambda x: x, steps=0)

@@ -19,6 +19,7 @@ from ftlib.adapters import lora
 from ftlib.errors import UserError
 from ftlib.models import families, keys, load, shards
 from ftlib.models.language_model import LanguageModel
+from ftlib.optim.pieces import piece
 from ftlib.parallel import check
 from ftlib.parallel import run as processes
 from ftlib.parallel.apply import apply
@@ -118,6 +119,15 @@ def test_a_70b_shape_starts_on_eight_processes(parallel, monkeypatch):
         whole = sum(p.numel() for p in parameters.values())
         assert 69e9 < whole < 71e9
         assert local < whole / 8 * 1.01, "each process holds its eighth"
+
+
+def test_a_matrix_whose_rows_are_shared_twice_is_summed_over_both_axes(monkeypatch):
+    model = on_meta(shrunk("llama-3.1-8b"))
+    with one_of_eight(3, monkeypatch, tp=2) as run:
+        apply(model, run, Memory(compile=False), torch.bfloat16)
+        for part in ("q_proj", "o_proj"):
+            groups = piece(model.get_parameter(f"model.layers.0.self_attn.{part}.weight")).groups
+            assert sorted(group.size() for group in groups) == [2, 4], part
 
 
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b"])

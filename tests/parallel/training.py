@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from parallel.grid import Case
+from parallel.late_copies import LateCopies
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -21,6 +22,7 @@ from ftlib.models import ssmax
 from ftlib.models.load import DTYPES
 from ftlib.models.save import hf_tensors
 from ftlib.models.shards import fill
+from ftlib.parallel import offload
 from ftlib.parallel import run as processes
 from ftlib.sections import Batch, Checkpoint, Lora, Memory, Model, Optim, Parallel, Qat
 
@@ -64,7 +66,7 @@ def config(case: Case, models: Path) -> SimpleNamespace:
         model=Model(
             path=str(models / case.model), quantize=case.quantize or None, fp8=case.fp8 or None, fp8_smallest=16
         ),
-        memory=Memory(recompute=case.recompute, tiled_mlp=case.tiled_mlp, compile=case.compile),
+        memory=Memory(recompute=case.recompute, tiled_mlp=case.tiled_mlp, compile=case.compile, offload=case.offload),
         parallel=mesh(case),
         batch=Batch(rows=ROWS, micro_rows=case.micro_rows),
         deterministic="elastic" if case.elastic else False,
@@ -117,6 +119,7 @@ def train(case: Case, models: Path, run: object, first: int = 0, last: int = STE
 
 def fresh(case: Case, models: Path, run: object) -> State:
     """A model with its optimizer and data, before the first step."""
+    offload.HostOffload = LateCopies
     model = build.model(config(case, models), run)
     if case.kind not in ("full", "loftq"):
         randomise(model)  # B = 0 would hide A
@@ -205,7 +208,8 @@ def compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> 
 
 def one_process(case: Case) -> Case:
     """The same work without a mesh."""
-    return dataclasses.replace(case, replicate=1, shard=1, cp=1, tp=1, recompute="none", tiled_mlp=0, compile=False)
+    plain = {"recompute": "none", "tiled_mlp": 0, "offload": False, "compile": False}
+    return dataclasses.replace(case, replicate=1, shard=1, cp=1, tp=1, **plain)
 
 
 def start(case: Case) -> processes.Run:

@@ -48,12 +48,29 @@ def test_a_warmup_that_leaves_no_step_is_warned_of_when_a_run_is_planned():
 
 def test_clip_scales_to_the_norm_and_reports_the_norm_before():
     p = nn.Parameter(torch.zeros(2, 2))
-    p.grad = torch.full((2, 2), 3.0)
-    assert float(optim.clip([p], 1.0)) == pytest.approx(6.0)
-    assert float(p.grad.norm()) == pytest.approx(1.0, rel=1e-5)
-    p.grad = torch.full((2, 2), 0.1)
-    optim.clip([p], 1.0)
-    assert torch.allclose(p.grad, torch.full((2, 2), 0.1))
+    plain = torch.optim.SGD([p], lr=1.0)
+    for grad, norm, moved in ((3.0, 6.0, 0.5), (0.1, 0.2, 0.1)):
+        p.grad = torch.full((2, 2), grad)
+        before = p.detach().clone()
+        assert float(optim.step(plain, 1.0)) == pytest.approx(norm)
+        torch.testing.assert_close(before - p.detach(), torch.full((2, 2), moved))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_norm_of_narrow_gradients_is_wide(fused):
+    """bfloat16 knows 3 digits: 227.03 would be 227 or 226, and what is clipped to 1 up to 0.6 % off."""
+    torch.manual_seed(0)
+    ps = [nn.Parameter(torch.zeros(64, 8, dtype=torch.bfloat16)) for _ in range(9)]
+    optimizer = torch.optim.AdamW(ps, lr=1.0, betas=(0.0, 0.0), eps=1e3, weight_decay=0.0, fused=fused)
+    grads = [torch.randn(64, 8).bfloat16() for _ in ps]
+    exact = torch.cat([g.flatten() for g in grads]).double().norm()
+    for p, grad in zip(ps, grads, strict=True):
+        p.grad = grad.clone()
+    norm = optim.step(optimizer, 0.5)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+    moved = torch.cat([p.detach().flatten() for p in ps]).double().norm()  # by the clipped gradient over eps
+    torch.testing.assert_close(moved * 1e3, torch.tensor(0.5).double(), rtol=1e-3, atol=0)
 
 
 def test_vectors_are_not_decayed_and_frozen_parameters_are_left_out():
