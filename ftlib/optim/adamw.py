@@ -1,5 +1,6 @@
 """AdamW whose states have a precision of their own, and whose steps can be rounded stochastically."""
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -18,6 +19,7 @@ from ftlib.sections import Optim
 
 WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDTH = 256  # columns that numbers without blocks are given: a compiler reads several at once where it knows of many
+FORGETS = ("adamw", "muon", "dion", "ademamix")  # whose second moments decay by optim.betas in the weights' dtype
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name -> whether it has a sign
 
 
@@ -171,6 +173,14 @@ def _wrapped(n: int) -> int:
 def check(model: nn.Module, cfg: Optim) -> None:
     """UserError for what the trained parameters or this machine's GPU have no use for."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    narrow = cfg.states == "bf16" or (cfg.states is None and any(p.dtype == torch.bfloat16 for p in trained))
+    if narrow and cfg.name in FORGETS and cfg.betas[1] > 1 - 2**-8:
+        warnings.warn(
+            f"optim.betas: a second moment kept in bf16 forgets nothing with {cfg.betas[1]:g}, as a step's decay "
+            f"is less than its last digit; set {'optim.states=fp32' if cfg.name == 'adamw' else 'dtype=fp32'}, or the "
+            "second of optim.betas to 0.99 or less",
+            stacklevel=2,
+        )
     if cfg.rounding == "stochastic" and not any(p.dtype == torch.bfloat16 for p in trained):
         raise UserError(
             "stochastic rounding is for bf16 weights, and those that are trained are kept in fp32",

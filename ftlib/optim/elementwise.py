@@ -28,6 +28,7 @@ class Lion(Update):
 class AdEMAMix(Update):
     """AdEMAMix (Pagliardini et al. 2024, arXiv 2409.03137, algorithm 1): AdamW with a second, slow momentum beside it.
 
+    The slow momentum is kept in float32 at least: bfloat16 loses what a step adds to it, a ten-thousandth by default.
     `alpha` and the slow decay `beta3` rise to their values over `slow_warmup` steps (0: at once), the first linearly,
     the second so that its half-life does.
     """
@@ -38,16 +39,17 @@ class AdEMAMix(Update):
             state = self.state[p]
             if not state:
                 state["step"] = 0
-                for slot in ("exp_avg", "exp_avg_slow", "exp_avg_sq"):
-                    state[slot] = torch.zeros_like(p)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["exp_avg_slow"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             state["step"] += 1
             step = state["step"]
             alpha, beta3 = slow_terms(step, group["slow_warmup"], group["alpha"], group["beta3"], beta1)
             state["exp_avg"].lerp_(p.grad, 1 - beta1)
-            state["exp_avg_slow"].lerp_(p.grad, 1 - beta3)
+            slow = state["exp_avg_slow"]
+            slow.lerp_(p.grad.to(slow.dtype), 1 - beta3)
             state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
             spread = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-            direction = state["exp_avg"] / (1 - beta1**step) + alpha * state["exp_avg_slow"]
+            direction = state["exp_avg"] / (1 - beta1**step) + alpha * slow
             p.mul_(1 - lr * group["weight_decay"])
             p.add_(direction / spread, alpha=-lr)
 

@@ -44,7 +44,7 @@ def step(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tenso
 
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients, added up in float32 at least: in bfloat16 it would depend on how they are sharded."""
+    """The 2-norm of all gradients, in float32 at least: in bfloat16 it would depend on how they are sharded."""
     wide = reduce(torch.promote_types, {grad.dtype for grad in grads}, torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -89,7 +89,9 @@ class Optim:
     def state_bytes(self, itemsize: int) -> float:
         """Bytes that the optimizer keeps, at the least, for a number of a matrix that has `itemsize` bytes itself."""
         sizes = {None: itemsize, "fp32": 4, "bf16": 2, "int8": 1, "fp8": 1, "int4": 0.5}
-        return self.slots * sizes[self.states]
+        wide = max(0, 4 - itemsize)  # what bfloat16 would lose is kept in float32
+        more = {"schedule_free": 2 * wide + 4 * bool(wide), "ademamix": wide}.get(self.name, 0)
+        return self.slots * sizes[self.states] + more
 
     def setting(self, name: str) -> float:
         """A setting of the named optimizer: what is set, else its usual value."""

@@ -45,7 +45,8 @@ class Case:
         words += [f"fp8 {self.fp8}"] * bool(self.fp8) + [f"qat {self.qat}"] * bool(self.qat)
         words += ["packed" if self.pack else "not packed", f"micro rows {self.micro_rows}"]
         words += ["recompute"] * (self.recompute != "none") + ["tiled"] * bool(self.tiled_mlp)
-        words += ["offloaded"] * self.offload + ["compiled"] * self.compile + ["elastic"] * self.elastic + ["weighted"] * self.weighted
+        words += ["offloaded"] * self.offload + ["compiled"] * self.compile
+        words += ["elastic"] * self.elastic + ["weighted"] * self.weighted
         return ", ".join([*words, self.dtype])
 
 

@@ -17,7 +17,7 @@ MESHES = {2: ["fsdp"], 4: ["hsdp", "fsdp_tp", "rows_twice"]}
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_is_unsharded(world, tmp_path):
-    """Last result of the slow part: every optimizer equal on 2 x 2 (replicated and sharded, sharded twice, rows sharded twice)."""
+    """Last result of the slow part: equal on 2 x 2 (replicated and sharded, sharded twice, rows twice)."""
     words = [tmp_path, json.dumps(MESHES[world])]
     spawn.processes(Path(__file__).parent / "optimizer_worker.py", world, words, tmp_path)
     for rank in range(world):
