@@ -82,6 +82,9 @@ def _check_stream(cfg: Any) -> None:
 
 
 def _check_loss(cfg: Any) -> None:
+    if getattr(cfg, "neftune", 0) and cfg.parallel.tp > 1:
+        what = "processes that share matrices would draw the same noise for different tokens"
+        raise UserError(what, where="neftune, parallel.tp", fix="set parallel.tp=1, or neftune=0")
     if hasattr(cfg, "loss") and not cfg.loss.plain and cfg.parallel.tp > 1:
         raise UserError(
             "a loss that looks at all logits of a token needs the whole vocabulary on each process",

@@ -59,6 +59,8 @@ class Background:
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies in host memory, which training does not touch; sharded tensors stay sharded as they were."""
         copies = {}
+        for name in self._host.keys() - tensors.keys():  # the state of a layer that sleeps by now
+            del self._host[name]
         for name, tensor in tensors.items():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             host = self._buffer(name, local.detach())

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -24,6 +25,7 @@ from ftlib.errors import UserError
 from ftlib.optim import lisa
 
 FILE_BYTES = 512 << 20  # of one file: each is built in host memory before it is written, and checked in parallel
+STATE = "optim.state."
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # recompute and compile put these into names
 
 
@@ -44,8 +46,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`optim.state.<name>.<slot>` of every parameter that has been stepped: live tensors, and plain numbers.
 
-    Walks the live state: `get_optimizer_state_dict` would take a step to create a missing one, which would leave an
-    interrupted run one step ahead of an uninterrupted one.
+    Walks the live state: torch's `get_optimizer_state_dict` would take a step to create a missing one, which would
+    leave an interrupted run one step ahead of an uninterrupted one.
     """
     tensors, numbers = {}, {}
     for optimizer in optimizers:
@@ -54,7 +56,7 @@ def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[
     for name, state in _named_state(model, optimizers):
         for slot, value in state.items():
             target = tensors if isinstance(value, Tensor) else numbers
-            target[f"optim.state.{name}.{slot}"] = value
+            target[f"{STATE}{name}.{slot}"] = value
     return tensors, numbers
 
 
@@ -90,22 +92,34 @@ def targets(
     saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     lisa.wake(model)
     relora.expect(model, saved)
-    stepped = any(name.startswith("optim.state.") for name in [*saved, *numbers])
+    found = (name.removeprefix(STATE) for name in [*saved, *numbers] if name.startswith(STATE))
+    stepped = {name.rpartition(".")[0] for name in found}
+    parameters = [p for name, p in model.named_parameters() if _plain(name) in stepped]
     for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-        optimizer.state.clear()
-        if stepped:  # makes the state by a step of lr 0 and zero gradients; parameters are filled after it
-            get_optimizer_state_dict(model, optimizer)
-    present = saved.keys() | numbers.keys()
-    for name, state in _named_state(model, optimizers):
-        if not any(f"optim.state.{name}.{slot}" in present for slot in state):
-            state.clear()  # it had had no gradient, so it had no state and gets none
-    for optimizer in optimizers:
-        for parameter in [parameter for parameter, state in optimizer.state.items() if not state]:
-            del optimizer.state[parameter]
+        _make_state(optimizer, parameters)
     wanted = model_tensors(model) | optimizer_state(model, optimizers)[0]
     _check(folder, wanted, saved)
     return wanted
+
+
+def _make_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """State of these parameters and of no other, by a step of lr 0 and zero gradients; parameters are filled after it.
+
+    One at a time: where most layers sleep, or gradients never exist at once, all of them would not fit.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.state.clear()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in parameters:
+        if parameter in own:
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            parameter.grad = None
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def fill(
@@ -116,7 +130,7 @@ def fill(
         dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
     for name, state in _named_state(model, optimizers):
         for slot in state:
-            state[slot] = numbers.get(f"optim.state.{name}.{slot}", state[slot])
+            state[slot] = numbers.get(f"{STATE}{name}.{slot}", state[slot])
 
 
 def groups(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:

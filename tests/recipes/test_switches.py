@@ -1,7 +1,7 @@
 """Switches of fine-tuning, on and off: off is what it was to the bit, on changes what the formula says it changes."""
 
 import pytest
-from tiny_model import losses, steps, train
+from tiny_model import ROOT, losses, steps, train, tune
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,13 @@ def test_neftune_disturbs_training_and_no_evaluation(recipe, runs):
     on, off = runs("neftune=5", recipe=recipe), runs(recipe=recipe)
     assert on[0] == off[0], "evaluated before the first step"
     assert all(a != b for a, b in zip(losses(on), losses(off), strict=True))
+
+
+def test_neftune_where_processes_share_a_row_s_tokens_is_refused(tiny, tmp_path):
+    file = tiny.config(tmp_path, steps=1)
+    run = ("validate", "--nproc-per-node", 2, ROOT / "recipes" / "full_sft.py", "--config", file, "parallel.tp=2")
+    code, _, errors = tune(*run, "neftune=5")
+    assert code == 2 and "the same noise for different tokens" in errors and "neftune (command line)" in errors
 
 
 def test_schedule_free_evaluates_and_keeps_the_average(tiny, tmp_path):
