@@ -86,9 +86,10 @@ def tiles(rows: Tensor | None, count: int, size: int) -> Iterator[Tensor | slice
         yield slice(start, min(start + size, count))
 
 
-def tile_rows(hidden: Tensor, weight: Tensor) -> int:
-    """Rows whose logits fill a tile."""
-    return max(1, tile_bytes(weight) // (weight.shape[0] * hidden.element_size()))
+def tile_rows(hidden: Tensor, weight: Tensor, group: ProcessGroup | None = None) -> int:
+    """Rows whose logits fill a tile; where a group shares the vocabulary, with the two wide copies made of them."""
+    copies = 0 if group is None else 2 * max(4, hidden.element_size())
+    return max(1, tile_bytes(weight) // (weight.shape[0] * (hidden.element_size() + copies)))
 
 
 def tile_bytes(weight: Tensor) -> int:
@@ -160,6 +161,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [N, D] times a wide factor [] or [N, 1], rounded to `dtype` once; no wide copy of x is made on the way.
+
+    A factor rounded to bfloat16 before it is applied would be off by up to 0.4 % for all gradients below the head.
+    """
+    return torch.mul(x, factor.expand(len(x), 1), out=torch.empty_like(x, dtype=dtype))
+
+
 class TiledSum(torch.autograd.Function):
     """Base of sums over the rows of a head that have a target; their gradients are made in the forward pass.
 
@@ -202,10 +211,9 @@ class TiledSum(torch.autograd.Function):
     def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
-        if grad_weight is not None:  # no second wide copy of it on the way to the weight's dtype
-            narrow = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
-            grad_weight = torch.mul(grad_weight, grad_total, out=narrow)
+            grad_hidden = scaled(grad_hidden, grad_total, grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = scaled(grad_weight, grad_total, ctx.weight_dtype)
         return grad_hidden, grad_weight, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
@@ -231,4 +239,4 @@ class _LinearCrossEntropy(TiledSum):
                 logits *= weights[rows][:, None]
             return nll.sum(), logits
 
-        return TiledSum.add_up(ctx, hidden, weight, labels, targets, tile_rows(hidden, weight), differentiate)
+        return TiledSum.add_up(ctx, hidden, weight, labels, targets, tile_rows(hidden, weight, group), differentiate)

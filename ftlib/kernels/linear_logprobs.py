@@ -100,7 +100,7 @@ class _LinearLogprobs(torch.autograd.Function):
         rows = target_rows(labels, targets)
         ready = torch.zeros_like(hidden) if needs == (True, False) else None
         tile = head.tile_function(hidden.device, group)
-        for at in tiles(rows, len(labels), head.tile_rows(hidden, weight)):
+        for at in tiles(rows, len(labels), head.tile_rows(hidden, weight, group)):
             logits = hidden[at] @ weight.T
             if entropy:
                 pieces = logits.split(max(1, ENTROPY_BYTES // (4 * weight.shape[0])))
@@ -124,17 +124,17 @@ class _LinearLogprobs(torch.autograd.Function):
             return (None,) * 7
         if ctx.needs == (True, False):
             (ready,) = ctx.saved_tensors
-            return ready * grad[:, None].to(ready.dtype), *(None,) * 6
+            return head.scaled(ready, grad[:, None], ready.dtype), *(None,) * 6
         hidden, weight, labels, rows = ctx.saved_tensors
         scale, softcap, group = ctx.terms
         grad_hidden = torch.zeros_like(hidden) if ctx.needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
         tile = head.tile_function(hidden.device, group)
-        for at in tiles(rows, len(labels), head.tile_rows(hidden, weight)):
+        for at in tiles(rows, len(labels), head.tile_rows(hidden, weight, group)):
             x = hidden[at]
             slope = x @ weight.T
             tile(slope, labels[at], scale, softcap)
-            slope *= -grad[at][:, None].to(slope.dtype)
+            slope *= -grad[at][:, None]
             if grad_hidden is not None:
                 grad_hidden[at] = slope @ weight
             grad_weight += slope.T @ x
