@@ -40,13 +40,13 @@ def batches(packed):
         yield held.batch([[next(places) for _ in row] for row in rows], LENGTH, 0, 16).to("cuda")
 
 
-def trained(folder, packed, cuda_graph, model=(), recompute="none", **method):
+def trained(folder, packed, cuda_graph, model=(), recompute="none", compile="auto", **method):
     """Losses and gradient norms of some steps; the model."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     cfg = SimpleNamespace(
         model=Model(path=str(folder), **dict(model)), **method or {"lora": Lora(rank=8)},
-        memory=Memory(recompute=recompute, cuda_graph=cuda_graph),
+        memory=Memory(recompute=recompute, compile=compile, cuda_graph=cuda_graph),
         batch=SimpleNamespace(rows=MICRO * ROWS, micro_rows=ROWS), data=SimpleNamespace(seq_len=LENGTH), loss=Loss(),
         parallel=Parallel(), optim=Optim(lr=1e-3), from_scratch=True, dtype="bf16", seed=0, output_dir=folder,
     )  # fmt: skip
@@ -71,6 +71,7 @@ CASES = {
     "lora": (True, {}),
     "lora, whole rows": (False, {}),
     "recomputed": (True, {"recompute": "selective"}),
+    "eager, recomputed": (True, {"recompute": "full", "compile": False}),
     "every weight": (True, {"train": Train()}),
     "nf4": (True, {"model": {"quantize": "nf4"}}),
     "fp8": (True, {"model": EIGHT}),
