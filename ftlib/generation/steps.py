@@ -56,6 +56,9 @@ def plain_block(block: Block, x: Tensor, rope: Turns | None, layout: object) -> 
 @cache
 def compiled_block() -> Callable[[Block, Tensor, Turns | None, object], Tensor]:
     """`plain_block` compiled, apart from what training compiles."""
+    # Each kind of block, for one row and for several, tables of other widths, adapters on and off: all are versions of
+    # one function, and past the limit whole graphs are refused.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(plain_block, fullgraph=True)
 
 

@@ -146,6 +146,8 @@ def mover(kind: str, block: int, stochastic: bool, compiled: bool) -> Callable[.
 
     if not compiled:
         return move
+    # Each length of blocks, kind of states and of rounding: versions of one function, and past its limit this fails.
+    torch._dynamo.config.recompile_limit = 64
     fused = torch.compile(move, fullgraph=True, dynamic=False)
 
     def run(p: Tensor, grad: Tensor, slots: list[Tensor], *rest: Any) -> None:

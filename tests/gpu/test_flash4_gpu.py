@@ -38,7 +38,6 @@ def distance(ours, exact):
     ],
 )
 def test_output_and_gradients(dim, kv_heads, ends, window, more, compiled):
-    torch._dynamo.reset()
     g = torch.Generator("cuda").manual_seed(0)
     ends = torch.tensor(ENDS[ends], dtype=torch.int32, device="cuda")
     q, k, v = (torch.randn(2, 512, heads, dim, generator=g, device="cuda") for heads in (8, kv_heads, kv_heads))
@@ -128,7 +127,6 @@ def places(ends, count):
 @pytest.mark.parametrize("mode", ["none", "full", "except_attention"])
 def test_a_model(tmp_path, mode):
     """Loss and gradients of compiled blocks are those of `sdpa`, whatever backward computes again."""
-    torch._dynamo.reset()
     config = {
         "model_type": "qwen3", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6,

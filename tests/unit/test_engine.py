@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -280,3 +281,27 @@ def test_the_compiled_step_is_the_plain_one_and_compiled_once(name, monkeypatch)
                     found.append([rows.step(model, pool, forward) for _ in range(3)])
             for (token, logprob), (other, expected) in zip(*found, strict=True):
                 assert token.tolist() == other.tolist() and torch.allclose(logprob, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_of_two_kinds_are_compiled_for_every_shape(monkeypatch):
+    """With and without a window, one row and several, narrow tables and wide ones: more versions of one function than
+    torch allows by itself."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    steps.compiled_block.cache_clear()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=8):
+            model, pool, tokens = tiny("gemma-2-2b"), Pool(8), [[3], [4], [5], [6]]
+            pages = [pool.take(1) for _ in tokens]
+            layout = PromptLayout.of(pool, tokens, pages, torch.device("cpu"))
+            model(Batch(torch.tensor(tokens), torch.tensor(tokens), torch.zeros(4, 1, dtype=torch.int64), layout))
+            for width in (4, 7):
+                for count in (3, 4, 1):
+                    made = [Request(tokens[i], SamplingParams(2), (0, 0), None, pages=pages[i]) for i in range(count)]
+                    found, expected = (
+                        Rows.of(made, width).step(model, pool, forward)[1] for forward in (steps.compiled_body, None)
+                    )
+                    assert torch.allclose(found, expected, atol=1e-5)
+    finally:
+        steps.compiled_block.cache_clear()

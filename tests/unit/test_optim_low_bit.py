@@ -1,5 +1,7 @@
 """AdamW with moments in few bits, stochastic rounding, and parameters that move in backward."""
 
+from functools import partial
+
 import pytest
 import torch
 from faults.tiny_training import Loader, one_process
@@ -381,3 +383,24 @@ def test_compiled_for_a_gpu_it_is_the_same(kind):
             mover(kind, block, True, compiled)(*mine, books, terms, where)
             found.append([mine[0], *mine[2]])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_blocks_of_many_lengths_are_compiled(monkeypatch):
+    """More versions of one function than torch allows by itself."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    mover.cache_clear()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=8):
+            books = [lowbit.book("int8", signed, CPU) for signed in (True, False)]
+            for block in range(16, 34, 2):
+                p, m = torch.ones(5, block), torch.zeros(5, block)
+                slots = [
+                    x
+                    for book, signed in zip(books, (True, False), strict=True)
+                    for x in lowbit.encode(m, "int8", signed, book)
+                ]
+                mover("int8", block, False, True)(p, p.clone(), slots, books, torch.full((7,), 0.5), [])
+                assert (p < 1).all()
+    finally:
+        mover.cache_clear()
