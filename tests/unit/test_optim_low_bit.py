@@ -386,16 +386,15 @@ def test_compiled_for_a_gpu_it_is_the_same(kind):
 
 
 def test_blocks_of_many_lengths_are_compiled(monkeypatch):
-    """More versions of one function than torch allows by itself."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch.compiler.reset()
-    mover.cache_clear()
+    torch.compiler.reset(), mover.cache_clear()
     try:
-        with torch._dynamo.config.patch(recompile_limit=8):
+        with torch._dynamo.config.patch(recompile_limit=8):  # torch's own
             books = [lowbit.book("int8", signed, CPU) for signed in (True, False)]
             for block in range(16, 34, 2):
-                p, m = torch.ones(5, block), torch.zeros(5, block)
-                slots = [*lowbit.encode(m, "int8", True, books[0]), *lowbit.encode(m, "int8", False, books[1])]
+                p, slots = torch.ones(5, block), []
+                for book, signed in zip(books, (True, False), strict=True):
+                    slots += lowbit.encode(torch.zeros(5, block), "int8", signed, book)
                 mover("int8", block, False, True)(p, p.clone(), slots, books, torch.full((7,), 0.5), [])
                 assert (p < 1).all()
     finally:
