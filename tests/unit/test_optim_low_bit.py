@@ -390,12 +390,11 @@ def test_blocks_of_many_lengths_are_compiled(monkeypatch):
     torch.compiler.reset(), mover.cache_clear()
     try:
         with torch._dynamo.config.patch(recompile_limit=8):  # torch's own
-            books = [lowbit.book("int8", signed, CPU) for signed in (True, False)]
+            books = {signed: lowbit.book("int8", signed, CPU) for signed in (True, False)}
             for block in range(16, 34, 2):
-                p, slots = torch.ones(5, block), []
-                for book, signed in zip(books, (True, False), strict=True):
-                    slots += lowbit.encode(torch.zeros(5, block), "int8", signed, book)
-                mover("int8", block, False, True)(p, p.clone(), slots, books, torch.full((7,), 0.5), [])
+                p, m = torch.ones(5, block), torch.zeros(5, block)
+                slots = [x for signed in books for x in lowbit.encode(m, "int8", signed, books[signed])]
+                mover("int8", block, False, True)(p, p.clone(), slots, [*books.values()], torch.full((7,), 0.5), [])
                 assert (p < 1).all()
     finally:
         mover.cache_clear()
