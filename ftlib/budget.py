@@ -19,6 +19,7 @@ from torch import nn
 from ftlib import preflight
 from ftlib.errors import Problems, UserError
 from ftlib.layers.batch import Batch, Layout
+from ftlib.losses.balancing import Balance
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.losses.multi_token import multi_token_loss
 from ftlib.models.remote import size
@@ -174,12 +175,15 @@ def trial(model: nn.Module, cfg: Any, device: torch.device) -> int | None:
 
 
 def learn(model: nn.Module, batch: Batch, rule: Loss) -> None:
-    """Forward and backward as the run will have them in the end: predicting further ahead, and rounded, where asked."""
+    """Forward and backward as the run will have them in the end: predicting further ahead, experts balanced, and
+    rounded, where asked."""
+    balance = Balance(model, rule)
     qat.switch(model, True)
     try:
         hidden, terms = model(batch), model.logit_terms
         loss = next_token_loss(hidden, model.lm_head.weight, batch.labels, batch.target_tokens, rule, **terms)
-        ((loss + multi_token_loss(model, hidden, batch, rule)) / batch.target_tokens).backward()
+        loss = loss + multi_token_loss(model, hidden, batch, rule) + balance(batch)
+        (loss / batch.target_tokens).backward()
     finally:
         qat.switch(model, False)  # a run says before each step whether it is
 

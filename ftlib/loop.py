@@ -1,7 +1,7 @@
 """What every training loop does between two steps, in one order: go back, evaluate, save, stop."""
 
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -11,10 +11,10 @@ from ftlib.errors import Stopped, UserError
 from ftlib.observe import sinks
 from ftlib.observe.output import Output
 from ftlib.observe.profile import STEPS, WARM, StepProfile
-from ftlib.optim import schedule_free
+from ftlib.optim import schedule, schedule_free
 from ftlib.parallel import pulse
 from ftlib.parallel.apply import reshard
-from ftlib.sections import Schedule
+from ftlib.sections.steps import in_steps
 
 
 def check(cfg: Any) -> None:
@@ -23,9 +23,8 @@ def check(cfg: Any) -> None:
         raise UserError(f"{steps} steps are none", where="steps", fix="1 or more, or null to count epochs")
     if steps is None and getattr(cfg, "epochs", 1) <= 0:
         raise UserError(f"{cfg.epochs:g} epochs are none", where="epochs", fix="above 0, a fraction too, or set steps")
-    schedule = getattr(cfg, "schedule", None)
-    if steps is not None and schedule is not None and schedule.warmup_steps >= steps:
-        _warn_of_warmup(schedule.warmup_steps, steps)
+    if steps is not None and hasattr(cfg, "schedule"):
+        schedule.check(cfg.schedule, steps)
     if not 0 <= getattr(cfg, "seed", 0) < 1 << 63:
         raise UserError("a seed has at most 63 bits and no sign", where="seed", fix="a number such as 0")
     if getattr(cfg, "neftune", 0) < 0:
@@ -63,12 +62,6 @@ def check(cfg: Any) -> None:
         )
 
 
-def _warn_of_warmup(warmup: int, steps: int) -> None:
-    if warmup != Schedule().warmup_steps:  # else nobody asked for it
-        what = f"schedule.warmup_steps is {warmup} and steps {steps}, which leaves none for anything else"
-        warnings.warn(f"{what}: the warm-up is shortened to {steps // 10} steps", stacklevel=3)
-
-
 def _goes_back(cfg: Any) -> bool:
     """Whether a run may go back to a checkpoint."""
     section = getattr(cfg, "optim", None)
@@ -95,7 +88,9 @@ class Boundary:
         self.cfg, self.run, self.steps = cfg, run, steps
         self.evaluate, self.output, self.saver, self.state = evaluate, output, saver, state
         self._flag, self._step = StopFlag(), 0
+        self._every = in_steps(cfg.eval.every, steps)
         saver.goes_back = _goes_back(cfg)
+        saver.cfg = replace(saver.cfg, every=in_steps(saver.cfg.every, steps))
         wanted = getattr(cfg, "profile", False) and run.is_main
         self._profile = StepProfile(output.folder / "profile", state.model, state.optimizer, output.say, wanted)
 
@@ -109,7 +104,7 @@ class Boundary:
         pulse.at(step + 1)
         if output.must_go_back:
             output.say(f"model and optimizer are those of step {saver.roll_back(self.state)} again")
-        if step == self.steps or (cfg.eval.every and step % cfg.eval.every == 0):
+        if step == self.steps or (self._every and step % self._every == 0):
             self.score(step)
         best = output.best
         best_now = cfg.checkpoint.keep_best and best is not None and best["step"] == step

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ftlib.adapters import relora
+from ftlib.config.types import no_folder
 from ftlib.errors import UserError, about
 from ftlib.kernels.linear_cross_entropy import tile_bytes
 from ftlib.layers.moe import Moe
@@ -179,7 +180,7 @@ def block_elements(arch: Arch, layer: Layer, seq_len: int, tile: float = 1.0, tp
 def check(model: nn.Module, cfg: Any, shards: int) -> None:
     """UserError when this machine cannot hold the run that `cfg` asks for, in memory or on disk."""
     with about("output_dir"):
-        _writable(Path(cfg.output_dir))
+        check_folder(Path(cfg.output_dir))
     least = need(model, cfg, shards)
     problems = [text for text in (_memory(least), _disk(least, Path(cfg.output_dir))) if text]
     if problems:
@@ -196,7 +197,10 @@ def _existing(folder: Path) -> Path:
     return next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
 
 
-def _writable(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """UserError where a run cannot write to its `output_dir`."""
+    if why := no_folder(folder):  # of a config made in Python; `config.read` refuses others
+        raise UserError(why, where="output_dir")
     there = _existing(folder)
     if not there.is_dir():
         raise UserError(f"{there} is a file, not a folder", where="output_dir", fix="name a folder of your own")

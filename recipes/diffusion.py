@@ -26,7 +26,6 @@ from ftlib.parallel import run as processes
 from ftlib.sections import (
     Batch,
     Checkpoint,
-    Data,
     Diffusion,
     Eval,
     Log,
@@ -35,6 +34,7 @@ from ftlib.sections import (
     Optim,
     Parallel,
     Schedule,
+    Texts,
     Tokenizer,
 )
 from ftlib.tokenizers import Tokenizer as Reader
@@ -46,7 +46,7 @@ class Config:
     from_scratch: bool = True  # draw fresh weights: of the model only config.json is read; false: continue its weights
     diffusion: Diffusion = Diffusion()
     tokenizer: Tokenizer = Tokenizer()
-    data: Data
+    data: Texts
     batch: Batch = Batch()
     steps: int | None = None  # optimizer steps; wins over epochs
     epochs: float = 1.0  # passes over the data
@@ -65,7 +65,7 @@ class Config:
 
 def check(cfg: Config, world: int = 1) -> None:
     """What can be known before anything is loaded."""
-    build.check(cfg, world)
+    build.check(cfg, world, scores=["eval_loss"])
     mask_of(cfg, build.tokenizer(cfg))
     if cfg.parallel.cp * cfg.parallel.tp > 1:
         what = "restoring tokens needs whole rows and whole heads on each process"

@@ -100,8 +100,8 @@ def teacher_of(cfg: Config, run: processes.Run, documents: data.Documents) -> Ca
             raise UserError(f"{stored} does not hold the teacher's tokens yet", where="distill.stored", fix=fix)
         top = lambda micro: most_likely(teacher, micro.to(run.device), cfg.distill.top_k)  # noqa: E731
         teacher_store.make(stored, documents, about, top, cfg.distill.top_k, cfg.data.seq_len)
-    rows = teacher_store.TeacherStore(stored, documents, cfg.data.seq_len)
-    return lambda micro, packs: StoredTeacher(*(part.to(run.device) for part in rows.rows(packs)))
+    rows = teacher_store.TeacherStore(stored, documents)
+    return lambda m, packs: StoredTeacher(*(part.to(run.device) for part in rows.rows(packs, m.input_ids.shape[1])))
 
 
 @torch.no_grad()

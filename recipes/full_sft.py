@@ -16,6 +16,7 @@ from ftlib.config import OutputDir
 from ftlib.evaluation.evaluate import Evaluation
 from ftlib.launch import launch, script
 from ftlib.loop import Boundary
+from ftlib.losses.balancing import Balance
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models.noise import add_noise
 from ftlib.observe.output import Output
@@ -80,6 +81,7 @@ def main(cfg: Config) -> list[dict]:
 
     model = build.model(cfg, run)
     add_noise(model, cfg.neftune)
+    balance = Balance(model, cfg.loss)
     optimizer = optim.build(model, cfg.optim)
     evaluate = Evaluation(cfg, rows, tokenizer, run, loader.max_documents)
 
@@ -106,11 +108,11 @@ def main(cfg: Config) -> list[dict]:
                 # Each micro-batch on each device adds its part of one weighted mean over the step's target tokens.
                 hidden, head, terms = model(micro), model.lm_head.weight, model.logit_terms | {"weights": micro.weights}
                 part = next_token_loss(hidden, head, micro.labels, micro.target_tokens, cfg.loss, **terms)
-                part = part / batch.target_weight
+                part = (part + balance(micro)) / batch.target_weight
                 part.backward()
                 loss += part.detach()
             grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
-            output.step(step, run.total(loss), grad_norm, lr, batch.tokens)
+            output.step(step, run.total(loss), grad_norm, lr, batch.tokens, balance.column(run, batch))
             if boundary(step):  # evaluates, saves and stops when it is time to
                 break
 

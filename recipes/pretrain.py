@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ftlib import build, models, optim
+from ftlib import build, models, optim, preflight
 from ftlib.checkpoint import Saver, State
 from ftlib.checkpoint.final import final_folder
 from ftlib.config import OutputDir
@@ -20,8 +20,9 @@ from ftlib.errors import UserError, about
 from ftlib.evaluation.evaluate import Evaluation
 from ftlib.launch import launch, script
 from ftlib.loop import Boundary
+from ftlib.losses.balancing import Balance
 from ftlib.losses.language_modelling import next_token_loss
-from ftlib.losses.multi_token import multi_token_loss
+from ftlib.losses.multi_token import MultiToken
 from ftlib.models import hub, own, sizes
 from ftlib.observe.output import Output, trained_share
 from ftlib.observe.statistics import statistics
@@ -31,7 +32,6 @@ from ftlib.sections import (
     Batch,
     Checkpoint,
     Context,
-    Data,
     Eval,
     Init,
     Log,
@@ -44,6 +44,7 @@ from ftlib.sections import (
     Schedule,
     Sizes,
     Stream,
+    Texts,
     Tokenizer,
 )
 
@@ -56,7 +57,7 @@ class Config:
     init: Init = Init()
     context: Context = Context()
     tokenizer: Tokenizer = Tokenizer()
-    data: Data
+    data: Texts
     stream: Stream | None = None  # read the sources while training; null: read and tokenise them before
     batch: Batch = Batch()
     steps: int | None = None  # optimizer steps; wins over epochs
@@ -81,12 +82,17 @@ def shaped(cfg: Config) -> Config:
     """The same config on a model folder with the sizes and range asked for; the tokenizer stays where it was."""
     if not (cfg.sizes.changed or cfg.context.changed):
         return cfg
-    if (cfg.sizes.changed or cfg.context.ssmax) and not cfg.from_scratch:
-        what = "weights have the sizes and the attention they have"
-        raise UserError(what, where="sizes, context.ssmax", fix="set from_scratch=true")
+    fresh = [key for key, on in {"sizes": cfg.sizes.changed, "context.ssmax": cfg.context.ssmax}.items() if on]
+    if fresh and not cfg.from_scratch:
+        fix = f"set from_scratch=true, or leave out what is for fresh weights: ~{' ~'.join(fresh)}"
+        raise UserError("weights have the sizes and the attention they have", where=", ".join(fresh), fix=fix)
     with about("model.path"):
         source = hub.resolve(cfg.model.path)
-    folder = sizes.write(source, cfg.output_dir, cfg.sizes, cfg.context, not cfg.from_scratch, own.find(cfg.model.code))
+    with about("model.code"):
+        code = own.find(cfg.model.code)
+    with about("output_dir"):
+        preflight.check_folder(cfg.output_dir)
+        folder = sizes.write(source, cfg.output_dir, cfg.sizes, cfg.context, not cfg.from_scratch, code)
     tokenizer = replace(cfg.tokenizer, path=cfg.tokenizer.path or cfg.model.path)
     return replace(cfg, model=replace(cfg.model, path=str(folder)), tokenizer=tokenizer)
 
@@ -109,9 +115,11 @@ def check(cfg: Config, world: int = 1) -> None:
     """What can be known before anything is loaded."""
     build.check(shaped(cfg), world)
     copies, shards, cp, _ = processes.sizes(cfg.parallel, world)
-    if cfg.log.statistics and copies > 1 and shards * cp == 1:
-        what = "gradients of whole copies are summed in the optimizer's step, after they would be measured"
-        raise UserError(what, where="log.statistics", fix="set it to 0, or parallel.dp_replicate=1")
+    elastic = cfg.deterministic == "elastic"
+    if cfg.log.statistics and (elastic or (copies > 1 and shards * cp == 1)):
+        where, other = ("deterministic", "true") if elastic else ("parallel.dp_replicate", "1")
+        what = "gradients are summed in the optimizer's step, after they would be measured"
+        raise UserError(what, where=f"log.statistics, {where}", fix=f"set log.statistics=0, or {where}={other}")
 
 
 def main(cfg: Config) -> list[dict]:
@@ -126,6 +134,7 @@ def main(cfg: Config) -> list[dict]:
     steps = cfg.steps or max(1, round(cfg.epochs * loader.steps_per_epoch()))
 
     model = build.model(cfg, run)
+    further, balance = MultiToken(model, cfg.loss), Balance(model, cfg.loss)
     optimizer = optim.build(model, cfg.optim)
     evaluate = Evaluation(cfg, rows, tokenizer, run, loader.max_documents)
 
@@ -150,14 +159,13 @@ def main(cfg: Config) -> list[dict]:
                 if cfg.context.skip:
                     micro = skip_positions(micro, model.arch.max_positions, row_seeds(cfg, run, step, number))
                 micro = micro.to(run.device, non_blocking=True)
-                hidden = model(micro)
                 # Each micro-batch on each device adds its part of one weighted mean over the step's target tokens.
-                head, terms = model.lm_head.weight, model.logit_terms | {"weights": micro.weights}
+                hidden, head, terms = model(micro), model.lm_head.weight, model.logit_terms | {"weights": micro.weights}
                 part = next_token_loss(hidden, head, micro.labels, micro.target_tokens, cfg.loss, **terms)
-                part = (part + multi_token_loss(model, hidden, micro, cfg.loss)) / batch.target_weight
+                part = (part + further(hidden, micro) + balance(micro)) / batch.target_weight
                 part.backward()
                 loss += part.detach()
-            more = columns(cfg, model, batch, step)
+            more = columns(cfg, model, batch, step) | further.column(run, batch) | balance.column(run, batch)
             grad_norm = optim.step(optimizer, cfg.optim.max_grad_norm)
             output.step(step, run.total(loss), grad_norm, lr, batch.tokens, more)
             if boundary(step):  # evaluates, saves and stops when it is time to

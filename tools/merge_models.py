@@ -23,6 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ftlib.cli.arguments import Parser  # noqa: E402
 from ftlib.errors import UserError  # noqa: E402
 from ftlib.models.weights import Weights, open_folder  # noqa: E402
 
@@ -85,6 +86,9 @@ def merge(out: Path, folders: Sequence[Path], args: argparse.Namespace) -> None:
     if out.exists():
         raise UserError(f"{out} exists", fix="name a new folder")
     base = args.base or folders[0]
+    for folder in [base, *folders]:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder", fix="name a model's folder; tune download ID DIR makes one")
     opened = [open_folder(folder) for folder in [base, *folders]]
     wanted = opened[0].shapes
     for folder, weights in zip(folders, opened[1:], strict=True):
@@ -147,8 +151,9 @@ def _merged(key: str, tensors: list[Tensor], args: argparse.Namespace) -> Tensor
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What was asked for, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """What was asked for; UserError where that makes no sense."""
+    parser = Parser("merge", __doc__)
+    parser.prog = Path(__file__).name
     parser.add_argument("out", type=Path)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--method", choices=("linear", "slerp", "ties", "dare"), default="linear")
@@ -156,7 +161,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, help="ties, dare: what the models were trained from")
     parser.add_argument("--density", type=float, help="ties, dare: share of each difference that stays, 0.2")
     parser.add_argument("--seed", type=int, default=0, help="dare")
-    args = parser.parse_args(argv)
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
     args.weights = args.weights or [1.0] * len(args.models)
     if len(args.weights) != len(args.models) or sum(args.weights) <= 0:
         parser.error("--weights: one for each model, together above 0")
@@ -174,8 +179,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 2 a mistake."""
-    args = arguments(argv)
     try:
+        args = arguments(argv)
         merge(args.out, args.models, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,12 @@
 """Trains a byte-level BPE tokenizer and writes it as a folder that ftlib and transformers load, with equal ids.
 
-    python tools/train_tokenizer.py OUT SOURCE … --vocab-size 32000 [--template chatml --eos '<|im_end|>'
-        --special '<|im_start|>'] [--visible '<tool_call>' '</tool_call>']
+    python tools/train_tokenizer.py OUT SOURCE … --vocab-size 32000 [--template chatml] [--eos '<|im_end|>']
+        [--special '<|mask|>'] [--visible '<tool_call>' '</tool_call>']
 
 A source is whatever `data.sources[].path` takes: files of any kind, folders, patterns, Hub ids. Rows that are text are
 read as they are, conversations rendered with the template. Every byte is in the vocabulary, so that no text is lost.
-Special tokens take the first ids; nothing is merged across them. Equal input gives an equal tokenizer.
+Special tokens take the first ids, those that the template marks turns with among them; nothing is merged across them.
+Answers end where the template's marker does, texts at --eos. Equal input gives an equal tokenizer.
 """
 
 import argparse
@@ -28,6 +29,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BYTES = 256
+MARKER = re.compile(r"<\|\w+\|>|<\w+_of_turn>")  # what a template marks turns with
 
 
 def documents(paths: Iterable[str | Path], template: str | None, **names: str) -> Iterator[str]:
@@ -44,6 +46,13 @@ def documents(paths: Iterable[str | Path], template: str | None, **names: str) -
                 raise UserError("these rows are conversations", where=example.where, fix="give --template")
             else:
                 yield render_chat_template(template, example.messages, tools=example.tools, **names)
+
+
+def markers(template: str, **names: str) -> tuple[list[str], list[str]]:
+    """What a template marks turns with, and of these the one that ends an answer, if any does."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
+    text = render_chat_template(template, turns, **names)
+    return MARKER.findall(template + text), MARKER.findall(text.rpartition("\0")[2])[:1]
 
 
 def train(
@@ -130,14 +139,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = {"eos": args.eos, "pad": args.pad, "bos": args.bos}
     try:
         template = load_template(args.template) if args.template else None
-        texts = documents(args.sources, template, eos_token=args.eos, bos_token=args.bos or "")
-        special = dict.fromkeys(token for token in (args.pad, args.bos, args.eos, *args.special) if token)
+        names = {"eos_token": args.eos, "bos_token": args.bos or ""}
+        texts = documents(args.sources, template, **names)
+        marked, stops = markers(template, **names) if template else ([], [])
+        special = dict.fromkeys(token for token in (args.pad, args.bos, args.eos, *args.special, *marked) if token)
         tokenizer = train(texts, args.vocab_size, list(special), args.visible, args.pattern)
-        save(tokenizer, args.out, **named, template=template, max_length=args.max_length)
+        save(tokenizer, args.out, **named, template=template, stops=stops, max_length=args.max_length)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.vocab_size:,} ids in {args.out}")
+    print(f"{args.vocab_size:,} ids in {args.out}; special: {' '.join(special)}")
     return 0
 
 

@@ -1,5 +1,7 @@
 """What can be known of a config before the first step: every problem of it in one error."""
 
+import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -8,6 +10,9 @@ from ftlib.adapters import token_rows
 from ftlib.build.models import attach, backend, default_device, from_scratch, new_tokens, shapes
 from ftlib.data import streaming
 from ftlib.errors import Problems, UserError, about
+from ftlib.evaluation import metrics
+from ftlib.kernels.capability import bf16_note, without_bf16
+from ftlib.losses import balancing
 from ftlib.models import LanguageModel, load
 from ftlib.optim import adamw, in_backward, lisa, schedule_free
 from ftlib.optim.groups import parameter_groups
@@ -18,13 +23,15 @@ from ftlib.preference import check as preference
 from ftlib.sections import Reward
 
 
-def check(cfg: Any, world: int = 1) -> None:
+def check(cfg: Any, world: int = 1, scores: Sequence[str] | None = None) -> None:
     """Everything that can be known before the first step without a GPU; raises one error listing all problems.
 
-    `cfg` is a recipe's Config: sections it does not have are not checked.
+    `cfg` is a recipe's Config: sections it does not have are not checked. `scores`: what the numbers of the recipe's
+    own evaluation are called, for `eval.metric`; None: those of the library's.
     """
     problems, found = [], []
     checks = (check_model, lambda cfg: _check_parallel(cfg, world), loop.check, _check_stream, _check_loss)
+    checks += (lambda cfg: metrics.check(cfg, scores),)
     for part in (partial(check, cfg) for check in checks):
         try:
             found.append(part())
@@ -43,6 +50,8 @@ def check_model(cfg: Any) -> LanguageModel:
     """The model on meta as a run would train it; UserError where its files or the config do not allow that."""
     folder, built = shapes(cfg)
     backend(cfg, built, default_device())
+    if cfg.dtype == "bf16" and (old := without_bf16(default_device())):
+        warnings.warn(f"dtype=bf16: {bf16_note(old)}", stacklevel=2)
     if not from_scratch(cfg):
         with about("model.path"):
             load.check_weights(built, folder)
@@ -51,6 +60,7 @@ def check_model(cfg: Any) -> LanguageModel:
     trained, fresh = new_tokens(cfg, built)
     attach(built, cfg, trained)
     _check_trained(cfg, built, fresh)
+    balancing.check(built, cfg)
     if hasattr(cfg, "optim"):
         parameter_groups(built, cfg.optim)
         adamw.check(built, cfg.optim)

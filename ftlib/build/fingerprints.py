@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from ftlib import data
+from ftlib import config, data
 from ftlib.adapters import relora
 from ftlib.adapters import setup as adapters
 from ftlib.models import hub, own
@@ -12,13 +12,15 @@ from ftlib.sections import Mtp, Reward
 
 
 def fingerprint(cfg: Any, rows: data.Datasets) -> dict[str, Any]:
-    """What must be equal for a run to be continued: base model, data, order and size of a step."""
+    """What must be equal for a run to be continued: base model, data, order and size of a step. `config`, the whole of
+    it, need not be: ftlib.checkpoint.changes has each key."""
     folder = hub.resolve(cfg.model.path)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:  # a header holds names, shapes and places of tensors; reading all takes minutes
             digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(1 << 16))
     found = {
+        "config": config.redact_tree(config.to_dict(cfg)),
         "model": digest.hexdigest(),
         "data": rows.train.fingerprint,
         "data.seq_len": cfg.data.seq_len,

@@ -8,11 +8,12 @@ from ftlib.checkpoint import exchange
 from ftlib.data import streaming
 from ftlib.data.report import counted
 from ftlib.errors import UserError, about
-from ftlib.models import hub, own
+from ftlib.models import hub, own, sizes
 from ftlib.parallel.run import Run
 from ftlib.sections import Data, Reward
 from ftlib.tokenizers import Tokenizer
 
+PADDED = 0.25  # of all positions: from here on a run says how many are padding
 _PROBE = "The quick brown fox, 1234567 of them, jumped over; \n\n  def f(x):\n\treturn x['é'] ≠ 0 # Straße, 日本語, мир"
 
 
@@ -25,6 +26,7 @@ def tokenizer(cfg: Any) -> Tokenizer:
         found.set_pad(cfg.tokenizer.pad_token)
     if cfg.data.template is not None:
         found.chat_template = tokenizers.load_template(cfg.data.template)
+    found.set_template_args(cfg.data.template_args)
     return found
 
 
@@ -62,12 +64,15 @@ def datasets(cfg: Any, tokenizer: Tokenizer) -> data.Datasets | streaming.Stream
     longest = max(int(rows.lengths.max(initial=0)) for rows in (found.train, *found.eval.values()))
     found.report.totals += _short(cfg, found) + _fit(cfg, tokenizer, longest)
     if asked.kind == "train":
+        found.report.totals += _padding(cfg, found.train)
         return found
     mismatched = asked.kind == "rated" and cfg.dpo.mismatched
     options = {"mismatched": mismatched, "seed": cfg.seed, "seq_len": cfg.data.seq_len}
     options["shared"] = (getattr(cfg, "dpo", None) or cfg.reward).share_prompt
     sets = {name: data.Preferences(rows, **options) for name, rows in found.eval.items()}
-    return data.Datasets(data.Preferences(found.train, **options), sets, found.report)
+    train = data.Preferences(found.train, **options)
+    found.report.totals += _padding(cfg, train)
+    return data.Datasets(train, sets, found.report)
 
 
 def _unreached(cfg: Any) -> list[str]:
@@ -83,6 +88,8 @@ def _fit(cfg: Any, tokenizer: Tokenizer, longest: int) -> list[str]:
     arch, ids, said = own.arch(cfg.model, cfg.model.path), tokenizer.vocab_size, []
     length = _asked(cfg, "context", "length") or arch.max_positions
     if hasattr(cfg, "sizes") and cfg.from_scratch:
+        if cfg.sizes.changed:
+            said += sizes.note(hub.read_config(hub.resolve(cfg.model.path)), cfg.sizes)
         if (rows := cfg.sizes.vocab or arch.vocab) > 2 * ids:
             what = f"the tokenizer has {ids:,} ids, the embedding {rows:,} rows, most of which will not learn"
             said.append(f"warning: {what}: sizes.vocab={ids} leaves them out")
@@ -106,6 +113,17 @@ def _short(cfg: Any, found: data.Datasets) -> list[str]:
         return []
     what = f"batch.rows is {batch.rows}, and all of the data fills about {counted(rows, 'row')} of data.seq_len"
     return [f"warning: {what}: each step has the same documents several times"]
+
+
+def _padding(cfg: Any, train: data.Documents | data.Preferences) -> list[str]:
+    """A line where much of what a step computes is padding."""
+    if cfg.data.pack or not hasattr(batch := getattr(cfg, "batch", None), "micro_rows"):
+        return []
+    share = data.Plan(train, cfg.data.seq_len, cfg.seed, packed=False).padding(batch.micro_rows)
+    if share < PADDED:
+        return []
+    what = f"{share:.0%} of the positions that a step computes are padding, as each document has a row of its own"
+    return [f"warning: {what}: data.pack=true puts several into one, and they never see each other"]
 
 
 def _known_tokens(cfg: Any, tokenizer: Tokenizer) -> int:
@@ -160,6 +178,7 @@ def loader(
         ranks=run.data_ranks,
         pin=run.device.type == "cuda",
         share=run.share if run.data["cp"].size() > 1 else None,
+        multiple=run.multiple,
     )
 
 

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 import ftlib
-from ftlib.checkpoint import format, rng, tensors
+from ftlib.checkpoint import changes, format, rng, tensors
 from ftlib.checkpoint.agree import Ranks, exchange, together, wire_device
 from ftlib.checkpoint.background import Background
 from ftlib.checkpoint.verify import newest_good, read_state, verify
@@ -28,12 +28,8 @@ from ftlib.parallel.run import reseed
 from ftlib.sections import Checkpoint
 
 FINISHED, LOCK = ".finished.json", ".lock"  # in output_dir; hidden, as neither is a result
-DIGESTS = {
-    "data": "other rows than then (data, tokenizer)",
-    "model": "other weights or another config.json than then (model.path)",
-}  # entries of a fingerprint whose values say nothing to a reader
-ROWS_FOLLOW = frozenset({"seed", "data.seq_len", "tokenizer.add_tokens", "batch.rows"})  # held out, cut, in a step
 OF_A_RECIPE = frozenset({"dpo", "reward", "rollout", "train", "diffusion"})  # a recipe lists them always or never
+CONFIG = "config"  # in a fingerprint and beside it in what is saved
 SAVE = "SAVE"  # a file of this name in output_dir asks for a checkpoint after the step that is running
 
 
@@ -62,7 +58,8 @@ class Saver:
     """Checkpoints of one run in `<output_dir>/checkpoints`. Every method that touches files is collective.
 
     `fingerprint` is a flat dict of JSON values that must be equal for a run to be continued (model, data, seed,
-    rows…; a `seed` in it also seeds the generators when the number of ranks changes).
+    rows…; a `seed` in it also seeds the generators when the number of ranks changes). Its entry `config` is the whole
+    config: what of that may change, and what is said then, is in changes.py.
     """
 
     def __init__(
@@ -79,6 +76,7 @@ class Saver:
         self.marker = Path(output_dir) / FINISHED
         self._request = Path(output_dir) / SAVE
         self.fingerprint = json.loads(json.dumps(fingerprint))
+        self._config = self.fingerprint.pop(CONFIG, {})
         self._say = say if run.is_main else lambda text: None
         self._initial: list[dict[str, Any]] | None = None  # optimizer settings before the first step
         self._lock: TextIO | None = None
@@ -117,15 +115,18 @@ class Saver:
         if self._initial is None:
             self._initial = tensors.groups(state.optimizers)
         choice: str | None = None
+        processes = exchange(self.run, (platform.node(), os.getpid()))
         with together(self.run, "looking for checkpoints"):
             if self.run.is_main:
+                self.root.mkdir(parents=True, exist_ok=True)
+                self._hold_lock(processes)
                 choice = self._choose()
         name = exchange(self.run, choice)[0]
         if name is None:
             return 0
         with together(self.run, f"reading {name}"):
             saved = read_state(self.root / name)
-            self._compare(name, saved["fingerprint"])
+            noted = self._compare(name, saved)
             numbers = saved["optimizer"]["state"]
             wanted = tensors.targets(self.root / name, state.model, state.optimizers, numbers)
         with together(self.run, f"reading {name}"):
@@ -133,7 +134,8 @@ class Saver:
             changed = tensors.restore_groups(state.optimizers, self._initial, saved["optimizer"]["groups"])
             state.loader.load_state_dict(saved["loader"])
             state.extra.update(saved["extra"])
-        self._say(f"resuming from {name}" + "".join(f"; config changed {text}" for text in dict.fromkeys(changed)))
+        told = "; ".join(noted or dict.fromkeys(changed))
+        self._say(f"resuming from {name}" + (f"; config changed {told}" if told else ""))
         self._restore_rng(saved)
         return saved["step"]
 
@@ -264,7 +266,7 @@ class Saver:
         with together(self.run, "marking the run as finished"):
             if self.run.is_main:
                 temporary = self.marker.with_suffix(".tmp")
-                format.write_json(temporary, {"step": step, "fingerprint": self.fingerprint})
+                format.write_json(temporary, {"step": step, "fingerprint": self.fingerprint, CONFIG: self._config})
                 os.replace(temporary, self.marker)
                 format.sync(self.marker.parent)
 
@@ -275,14 +277,12 @@ class Saver:
             if self.run.is_main and self.cfg.resume != "never" and self.marker.is_file() and self.final.is_dir():
                 content = _read_marker(self.marker)
                 if content:
-                    self._compare("the finished run", content["fingerprint"])
+                    self._compare("the finished run", content)
                     step = content["step"]
         return exchange(self.run, step)[0]
 
     def _choose(self) -> str | None:
         """Rank 0: tidy the folder and pick what to resume from, by `checkpoint.resume`."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._hold_lock()
         format.sweep(self.root, _intact, self._say)
         names = list(format.listing(self.root))
         if self.cfg.resume == "never":
@@ -307,23 +307,34 @@ class Saver:
             )
         return name
 
-    def _hold_lock(self) -> None:
-        """Until this process ends, however it ends: two runs in one folder would sweep away each other's saves."""
+    def _hold_lock(self, processes: Sequence[tuple[str, int]]) -> None:
+        """Until this process ends, however it ends: two runs in one folder would sweep away each other's saves. The
+        file names all `processes` of the run, by host: those of a launcher that was killed train on."""
         if self._lock is not None:
             return
-        handle = open(self.root.parent / LOCK, "w")  # noqa: SIM115 - closing it would release the lock
+        handle = open(self.root.parent / LOCK, "a+")  # noqa: SIM115 - closing it would release the lock
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by data workers
         except (BlockingIOError, PermissionError):
+            handle.seek(0)
+            hosts = [line.split() for line in handle]
             handle.close()
-            fix = "wait for it or stop it, or use a new output_dir"
-            raise UserError("another run is using this folder", where=str(self.root.parent), fix=fix) from None
+            named = "; ".join(f"process{'es' * (len(pids) > 1)} {', '.join(pids)} on {host}" for host, *pids in hosts)
+            stop = f"stop it (on {hosts[0][0]}: kill {hosts[0][1]}, which saves first)" if named else "stop it"
+            what, fix = "another run is using this folder", f"wait for it or {stop}, or use a new output_dir"
+            raise UserError(f"{what}: {named}" if named else what, where=str(self.root.parent), fix=fix) from None
         except OSError:
             pass  # some network file systems have no locks; then nothing guards against a second run
+        handle.truncate(0)
+        by_host = {host: [str(pid) for name, pid in processes if name == host] for host, _ in processes}
+        handle.writelines(f"{host} {' '.join(pids)}\n" for host, pids in by_host.items())
+        handle.flush()
         self._lock = handle
 
-    def _compare(self, name: str, saved: dict[str, Any]) -> None:
-        drift = _drift(saved, self.fingerprint)
+    def _compare(self, name: str, content: dict[str, Any]) -> list[str]:
+        """What the config has changed since. UserError where that makes it another run."""
+        saved, was = content["fingerprint"], content.get(CONFIG) or changes.config_of(self.root.parent)
+        drift = changes.refused(saved, self.fingerprint, was, self._config)
         if drift:
             other = any(key.split(".")[0] in OF_A_RECIPE for key in saved.keys() ^ self.fingerprint.keys())
             recipe = recipe_of_run(self.root.parent) if other else None
@@ -333,6 +344,7 @@ class Saver:
                 where=str(self.root),
                 fix="set them back, use a new output_dir, or start over: checkpoint.resume=never",
             )
+        return changes.noted(was, self._config)
 
     def _make_room(self, name: str, size: int) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -361,6 +373,7 @@ class Saver:
             "world": self.run.world,
             "mesh": {} if mesh is None else dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)),
             "fingerprint": self.fingerprint,
+            CONFIG: self._config,
             "versions": {"ftlib": ftlib.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
 
@@ -374,23 +387,6 @@ class Saver:
 
 def _intact(folder: Path) -> bool:
     return verify(folder) is None
-
-
-def _drift(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, a line each; rows that differ because a key does are not listed too."""
-    saved, mine = _flat(saved), _flat(mine)
-    keys = [key for key in sorted(saved.keys() | mine.keys()) if saved.get(key) != mine.get(key)]
-    if not ROWS_FOLLOW.isdisjoint(keys):
-        keys = [key for key in keys if key != "data"]
-    values = {key: f"{saved.get(key)!r} then, {mine.get(key)!r} now" for key in keys} | DIGESTS
-    return [f"{key}: {values[key]}" for key in keys]
-
-
-def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """With the keys of whole sections as entries of their own."""
-    sections = {key: value for key, value in fingerprint.items() if isinstance(value, dict)}
-    inner = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    return {key: value for key, value in fingerprint.items() if key not in sections} | inner
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ftlib.cli import sampling
 from ftlib.cli.arguments import Parser
 from ftlib.errors import UserError, did_you_mean
 
@@ -56,13 +57,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--code", metavar="FILE.py:CLASS", help="your own decoder class: model.code of its run")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default: 0.7; 0: the likeliest")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    sampling.add_options(parser, sampling.TALKING)
+    parser.add_template_arg()
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="default: the GPU if there is one")
     args = parser.parse(argv)
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise UserError("tune chat: --max-new-tokens is at least 1, --temperature at least 0")
+    sampling.check("chat", args)
     return args
 
 

@@ -46,11 +46,14 @@ def facts(driver: tuple[int, int] | None) -> list[str]:
         import torch
 
         from ftlib import preflight
+        from ftlib.kernels.capability import bf16_note, without_bf16
         from ftlib.models.remote import size
 
         for i in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(i)
             lines.append(f"GPU {i}: {gpu.name}, {size(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}")
+            if old := without_bf16(i):
+                lines.append(f"  {bf16_note(old)}")
         where, total, _ = preflight.available()
         lines.append(f"memory of {where}: {size(total)}; torch is built for {torch.version.cuda or 'the CPU'}")
         lines.append(f"room here: {size(shutil.disk_usage(Path.cwd()).free)}")

@@ -2,7 +2,9 @@
 
     tune gguf MODEL OUT.gguf [--dtype f16|bf16|f32|q8_0]
 
-Families: llama, mistral, qwen2, qwen3. An adapter is merged first: `tune merge MODEL ADAPTER OUT`.
+Families: llama, mistral, qwen2, qwen3; for others llama.cpp's convert_hf_to_gguf.py reads the same folder. K-quants are
+made from the f16 file by llama.cpp: `llama-quantize OUT.gguf SMALL.gguf Q4_K_M`. An adapter is merged first:
+`tune merge MODEL ADAPTER OUT`.
 """
 
 import os
@@ -40,4 +42,5 @@ def main(argv: Sequence[str]) -> int:
     if code := own.recorded(folder):
         print(f"note: {folder} was trained with {code.code}, which no GGUF can hold", file=sys.stderr)
     print(f"{size(gguf.export(folder, out, args.dtype, args.pre))} -> {out}")
+    print(f"next: echo 'FROM {out.resolve()}' > Modelfile && ollama create {out.stem} -f Modelfile")
     return 0

@@ -4,6 +4,7 @@
     tune help config                  the sections that recipes share
     tune help config RECIPE           every key of one recipe
     tune help config RECIPE KEY       one key, or all below it: optim.lr, optim, lr
+    tune help KEY [RECIPE]            the same of all recipes that ship, where it differs of each
     tune help schema RECIPE           the JSON schema of its config, for editors
 """
 
@@ -19,7 +20,7 @@ from ftlib.errors import UserError, did_you_mean
 
 
 def main(argv: Sequence[str]) -> int:
-    """`tune help [VERB | config [RECIPE [KEY]] | schema RECIPE]`"""
+    """`tune help [VERB | config [RECIPE [KEY]] | schema RECIPE | KEY [RECIPE]]`"""
     if not argv:
         print(cli.overview())
     elif argv[0] in ("-h", "--help"):
@@ -30,10 +31,12 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(schema_of(argv[1]), indent=1, ensure_ascii=False))
     elif argv[0] in cli.VERBS and len(argv) == 1:
         cli.module(argv[0]).main(["--help"])
+    elif "." in argv[0] and len(argv) <= 2:
+        print(_recipe(argv[1], argv[0]) if len(argv) == 2 else _key(argv[0]))
     else:
         topics = [*cli.VERBS, "config", "schema"]
         raise UserError(f"tune help: unknown topic {' '.join(argv)!r}{did_you_mean(argv[0], topics)}",
-                        fix=f"one of {', '.join(topics)}")
+                        fix=f"one of {', '.join(topics)}, or a key: tune help optim.lr")
     return 0
 
 
@@ -47,21 +50,49 @@ def schema_of(name: str) -> dict:
 
 
 def _recipe(name: str, key: str | None = None) -> str:
-    from ftlib.cli import recipe
-    from ftlib.config import describe
-    from ftlib.config.suggest import unknown_key
-
-    docs = describe(recipe.load(recipe.find(name)).Config)
+    docs = _docs(name)
     if key is None:
         return _table(docs)
+    if not (found := _of_key(docs, key)):
+        raise UserError(f"{key}: {_unknown(key, docs)}", fix=f"tune help config {name}")
+    return _table(found)
+
+
+def _key(key: str) -> str:
+    """A key, or all below it, in the recipes that have it: once where they agree."""
+    from ftlib.cli import assets
+
+    docs = {path.stem: _docs(path.stem) for path in assets.shipped("recipes").values()}
+    tables: dict[str, list[str]] = {}
+    for name, every in docs.items():
+        if found := _of_key(every, key):
+            tables.setdefault(_table(found), []).append(name)
+    if not tables:
+        everything = {doc.key: doc for every in docs.values() for doc in every}
+        raise UserError(f"{key}: {_unknown(key, list(everything.values()))}", fix="tune help config RECIPE")
+    return "\n\n".join(f"{', '.join(names)}:\n{table}" for table, names in tables.items())
+
+
+def _docs(name: str) -> list["KeyDoc"]:  # noqa: F821
+    from ftlib.cli import recipe
+    from ftlib.config import describe
+
+    return describe(recipe.load(recipe.find(name)).Config)
+
+
+def _of_key(docs: list["KeyDoc"], key: str) -> list["KeyDoc"]:  # noqa: F821
+    """The key and all below it, else every key that ends so."""
     wanted = re.sub(r"\[\d*\]", "[]", key)
     found = [doc for doc in docs if doc.key == wanted or doc.key.startswith((f"{wanted}.", f"{wanted}[]."))]
-    found = found or [doc for doc in docs if doc.key.rpartition(".")[2] == wanted]
-    if not found:
-        known = [doc.key for doc in docs]
-        sections = dict.fromkeys(name.partition(".")[0] for name in known)
-        raise UserError(f"{key}: {unknown_key(key, [*known, *sections], sections)}", fix=f"tune help config {name}")
-    return _table(found)
+    return found or [doc for doc in docs if doc.key.rpartition(".")[2] == wanted]
+
+
+def _unknown(key: str, docs: list["KeyDoc"]) -> str:  # noqa: F821
+    from ftlib.config.suggest import unknown_key
+
+    known = [doc.key for doc in docs]
+    sections = dict.fromkeys(name.partition(".")[0] for name in known)
+    return unknown_key(key, [*known, *sections], sections)
 
 
 def _sections() -> str:

@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
 def parse(verb: str, argv: Sequence[str]) -> tuple[argparse.Namespace, int, int]:
     """torchrun's options and the recipe after them; the processes of this node, and of all."""
     parser = get_args_parser()
+    options = parser._get_option_tuples  # `--nproc` begins two spellings of one option, which is no ambiguity
+    parser._get_option_tuples = lambda word: list({id(found[0]): found for found in options(word)}.values())
 
     def error(message: str) -> NoReturn:
         fix = f"tune {verb} --nproc-per-node N RECIPE --config FILE …; the options are those of torchrun"

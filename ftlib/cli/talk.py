@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ftlib.cli import loading
+from ftlib.cli import loading, sampling
 from ftlib.errors import UserError
 from ftlib.generation import Engine, SamplingParams
 from ftlib.tokenizers import Tokenizer
@@ -20,7 +20,7 @@ class Talk:
     engine: Engine
     tokenizer: Tokenizer
     params: SamplingParams
-    seed: int
+    stops: list[str]
     device: str
     messages: list[dict[str, str]] = field(default_factory=list)
 
@@ -34,10 +34,9 @@ class Talk:
         if tokenizer.chat_template is None:
             fix = "use a model made for conversations, or `tune generate --raw`"
             raise UserError(f"{args.model} has no chat template", fix=fix)
-        params = SamplingParams(
-            args.max_new_tokens, temperature=args.temperature, stop_ids=tokenizer.stop_ids
-        )
-        talk = cls(Engine(model, compile="graphs"), tokenizer, params, args.seed, device)
+        tokenizer.set_template_args(args.template_arg, "--template-arg")
+        params = sampling.params(args, tokenizer, sampling.TALKING)
+        talk = cls(Engine(model, compile="graphs"), tokenizer, params, args.stop, device)
         talk.reset(args.system)
         return talk
 
@@ -60,23 +59,17 @@ class Talk:
         limit = self.engine.model.arch.max_positions
         if limit and len(prompt) >= limit:
             raise UserError(f"the conversation is {len(prompt)} tokens, the model was made for {limit}", fix="/reset")
-        tokens: list[int] = []
-        written = ""
+        pieces: list[str] = []
 
-        def on_token(key: int, token: int) -> None:
-            nonlocal written
-            tokens.append(token)
-            text = self.tokenizer.decode(tokens, skip_special=True)
-            if not text.endswith("\ufffd"):  # half a character
-                write(text[len(written) :])
-                written = text
+        def hear(piece: str) -> None:
+            pieces.append(piece)
+            write(piece)
 
         try:
-            params = dataclasses.replace(self.params, seed=self.seed + len(self.messages))
-            self.engine.generate([prompt], params, on_token=on_token)
+            params = dataclasses.replace(self.params, seed=self.params.seed + len(self.messages))
+            sampling.draw(self.engine, self.tokenizer, [prompt], params, stops=self.stops, write=hear)
         except KeyboardInterrupt:
             pass
-        answer = self.tokenizer.decode(tokens, skip_special=True)
-        write(answer[len(written) :])
+        answer = "".join(pieces)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return answer

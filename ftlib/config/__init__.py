@@ -52,11 +52,19 @@ def read(schema: type[Schema], argv: Sequence[str] | None = None) -> tuple[Schem
     problems += found
     if problems:
         problems = sorted(dict.fromkeys(problems), key=_by_line)
-        if any(NO_KEY in problem for problem in found) and (others := recipes_of(plain(tree), arguments.files)):
-            named = " or ".join(others)
-            problems[-1] += f"\nfix: take a recipe that has all of these keys, {named}, or leave out what is none here"
+        if any(NO_KEY in problem for problem in found):
+            problems[-1] += _whose(plain(tree), arguments.files, known_keys(schema))
         raise Problems(problems)
     return cfg, Places.of(tree)
+
+
+def _whose(tree: dict, files: Sequence[str], known: Sequence[str]) -> str:
+    """What to do about keys that are of other recipes, as the end of a problem; empty where no recipe has them."""
+    if others := recipes_of(tree, files):
+        return f"\nfix: take a recipe that has all of these keys, {' or '.join(others)}, or leave out what is none here"
+    owners = {key: recipes_of({key: tree[key]}) for key in tree if key not in known}
+    named = "; ".join(f"{key} ({', '.join(names)})" for key, names in owners.items() if names)
+    return f"\nfix: leave out what is none here, or take a recipe that has it: {named}" if named else ""
 
 
 def _by_line(problem: str) -> tuple[str, int]:

@@ -3,13 +3,15 @@
 import dataclasses
 import re
 from dataclasses import MISSING
+from types import NoneType
 from typing import Any, get_args
 
 from ftlib.config.tree import Node, scalar
 from ftlib.config.types import defaults_of, hints_of, is_sequence, members, type_name
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
-_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
+_GROUPED = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+")
+_COMMA = re.compile(r"-?\d+,\d+(?:e[+-]?\d+)?", re.I)
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?(?:g|gb|gib)", re.I)
 _THOUSANDS = re.compile(r"(\d+) ?k", re.I)
 
@@ -20,9 +22,9 @@ def value(hint: Any, node: Node, key: str) -> str:
     if isinstance(given, list) and dict[str, float] in kinds:
         return f" (write {{{', '.join(f'{item.value}: 1' for item in given)}}})"
     if sections := [kind for kind in kinds if dataclasses.is_dataclass(kind)]:
-        return section(sections[0], given)
+        return " (write null)" if given is False and NoneType in kinds else section(sections[0], given, key)
     sequences = [kind for kind in kinds if is_sequence(kind)]
-    meant = _number(given, int in kinds) if float in kinds or int in kinds else None
+    meant = _number(given, float not in kinds) if float in kinds or int in kinds else None
     if bool in kinds and str(given).lower() in ("yes", "on", "no", "off"):
         meant = "true" if given.lower() in ("yes", "on") else "false"
     elif meant is None and sequences and isinstance(given, str | dict):
@@ -32,9 +34,13 @@ def value(hint: Any, node: Node, key: str) -> str:
     return f" (write {meant})" if meant else ""
 
 
-def section(cls: type, given: object) -> str:
+def section(cls: type, given: object, key: str = "") -> str:
     """For what stands in place of a section: its one key that is required or could be meant, or all their names."""
     meant = [name for name, default in defaults_of(cls).items() if default is MISSING]
+    if given is None and key:
+        return f" (leave it out, or on the command line write ~{key}, for its defaults)"
+    if given is True and not meant:
+        return f" (write {{}} for its defaults; its keys: {', '.join(defaults_of(cls))})"
     if len(meant) != 1:
         meant = [name for name, hint in hints_of(cls).items() if any(given in get_args(kind) for kind in members(hint))]
     if isinstance(given, str) and given and len(meant) == 1:
@@ -51,6 +57,8 @@ def _number(given: object, whole: bool) -> str | None:
         return f"{float(share[1]) / 100:g}"
     if _GROUPED.fullmatch(given):
         return given.replace(",", "")
+    if not whole and _COMMA.fullmatch(given):
+        return given.replace(",", ".")
     if (plain := given.replace("\N{MINUS SIGN}", "-")) != given and not isinstance(scalar(plain), str):
         return plain
     if gibibytes := _BYTES.fullmatch(given):

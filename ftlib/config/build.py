@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ftlib.config import advice
 from ftlib.config.secrets import redact
-from ftlib.config.suggest import unknown_key
+from ftlib.config.suggest import other_key, unknown_key
 from ftlib.config.tree import Node
 from ftlib.config.types import (
     LocalOrHub,
@@ -22,6 +22,7 @@ from ftlib.config.types import (
     is_sequence,
     known_keys,
     members,
+    no_folder,
     resolve_path,
     type_name,
 )
@@ -65,7 +66,7 @@ def _value(hint: Any, node: Node, key: str, report: Report, default: Any = MISSI
     if typing.get_origin(hint) is Literal:
         return _literal(typing.get_args(hint), node, key, report)
     if is_sequence(hint):
-        return _sequence(hint, node, key, report)
+        return _sequence(hint, node, key, report, default)
     if is_mapping(hint):
         return _mapping(hint, node, key, report)
     return _scalar(hint, node, key, report)
@@ -84,6 +85,8 @@ def _scalar(hint: Any, node: Node, key: str, report: Report) -> Any:
             value = node.text  # a shell eats the quotes that would say that 007 is text
         if value == "" and hint in (Path, LocalOrHub, OutputDir):
             return report.add(node, key, "an empty text is no path")
+        if hint == OutputDir and (why := no_folder(value)):
+            return report.add(node, key, why)
         if isinstance(value, str):
             try:
                 return resolve_path(hint, value, node.base)
@@ -99,15 +102,17 @@ def _literal(options: tuple, node: Node, key: str, report: Report) -> Any:
         if node.shell and node.text == option:
             return option
     named = ", ".join(map(repr, options))
-    hint = did_you_mean(str(node.value), [option for option in options if isinstance(option, str)])
+    texts = [option for option in options if isinstance(option, str)]
+    hint = other_key(node.value) or did_you_mean(str(node.value), texts)
     return report.add(node, key, f"expected one of {named}, got {_got(node)}{hint}")
 
 
-def _sequence(hint: Any, node: Node, key: str, report: Report) -> Any:
+def _sequence(hint: Any, node: Node, key: str, report: Report, default: Any) -> Any:
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     fixed = kind is tuple and args and Ellipsis not in args
     if not isinstance(node.value, list) or (fixed and len(args) != len(node.value)):
-        return _mismatch(hint, node, key, report)
+        usual = f" (write {list(default)}, for instance)" if fixed and isinstance(default, tuple) else ""
+        return _mismatch(hint, node, key, report, usual)
     hints = args if fixed else (args[0] if args else Any,) * len(node.value)
     pairs = enumerate(zip(hints, node.value, strict=True))
     items = [_value(item_hint, item, f"{key}[{i}]", report) for i, (item_hint, item) in pairs]
@@ -153,9 +158,13 @@ def _section(cls: type, node: Node, key: str, report: Report, default: Any) -> A
     """An instance of the dataclass `cls`; keys that are not set come from `default` (a recipe's own) or the class."""
     items = {} if node.value is None and node.text == "" else node.value  # `optim:` with nothing beneath
     if not isinstance(items, dict):
-        meant = redact(advice.section(cls, node.value))
+        meant = other_key(node.value) or redact(advice.section(cls, node.value, key))
         return report.add(node, key, f"expected a section with keys, got {_got(node)}{meant}")
     hints, fallbacks, prefix = hints_of(cls), defaults_of(cls, default), f"{key}." if key else ""
+    for name in [name for name in items if name not in hints and name.partition(":")[0] in hints]:  # `{match:embed}`
+        meant, _, value = name.partition(":")
+        report.add(items[name], prefix + meant, f"put a space after ':' (write {meant}: {value})")
+        items = {k: v for k, v in items.items() if k != name} | {meant: Node(BROKEN, node.where, node.base)}
     for name, item in items.items():
         if name not in hints and "." in name:
             outer, _, inner = name.rpartition(".")

@@ -60,19 +60,22 @@ def default_text(value: Any) -> str:
 
 
 def meanings_of(schema: type) -> dict[str, str]:
-    """Field name -> the comment that ends the line of the field's definition, over all base classes."""
+    """Field name -> the comment above the field, then the one that ends the line of its definition, over all bases."""
     meanings: dict[str, str] = {}
     for cls in reversed(schema.__mro__[:-1]):
         try:
             source = textwrap.dedent(inspect.getsource(cls))
         except (OSError, TypeError):  # made at run time, for example in a test or a notebook
             continue
-        comments = {
-            token.start[0]: token.string.lstrip("# ").strip()
-            for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT
-        }
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        found = [token for token in tokens if token.type == tokenize.COMMENT]
+        comments = {token.start[0]: token.string.lstrip("# ").strip() for token in found}
+        alone = {token.start[0] for token in found if token.line.lstrip().startswith("#")}
         for statement in ast.parse(source).body[0].body:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                meanings[statement.target.id] = comments.get(statement.end_lineno, "")
+                first, last = statement.lineno, statement.end_lineno
+                while first - 1 in alone:
+                    first -= 1
+                lines = [*range(first, statement.lineno), last]
+                meanings[statement.target.id] = " ".join(comments[line] for line in lines if line in comments)
     return meanings

@@ -5,9 +5,10 @@ import re
 HIDDEN = "<redacted>"
 
 # The last word of a key decides: `hf_token` and `api_key` are secrets, `max_new_tokens` and `tokenizer` are not, and
-# neither are `pad_token` and `mask_token`, which name one of a vocabulary.
+# neither are `pad_token` and `mask_token`, which name one of a vocabulary, and `experts_per_token`, which is a number.
 _SECRET_KEY = re.compile(
-    r"(?:^|[_\-.])(?:(?<!pad_)(?<!mask_)token|secret|key|apikey|password|passwd|authorization|credentials?)$", re.I
+    r"(?:^|[_\-.])(?:(?<!pad_)(?<!mask_)(?<!per_)token|secret|key|apikey|password|passwd|authorization|credentials?)$",
+    re.I,
 )
 _SECRET_VALUES = (
     (re.compile(r"\b(?:hf|ghp|gho|ghs|github_pat|glpat|xox[abpr]|sk|rk|pk)[_-][A-Za-z0-9_\-]{8,}"), HIDDEN),

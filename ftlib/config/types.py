@@ -16,6 +16,7 @@ MaybeFile = Annotated[str, "name or file"]
 OutputDir = Annotated[Path, "relative to the working directory"]
 """A folder that is written to. Its relative form starts from the working directory even when a shared YAML sets it."""
 
+_ADDRESS = re.compile(r"[A-Za-z][\w+.\-]*:/")  # of a Path `s3://x` keeps one slash
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+(?:@[\w.\-/]+)?")
 _DATA_FILE = re.compile(r"\.(?:jsonl?|parquet|csv|tsv|txt|arrow|model|tiktoken|safetensors)(?:\.gz|\.zst)?$")
 _NAMES = {
@@ -112,6 +113,14 @@ def resolve_path(hint: Any, value: str, base: Path) -> str | Path:
         is_local = is_local or _DATA_FILE.search(value) or ("/" in value and not _HUB_ID.fullmatch(value))
         return _against(base, value) if is_local else value
     return value
+
+
+def no_folder(output_dir: str | Path) -> str | None:
+    """Why nothing can be written to an `output_dir`, and what to do: None where it is no address such as `s3://x`."""
+    if not _ADDRESS.match(str(output_dir)):
+        return None
+    how = "name a folder, and copy it there when the run is over (`aws s3 sync`, `rclone`), or mount the storage"
+    return f"{output_dir} is an address, and a run writes files: {how}"
 
 
 def _against(base: Path, value: str) -> str:

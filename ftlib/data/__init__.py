@@ -3,7 +3,7 @@
 from ftlib.data.collect import examples
 from ftlib.data.documents import Document, Documents
 from ftlib.data.examples import Example
-from ftlib.data.loader import Loader, Step, eval_batches
+from ftlib.data.loader import Loader, Plan, Step, eval_batches
 from ftlib.data.loading import Datasets, load
 from ftlib.data.packing import pack
 from ftlib.data.preference import Wanted
@@ -20,6 +20,7 @@ __all__ = [
     "Example",
     "LoadReport",
     "Loader",
+    "Plan",
     "Preferences",
     "Step",
     "Wanted",

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ftlib.data import preference, sources, thinking
-from ftlib.data.examples import Example, Shape, shown
-from ftlib.data.formats import FORMATS, choose_shape, kind, read_examples
+from ftlib.data.examples import Example, Shape, nested, shown
+from ftlib.data.formats import FORMATS, choose_shape, kind, read_examples, unused
 from ftlib.data.masks import Masked, Tokenizer, tokenize_all
 from ftlib.data.preference import KINDS, Wanted
 from ftlib.data.report import BROKEN, LISTED, RENDERED, UNTRAINED, SourceReport
@@ -21,6 +21,7 @@ from ftlib.data.store import MemoryWriter, Pieces
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
 
+MOST_NAMED = 8  # columns that are not used
 MOST_BAD_ROWS = 1000  # reading stops here: the whole file is wrong
 CHUNK = 256  # rows that are tokenised together, and that a worker gets at a time
 THREADS = "TOKENIZERS_PARALLELISM"  # a switch of the tokenizers library
@@ -181,11 +182,22 @@ def opened(
         if first is None:
             raise seen[0].row.value
         shape = choose_shape(first, source.format, source.columns, source.roles, key, cfg.train_on)
+        shape = replace(shape, evidence=shape.evidence + _left_out(first, shape))
     except UserError as error:
         if error.where == key:  # of its columns
             error.what = f"{files[0]}: {error.what}"
         raise sources.told(error, key) from None
     return shape, first, chain(seen, places)
+
+
+def _left_out(row: dict[str, Any], shape: Shape) -> str:
+    """What a row has that is not trained on, so that a text in a column of an unknown name is not lost unseen."""
+    names = unused(row, shape)
+    if not names:
+        return ""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    classes = " (classification is not trained here)" if shape.format == "text" and "label" in names else ""
+    return f"; not used: {', '.join(names[:MOST_NAMED])}{more}{classes}"
 
 
 def find_shape(
@@ -203,7 +215,9 @@ def find_shape(
         if wanted.kind == "rated" and (label := first.get(source.columns.get("label", "label"))) is not None:
             fix = f"write true or false for `label`, here: {shown(label)}"
         raise UserError(what, where=key, fix=fix)
-    plain = shape.format in TEMPLATE_FREE or isinstance(first.get("completion", first.get("canonical_solution")), str)
+    plain = shape.format in TEMPLATE_FREE or (
+        "completion" in shape.columns and isinstance(nested(first, shape.columns).get(shape.column("completion")), str)
+    )
     if not plain and not tokenizer.chat_template:
         raise UserError(
             f"{files[0]} holds conversations, but the tokenizer has no chat template",

@@ -98,6 +98,19 @@ class Shape:
         return value
 
 
+def nested(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row, and in it a column for each one of the file that leads into another: `reward_model.ground_truth`."""
+    found = {}
+    for name in columns.values():
+        *path, last = name.split(".")
+        value: Any = row
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        if path and name not in row and isinstance(value, dict) and last in value:
+            found[name] = value[last]
+    return {**row, **found} if found else row
+
+
 def cell(row: dict[str, Any], column: str, where: str) -> Any:
     """What a row has in a column of the file. UserError if it has no such column."""
     if column not in row:

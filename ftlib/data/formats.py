@@ -6,7 +6,7 @@ from typing import Any
 
 from ftlib import plugins
 from ftlib.data import pairs, records
-from ftlib.data.examples import ROLES, Example, Shape, listed
+from ftlib.data.examples import ROLES, Example, Shape, listed, nested
 from ftlib.data.messages import ALIASES, MESSAGES, is_pair, read_messages
 from ftlib.errors import UserError, did_you_mean
 
@@ -45,16 +45,17 @@ def choose_shape(
             )
     if format != "auto" and format not in FORMATS:
         return _own(format, columns, {**ALIASES, **roles}, key, train_on)
+    row = nested(row, columns)
     for ours, theirs in columns.items():
         if ours not in MESSAGE_COLUMNS and theirs not in row:
             what = f"column {theirs!r} not found{did_you_mean(theirs, row)}; the file has {listed(row)}"
-            raise UserError(what, where=f"{key}.columns.{ours}")
-    tried = {name: FORMATS[name].match(row, columns) for name in (FORMATS if format == "auto" else [format])}
-    name = next((name for name, found in tried.items() if found), None)
+            fix = "name one of these, or leave columns out where they have the format's own names"
+            raise UserError(what, where=f"{key}.columns.{ours}", fix=fix)
+    name, found = _matched(row, format, columns) or _matched_by_letters(row, format, columns)
     if name is None:
         raise _unmatched(row, format, key)
     for ours in columns:
-        if ours not in FORMATS[name].columns:
+        if ours not in FORMATS[name].columns and kind(name) != "prompt":  # whose other columns go to the rewards
             raise UserError(
                 f"format {name} has no column {ours!r}{did_you_mean(ours, FORMATS[name].columns)}",
                 where=f"{key}.columns",
@@ -62,13 +63,57 @@ def choose_shape(
             )
     evidence = "named in the config"
     if format == "auto":
-        evidence = f"it has {' and '.join(dict.fromkeys(tried[name].values()))}"
-    return Shape(name, {**tried[name], **columns}, {**ALIASES, **roles}, evidence, train_on, FORMATS[name].read)
+        decided = [theirs for ours, theirs in found.items() if ours not in _OPTIONAL]
+        evidence = f"it has {' and '.join(dict.fromkeys(decided))}"
+    return Shape(name, {**found, **columns}, {**ALIASES, **roles}, evidence, train_on, FORMATS[name].read)
+
+
+def _matched(row: dict[str, Any], format: str, columns: Columns) -> tuple[str, dict[str, str]] | None:
+    """The first format that a row has, or the one that is asked for, and its deciding columns (ours -> the file's)."""
+    tried = ((name, FORMATS[name].match(row, columns)) for name in (FORMATS if format == "auto" else [format]))
+    return next(((name, found) for name, found in tried if found), None)
+
+
+def _matched_by_letters(row: dict[str, Any], format: str, columns: Columns) -> tuple[str | None, dict[str, str]]:
+    """The same whether letters are large or small, of a row that fits none otherwise: `Question` and `Response`."""
+    names = {name.lower(): name for name in reversed(row)} | {name: name for name in row}
+    name, found = _matched({small: row[name] for small, name in names.items()}, format, columns) or (None, {})
+    more = {ours: names[ours] for ours in _OPTIONAL if name and ours in FORMATS[name].columns and ours in names}
+    return name, {ours: names[theirs] for ours, theirs in found.items()} | more
+
+
+def unused(row: dict[str, Any], shape: Shape) -> list[str]:
+    """Columns of a row that nothing is made of; for prompts and functions of the user, which get the row, none."""
+    if shape.format not in FORMATS or kind(shape.format) in ("prompt", "evaluation"):
+        return []
+    watched = _Watched(nested(row, shape.columns))
+    try:
+        read_examples(watched, shape, "")
+    except UserError:  # said, with its place, where the row is read
+        return []
+    known = {part for theirs in shape.columns.values() for part in (theirs, theirs.partition(".")[0])}
+    return [name for name in row if name not in watched.seen | known]
+
+
+class _Watched(dict):
+    """A row that notes which of its columns are looked at."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.seen.add(name)
+        return super().get(name, default)
 
 
 def read_examples(row: dict[str, Any], shape: Shape, where: str) -> list[Example]:
     """The records of a row of that shape; `where` is its `file:line`."""
-    found = shape.read(row, shape, where)
+    found = shape.read(nested(row, shape.columns), shape, where)
     return found if isinstance(found, list) else [found]
 
 
@@ -199,6 +244,7 @@ def _answer(row: dict[str, Any], columns: Columns) -> dict[str, str]:
     return {} if found and isinstance(row[found["question"]], list) else found
 
 
+_OPTIONAL = ("system", "history", "context", "choices", "input", "tools")  # that decide on no format
 MESSAGE_COLUMNS = ("role", "content")  # keys of a message, not columns of a row
 _CONVERSATION = ("messages", "tools", "system", *MESSAGE_COLUMNS)
 _PREFERENCE = ("chosen", "rejected", "prompt", "system", "history")

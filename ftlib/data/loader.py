@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ftlib.data.packing import pack, shuffled
+from ftlib.data.packing import pack, shuffled, width
 from ftlib.errors import UserError
-from ftlib.layers.batch import Batch
+from ftlib.layers.batch import MULTIPLE, Batch
 
 AHEAD = 2  # steps made in advance by the loader's thread
 
@@ -54,9 +54,8 @@ class Plan:
     seq_len: int
     seed: int
     packed: bool = True
-    max_documents: int = field(
-        init=False
-    )  # of a row: as many as the fullest row of epoch 0 has, which binds all epochs
+    multiple: int = MULTIPLE
+    max_documents: int = field(init=False)  # of a row: as the fullest row of epoch 0 has, which binds all epochs
     _packs: dict[int, list[list[int]]] = field(init=False, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -71,6 +70,20 @@ class Plan:
                 newest = list(self._packs.items())[-1:]
                 self._packs = {**dict(newest), epoch: self._make(epoch, self.max_documents)}
             return self._packs[epoch]
+
+    def width(self, rows: list[list[int]]) -> int:
+        """Tokens of each row of a micro-batch: `seq_len` where documents are packed, else what its longest one takes.
+
+        A function of the micro-batch alone: the number of ranks does not change it, and ranks that share rows agree.
+        """
+        return self.seq_len if self.packed else row_width(self.documents, rows, self.seq_len, self.multiple)
+
+    def padding(self, micro_rows: int) -> float:
+        """The share of epoch 0's positions that hold no token."""
+        packs = self.packs(0)
+        micro = [packs[at : at + micro_rows] for at in range(0, len(packs), micro_rows)]
+        tokens = sum(int(self.documents.lengths[row].sum()) for row in packs)
+        return 1 - tokens / max(1, sum(self.width(rows) * len(rows) for rows in micro))
 
     def _make(self, epoch: int, max_documents: int | None) -> list[list[int]]:
         members = self.documents.of_epoch(self.seed, epoch)
@@ -124,7 +137,7 @@ class _Maker:
         return step, {"epoch": self.epoch, "next_pack": self.next_pack}
 
     def _batch(self, rows: list[list[int]]) -> Batch:
-        batch = self.plan.documents.batch(rows, self.plan.seq_len, self.pad_id, self.plan.max_documents)
+        batch = self.plan.documents.batch(rows, self.plan.width(rows), self.pad_id, self.plan.max_documents)
         batch = batch if self.share is None else self.share(batch)
         return batch.pin_memory() if self.pin else batch
 
@@ -135,7 +148,9 @@ class Loader:
     Each rank's rows / ranks rows come as micro batches of `micro_rows`. The last step of an epoch is filled with rows
     of padding, so every rank does the same number of steps. A thread makes steps in advance; the state is the position
     of the next step to be consumed, whatever was made already. `max_documents` is constant for the run, hence so is
-    the shape of every tensor of every batch. `share`, if given, picks this rank's part of each batch.
+    the shape of every tensor of every batch; without `pack` a micro-batch is as wide as its longest document needs, a
+    size of `packing.width` (`multiple`: of what every row is a multiple, or `seq_len`). `share`, if given, picks this
+    rank's part of each batch.
     """
 
     def __init__(
@@ -152,6 +167,7 @@ class Loader:
         ranks: int = 1,
         pin: bool = False,
         share: Callable[[Batch], Batch] | None = None,
+        multiple: int = MULTIPLE,
     ) -> None:
         if rows % (micro_rows * ranks):
             near = max(rows // (micro_rows * ranks), 1) * micro_rows * ranks
@@ -161,7 +177,7 @@ class Loader:
                 where="batch.rows",
                 fix=f"set batch.rows={near}, or change batch.micro_rows",
             )
-        self.plan = Plan(documents, seq_len, seed, pack)
+        self.plan = Plan(documents, seq_len, seed, pack, multiple)
         if not self.plan.packs(0):
             raise UserError(
                 "an epoch has no rows", where="data.sources", fix="raise the weights of the sources, or add rows"
@@ -220,10 +236,12 @@ def eval_batches(
     rank: int = 0,
     ranks: int = 1,
     max_documents: int | None = None,
+    multiple: int | None = None,
 ) -> Iterator[Batch]:
     """Every document once over all ranks, packed; the same number of batches on each rank.
 
-    `max_documents` of the training loader gives batches of its shapes, so that compiled code is not compiled again.
+    `max_documents` of the training loader gives batches of its shapes, so that compiled code is not compiled again; so
+    does `multiple` of one that does not pack. None: every row has `seq_len` tokens.
     """
     packs = pack(documents.lengths, seq_len, 0, 0, max_documents)
     most = max_documents or max(map(len, packs), default=1)
@@ -231,4 +249,10 @@ def eval_batches(
         at = start + rank * micro_rows
         rows = packs[at : at + micro_rows]
         rows += [[] for _ in range(micro_rows - len(rows))]
-        yield documents.batch(rows, seq_len, pad_id, most)
+        wide = seq_len if multiple is None else row_width(documents, rows, seq_len, multiple)
+        yield documents.batch(rows, wide, pad_id, most)
+
+
+def row_width(documents: Rows, rows: list[list[int]], seq_len: int, multiple: int) -> int:
+    """Tokens that rows of one micro-batch need, as `packing.width` has them."""
+    return width(max(int(documents.lengths[row].sum()) for row in rows), seq_len, multiple)

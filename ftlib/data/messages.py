@@ -19,6 +19,12 @@ LARGEST = float(np.finfo(np.float32).max)  # as which weights are kept
 REASONING = ("reasoning", "thinking", "think")
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 
+PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))  # of a turn that is both sides
+SPEAKERS = {
+    "system": "system", "human": "user", "user": "user", "input": "user", "assistant": "assistant",
+    "output": "assistant",
+}  # fmt: skip
+
 Parts = list[tuple[tuple[int, int], float | None]]  # character range in the content, weight if it has one of its own
 
 
@@ -52,16 +58,17 @@ def add_turns(example: Example, turns: Any, shape: Shape, column: str) -> Exampl
 
 def is_pair(turn: dict[str, Any]) -> bool:
     """Whether one object holds a question and its answer."""
-    return "role" not in turn and "from" not in turn and ("human" in turn or "user" in turn) and "assistant" in turn
+    told = "role" in turn or "from" in turn
+    return not told and any(asked in turn and answered in turn for asked, answered in PAIRS)
 
 
 def _pair(example: Example, turn: dict[str, Any]) -> None:
-    for key in ("system", "human", "user", "assistant"):
-        if turn.get(key) is None:
+    for key, role in SPEAKERS.items():
+        if turn.get(key) is None or (key == "system" and turn[key] == ""):
             continue
         if not isinstance(turn[key], str):
             raise UserError(f"{key!r} must be text, here it is {shown(turn[key])}")
-        example.add(ALIASES.get(key, key), turn[key])
+        example.add(role, turn[key])
 
 
 def _message(example: Example, turn: Any, shape: Shape) -> None:

@@ -62,6 +62,19 @@ def pack(lengths: np.ndarray, seq_len: int, seed: int, epoch: int, max_documents
     return [packs[i] for i in shuffled(len(packs), seed, epoch, 1)]
 
 
+def width(longest: int, seq_len: int, multiple: int) -> int:
+    """Tokens of a row that holds one document of `longest` tokens: `multiple` x 1, 2, 3, 4, 6, 8, 12 …, or `seq_len`.
+
+    Few sizes, as kernels are tuned and graphs recorded for each, of which none is half as long again as it has to be.
+    """
+    size = multiple
+    while size < longest:
+        size *= 2
+    if size >= 4 * multiple and longest <= size // 4 * 3:
+        size = size // 4 * 3
+    return min(size, seq_len)
+
+
 def share(rows: int, weight: float, seed: int, source: int, epoch: int) -> np.ndarray:
     """Which of a source's `rows` belong to an epoch, int64: about rows * weight of them.
 

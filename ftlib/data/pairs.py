@@ -8,7 +8,7 @@ from ftlib.errors import UserError
 
 ALPACA = (
     ("instruction", "output"), ("instruction", "response"), ("INSTRUCTION", "RESPONSE"), ("instruction", "revision"),
-    ("instruction", "answer"),
+    ("instruction", "answer"), ("instruction", "completion"),
 )  # fmt: skip
 QUESTIONS = (
     ("question", "answer"), ("question", "response"), ("query", "response"), ("prompt", "response"),

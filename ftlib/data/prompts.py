@@ -24,13 +24,17 @@ COLUMNS = ("prompt", *MESSAGES, "question", "problem", "query", "instruction", "
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question: `messages`, their `ids` up to where the model goes on, and the row's other `columns`."""
+    """A question: `messages`, their `ids` up to where the model goes on, and the row's other `columns`.
+
+    `text`: what the row asks, where that is text and one turn answers it. Rewards get text then, as TRL's do.
+    """
 
     messages: list[dict[str, Any]]
     ids: list[int]
     columns: dict[str, Any]
     where: str
     tools: list[dict[str, Any]] | None = None
+    text: str | None = None
 
 
 @dataclass
@@ -65,11 +69,13 @@ class PromptSets:
 
 
 def load(
-    cfg: Section, tokenizer: Tokenizer, room: int, seed: int, tools: list[dict[str, Any]] | None = None
-) -> PromptSets:
+    cfg: Section, tokenizer: Tokenizer, room: int, seed: int, tools: list[dict[str, Any]] | None = None,
+    several: bool = False,
+) -> PromptSets:  # fmt: skip
     """Every prompt of the config's sources; those that leave less than `room` tokens of a row are dropped and counted.
 
-    `tools`: what the chat template shows the model, for rows that bring none. UserError with file and line.
+    `tools`: what the chat template shows the model, for rows that bring none. `several`: something answers the model,
+    so a completion has several turns and is no text. UserError with file and line.
     """
     report: list[str] = []
     sources = [
@@ -83,6 +89,8 @@ def load(
     else:
         for i, source in enumerate(cfg.eval or ()):
             held_out += _read(source, cfg, tokenizer, room, tools, report, f"data.eval[{i}]")
+    if several:
+        held_out, *sources = [[replace(prompt, text=None) for prompt in part] for part in (held_out, *sources)]
     return PromptSets(Asked(sources, [source.weight for source in cfg.sources]), held_out, report)
 
 
@@ -173,10 +181,13 @@ def _read(
 
 def _as_prompts(source: Source) -> Source:
     """A source whose format was not named: its first column that can be a question is one, all others are columns."""
-    if source.format != "auto" or "prompt" in source.columns:
+    if source.format != "auto":
         return source
+    if "prompt" in source.columns:
+        return replace(source, format="prompt")
     first = next(read_all(files_of(source), source.split)).row.value
-    column = next((name for name in COLUMNS if isinstance(first, dict) and first.get(name)), None)
+    names = {name.lower(): name for name in first} | {name: name for name in first} if isinstance(first, dict) else {}
+    column = next((names[name] for name in COLUMNS if name in names and first[names[name]]), None)
     return source if column is None else replace(source, format="prompt", columns={**source.columns, "prompt": column})
 
 
@@ -191,7 +202,7 @@ def _prompt(row: Any, cfg: Section, tokenizer: Tokenizer, tools: list | None) ->
         messages.insert(0, {"role": "system", "content": cfg.system})
     tools = row.tools or tools
     text = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True, tokenize=False)
-    prompt = Prompt(messages, tokenizer.encode(text), columns, row.where, tools)
+    prompt = Prompt(messages, tokenizer.encode(text), columns, row.where, tools, (row.record or {}).get("prompt"))
     return prompt, thinking.unwritten(messages, Rendered(text, []))
 
 

@@ -154,11 +154,16 @@ def read_stepwise(row: dict[str, Any], shape: Shape, where: str) -> Example:
 
 
 def read_prompt(row: dict[str, Any], shape: Shape, where: str) -> Example:
-    """A question without its answer; whatever else the row has is in `extra`, for the reward."""
+    """A question without its answer; whatever else the row has is in `extra`, for the reward. `record` has its text as
+    `prompt`, where it is no list of messages."""
     example = _prompt(row, shape, where)
     if not example.messages:
         raise UserError("it has no prompt", where=where)
-    example.record = {}
+    example.record = example.record or {}
+    own = ("prompt", "messages", "system", "history", "role", "content")  # all others are the rewards', under new names
+    named = {ours: theirs for ours, theirs in shape.columns.items() if ours not in own}
+    rest = {key: value for key, value in example.extra.items() if key not in named.values()}
+    example.extra = rest | {ours: cell(row, theirs, where) for ours, theirs in named.items()}
     return example
 
 
@@ -177,7 +182,10 @@ def _prompt(row: dict[str, Any], shape: Shape, where: str) -> Example:
             value = [turn for part in value for turn in part]
         if isinstance(value, str) and column not in MESSAGES:
             more = row.get("input") if column == "instruction" else None
-            example.add("user", "\n".join(filter(None, (value, more))))
+            text = "\n".join(filter(None, (value, more)))
+            if not row.get(shape.column("history")):
+                example.record = {"prompt": text}
+            example.add("user", text)
         else:
             add_turns(example, value, shape, column)
     no_weights(example, NO_WEIGHTS)

@@ -255,12 +255,7 @@ class Lane:
             self._next_row(source)
             empty += self.cursors[source][0] != epoch
             if empty > 1:
-                name = self.plan.sources[source].name
-                raise UserError(
-                    f"source {name!r} has no row to train on for each of the {self.plan.lanes} rows of a step",
-                    where="data.sources, batch.rows",
-                    fix="a source this small needs no stream: remove the `stream` section, or lower batch.rows",
-                )
+                raise _too_small(self.plan.sources[source], self.plan.lanes)
 
     def _advance(self, source: int, document: int, token: int) -> None:
         if token < len(self.documents[document][0]):
@@ -305,6 +300,15 @@ class Lane:
                 raise
         check_tokens(max((int(ids.max()) for ids, _ in found), default=0), self.plan.vocab)
         return found
+
+
+def _too_small(source: StreamSource, lanes: int) -> UserError:
+    what = f"source {source.name!r} has no row to train on for each of the {lanes} rows of a step"
+    fix = "a source this small needs no stream: remove the `stream` section, or lower batch.rows"
+    if not source.skip:
+        return UserError(what, where="data.sources, batch.rows", fix=fix)
+    what += f" behind the first {source.skip:,}, which are held out"
+    return UserError(what, where="data.eval, data.sources, batch.rows", fix=f"lower data.eval; {fix}")
 
 
 def check_tokens(highest: int, vocab: int) -> None:

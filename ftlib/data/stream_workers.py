@@ -15,6 +15,7 @@ from typing import Any
 from ftlib.data.stream_rows import Lane, Packed, Reader, StreamPlan, first_state
 from ftlib.errors import UserError
 
+ENDED = "a process that reads and tokenises ended without a word"
 PIPE_BYTES = 1 << 20  # rows that a worker may be ahead
 _F_SETPIPE_SZ = 1031  # Linux
 
@@ -71,7 +72,7 @@ class Workers:
             try:
                 message = end.recv()
             except (EOFError, OSError):
-                raise RuntimeError("a process that reads and tokenises ended (out of memory?)") from None
+                raise RuntimeError(ENDED) from None
             if isinstance(message, dict):
                 if "trace" in message:
                     raise RuntimeError(f"a process that reads and tokenises failed:\n{message['trace']}")

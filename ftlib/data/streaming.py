@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from ftlib.data import pieces, sources
-from ftlib.data.collect import CHUNK, TEMPLATE_FREE, Job, find_shape
+from ftlib.data.collect import CHUNK, TEMPLATE_FREE, Job, Outcome, find_shape
 from ftlib.data.documents import Documents
 from ftlib.data.examples import Shape
 from ftlib.data.files import File, stem
@@ -103,7 +103,7 @@ def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, 
         found.append(StreamSource(name, pieces.in_order(files, ahead), shape, source.weight, held_out))
         share = None if stream.mix else source.weight / sum(s.weight for s in data.sources)
         reports.append(_Opened(name, source.path, shape.format, shape.evidence, files, share))
-        reports[-1].unwritten = _unwritten(shape, data, tokenizer, files, places)
+        reports[-1].unwritten = _beginning(shape, data, tokenizer, files, places)
     names = [source.name for source in found]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two sources are called {double!r}", where="data.sources", fix="give one another `name`")
@@ -117,11 +117,12 @@ def open_stream(data: Data, stream: Stream, tokenizer: Tokenizer, *, rows: int, 
     else:
         cut = [] if isinstance(data.eval, (int, float)) else list(data.eval or ())  # `check` refuses a share
         listed = [_files(source, stream, f"data.eval[{i}]") for i, source in enumerate(cut)]
-    key = "data.sources" if held_out else "data.eval"
-    evals = _held_out(data, cut, listed, tokenizer, seed, key) if cut else {}
+    evals = _held_out(data, cut, listed, tokenizer, seed, held_out) if cut else {}
     for rows_out in evals.values():
         check_tokens(rows_out.max_token_id, vocab)
-    report = LoadReport(reports, totals=[describe(f"held out ({k})", d) for k, d in evals.items()])
+    totals = [describe(f"held out ({k})", d) for k, d in evals.items()]
+    checked = f"rows of a stream are read as they come: checked are the first {CHUNK} of each source"
+    report = LoadReport(reports, totals=[*totals, checked])
     return Streamed(plan, evals, report)
 
 
@@ -149,15 +150,29 @@ class _Opened(SourceReport):
         return [f"{self.name}: {how}", *([lost] if self.unwritten else [])]
 
 
-def _unwritten(
+def _beginning(
     shape: Shape, data: Data, tokenizer: Tokenizer, files: list[File], places: Iterator[sources.Place]
 ) -> int:
-    """Messages in the first rows of a source whose reasoning the template leaves out."""
-    if shape.format in TEMPLATE_FREE:
-        return 0
+    """Messages in the first rows of a source whose reasoning the template leaves out. UserError for a broken row."""
     job = Job(shape, tokenizer, replace(data, overlong="split"), files, keep_examples=False)
-    first = [(0, place.row.line, place.row.value) for place in islice(places, CHUNK)]
-    return sum(done.unwritten for done in job.rows(first))
+    first = [(files.index(place.file), place.row.line, place.row.value) for place in islice(places, CHUNK)]
+    free = shape.format in TEMPLATE_FREE  # which may be whole books
+    done = [_looked_at(job, *row) for row in first] if free else job.rows(first)
+    bad = next((row.error for row in done if row.error is not None), None)
+    if bad is not None and data.on_bad_row == "error":
+        raise bad
+    return sum(row.unwritten for row in done)
+
+
+def _looked_at(job: Job, file: int, line: int, value: Any) -> Outcome:
+    """A row that is read and not tokenised."""
+    done = Outcome(file, line, error=value if isinstance(value, UserError) else None)
+    try:
+        if done.error is None:
+            job.read(done, value)
+    except UserError as error:
+        done.error = error
+    return done
 
 
 def _files(source: Source, stream: Stream, key: str) -> list[File]:
@@ -196,12 +211,19 @@ def _name(source: Source, files: list[File]) -> str:
 
 
 def _held_out(
-    data: Data, held: list[Source], listed: list[list[File]], tokenizer: Tokenizer, seed: int, key: str
+    data: Data, held: list[Source], listed: list[list[File]], tokenizer: Tokenizer, seed: int, count: int
 ) -> dict[str, Documents]:
+    """Held-out sets by name. `count`: of the first rows that each source of training gives; 0: sources of their own."""
+    key = "data.sources" if count else "data.eval"
     settings = replace(data, sources=tuple(held), eval=None, overlong="split")
-    if key == "data.sources" or any(isinstance(file, RemoteFile) for files in listed for file in files):
+    if count or any(isinstance(file, RemoteFile) for files in listed for file in files):
         settings = replace(settings, cache="none")  # whose key is made of all bytes of the files
-    everything = load(settings, tokenizer, seed=seed, key=key, files=listed).train
+    loaded = load(settings, tokenizer, seed=seed, key=key, files=listed)
+    for source in loaded.report.sources:
+        if source.rows < count:
+            what = f"holding out {count:,} rows leaves none of source {source.name!r}, which has {source.rows:,}"
+            raise UserError(what, where="data.eval", fix="hold out fewer, or name files of held-out rows there")
+    everything = loaded.train
     names = [source.name for source in everything.sources]
     return {name: everything.select(everything.source_ids == i) for i, name in enumerate(names)}
 

@@ -61,16 +61,15 @@ def make(folder: Path, documents: Documents, about: dict[str, object], top_k: To
 class TeacherStore:
     """Rows of what `make` wrote, laid out as the loader lays out documents."""
 
-    def __init__(self, folder: Path, documents: Documents, seq_len: int) -> None:
+    def __init__(self, folder: Path, documents: Documents) -> None:
         self._starts = np.cumsum([0, *documents.lengths], dtype=np.int64)
-        self._seq_len = seq_len
         self._files = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "logprobs")]
 
-    def rows(self, packs: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """ids int64 and log-probabilities float32, [rows * seq_len, k], of packed rows; zeros in padding."""
+    def rows(self, packs: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
+        """ids int64 and log-probabilities float32, [rows * width, k], of rows of `width` tokens; zeros in padding."""
         found = []
         for file, kind in zip(self._files, (np.int64, np.float32), strict=True):
-            out = np.zeros((len(packs), self._seq_len, file.shape[1]), kind)
+            out = np.zeros((len(packs), width, file.shape[1]), kind)
             for row, members in zip(out, packs, strict=True):
                 at = 0
                 for index in members:

@@ -65,12 +65,13 @@ class Evaluation:
             run.data_rank,
             run.data_ranks,
             self.max_documents,
+            None if self.cfg.data.pack else run.multiple,
         )
 
     def _conversations(self) -> list[tuple[str, list[dict]]]:
         """The first that end with an answer to something, each with the name of its set."""
-        found = [(name, e.messages) for name, rows in self.sets.items() for e in rows.examples if e.messages]
-        asked = [(name, m) for name, m in found if len(m) > 1 and m[-1]["role"] == "assistant" and m[-1].get("content")]
+        found = [(name, e.messages) for name, rows in self.sets.items() for e in rows.examples]
+        asked = [(name, messages) for name, messages in found if exact_match.answered(messages)]
         if not asked:
             raise UserError(
                 "no held-out row is a conversation that ends with an answer, so there is none to compare",

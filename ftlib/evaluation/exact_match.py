@@ -20,6 +20,12 @@ class Answer:
         return self.given.strip() == self.expected.strip()
 
 
+def answered(messages: list[dict] | None) -> bool:
+    """Whether a row is a conversation that ends with an answer to something."""
+    last = messages[-1] if messages and len(messages) > 1 else {}
+    return last.get("role") == "assistant" and bool(last.get("content"))
+
+
 def answer(
     engine: Engine, tokenizer: Tokenizer, conversations: Sequence[list[dict]], max_new_tokens: int
 ) -> list[Answer]:

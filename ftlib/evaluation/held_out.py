@@ -1,17 +1,31 @@
 """Loss on held-out documents."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ftlib.layers.batch import Batch
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.parallel.run import Run
 
 
+@dataclass(frozen=True)
+class Alone:
+    """What `loss` reads of a `Run`, of one process without a process group: it holds every token."""
+
+    device: torch.device
+
+    def share(self, batch: Batch) -> Batch:
+        return batch
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+
 @torch.no_grad()
-def loss(model: nn.Module, batches: Iterable[Batch], run: Run) -> float:
+def loss(model: nn.Module, batches: Iterable[Batch], run: Run | Alone) -> float:
     """Mean -log p of the targets of all `batches` of all processes, weighted as in training: sum w * -log p / sum w.
 
     The model is left in the mode it was in.

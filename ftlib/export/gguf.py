@@ -1,5 +1,6 @@
 """A model folder -> one GGUF file, as llama.cpp and Ollama read it: llama, mistral, qwen2 and qwen3."""
 
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from ftlib import tokenizers
 from ftlib.errors import UserError
 from ftlib.export import gguf_format, gguf_tokenizer
 from ftlib.export.gguf_format import Entry, Unsigned
-from ftlib.layers.rope import LinearScaling, Llama3Scaling
+from ftlib.layers.rope import LinearScaling, Llama3Scaling, Scaling, YarnScaling
 from ftlib.models import LanguageModel, load
 from ftlib.models.keys import plan
 from ftlib.models.remote import size
@@ -24,6 +25,7 @@ from ftlib.models.weights import Weights
 ARCHITECTURES = {
     "llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False),
 }  # fmt: skip
+THEIRS = "llama.cpp's own converter may know it: python convert_hf_to_gguf.py"
 FILE_TYPE = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 NAMES = {
     r"model\.embed_tokens": "token_embd", r"model\.norm": "output_norm", r"lm_head": "output",
@@ -63,13 +65,14 @@ def export(folder: Path, out: Path, stored: str = "f16", pre: str | None = None)
 def _metadata(model: LanguageModel, folder: Path, stored: str) -> dict[str, Any]:
     config, arch = model.config, model.arch
     if config["model_type"] not in ARCHITECTURES:
-        raise UserError(f"model_type {config['model_type']!r} is not exported to GGUF", where=str(folder),
-                        fix=f"exported: {', '.join(ARCHITECTURES)}")  # fmt: skip
+        fix = f"exported: {', '.join(ARCHITECTURES)}; {THEIRS} {folder}"
+        raise UserError(f"model_type {config['model_type']!r} is not exported to GGUF", where=str(folder), fix=fix)
     name, _ = ARCHITECTURES[config["model_type"]]
     attention, ffn = arch.layers[0].mixer, arch.layers[0].ffn
     windows = {layer.mixer.window for layer in arch.layers}
     if len(windows) > 1 or (windows != {None} and config["model_type"] != "mistral"):
-        raise UserError("layers with a sliding window are not exported for this family", where=str(folder))
+        what = "layers with a sliding window are not exported for this family"
+        raise UserError(what, where=f"{folder}: sliding_window of config.json", fix=f"{THEIRS} {folder}")
     sizes = {
         "block_count": len(arch.layers),
         "context_length": arch.max_positions or 0,
@@ -87,14 +90,31 @@ def _metadata(model: LanguageModel, folder: Path, stored: str) -> dict[str, Any]
     made: dict[str, Any] = {f"{name}.{key}": Unsigned(value) for key, value in sizes.items()}
     made |= {f"{name}.rope.freq_base": float(attention.rope.theta)}
     made |= {f"{name}.attention.layer_norm_rms_epsilon": float(arch.norm_eps)}
-    scaling = attention.rope.scaling
-    if isinstance(scaling, LinearScaling):
-        made |= {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": float(scaling.factor)}
-    elif scaling is not None and not isinstance(scaling, Llama3Scaling):
-        raise UserError(f"rope scaling {type(scaling).__name__} is not exported to GGUF", where=str(folder))
+    made |= {f"{name}.rope.scaling.{key}": value for key, value in _scaling(attention.rope.scaling, folder).items()}
     general = {"general.architecture": name, "general.type": "model", "general.name": folder.resolve().name}
     numbers = {"general.file_type": Unsigned(FILE_TYPE[stored]), "general.quantization_version": Unsigned(2)}
     return general | numbers | made
+
+
+def _scaling(scaling: Scaling | None, folder: Path) -> dict[str, Any]:
+    """GGUF's keys of a longer range; Llama 3.1's is a tensor instead."""
+    if scaling is None or isinstance(scaling, Llama3Scaling):
+        return {}
+    if isinstance(scaling, LinearScaling):
+        return {"type": "linear", "factor": float(scaling.factor)}
+    if isinstance(scaling, YarnScaling) and scaling.truncate:
+        usual = 0.1 * math.log(scaling.factor) + 1  # which llama.cpp multiplies with by itself
+        return {
+            "type": "yarn",
+            "factor": float(scaling.factor),
+            "original_context_length": Unsigned(scaling.original_max_positions),
+            "attn_factor": scaling.gain / usual,
+            "yarn_beta_fast": float(scaling.beta_fast),
+            "yarn_beta_slow": float(scaling.beta_slow),
+        }
+    kind = "yarn with truncate: false" if isinstance(scaling, YarnScaling) else "longrope"
+    what = f"rope scaling of type {kind} is not exported to GGUF, but linear, yarn and llama3 are"
+    raise UserError(what, where=f"{folder}: rope_scaling of config.json", fix=f"{THEIRS} {folder}")
 
 
 def _entries(model: LanguageModel, weights: Weights, stored: str) -> list[Entry]:
@@ -113,7 +133,8 @@ def _entry(model: LanguageModel, weights: Weights, key: str, stored: str) -> Ent
     stem, _, kind = key.rpartition(".")
     pattern = next((pattern for pattern in NAMES if re.fullmatch(pattern, stem)), None)
     if pattern is None:
-        raise UserError(f"{key} has no place in a GGUF file", where=str(weights.files[key]))
+        file = weights.files[key]
+        raise UserError(f"{key} has no place in a GGUF file", where=str(file), fix=f"{THEIRS} {file.parent}")
     shape = weights.shapes[key]
     as_stored = "f32" if len(shape) == 1 else "f16" if stored == "q8_0" and shape[-1] % 32 else stored
     attention = model.arch.layers[0].mixer

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlib.errors import UserError
+from ftlib.kernels.capability import without_bf16
 from ftlib.kernels.flash4_attention import flash4_attention, flash4_refusal
 from ftlib.kernels.flex_attention import BlockMask, flex
 from ftlib.kernels.varlen_attention import varlen_attention
@@ -18,7 +19,7 @@ from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import Rope, Turns, rotate
 
 PACKED = ("varlen", "flash4")  # backends that read where documents begin, and need no mask
-FAST = ("varlen", "flex")  # what `auto` tries first on a GPU in half precision
+FAST = ("varlen", "flex")  # what `auto` tries first in half precision, on a GPU that has bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +175,17 @@ def choose_backend(
     sinks: bool = False,
     head_dims: Collection[int] = (),
 ) -> str:
-    """The backend of every layer. `auto`: the first of `FAST` on a GPU in half precision, else `sdpa`, that serves a
-    model with these `head_dims`, with capped scores (`softcap`) and with `sinks`; `reference` serves all.
+    """The backend of every layer. `auto`: the first of `FAST` in half precision, on a GPU of compute capability 8.0 or
+    newer, else `sdpa`, that serves a model with these `head_dims`, with capped scores (`softcap`) and with `sinks`;
+    `reference` serves all.
 
     `varlen` still hands rows that are one document each to SDPA, whose cuDNN kernel is faster there. An explicit choice
     that cannot serve is a UserError that says why.
     """
     model = (softcap, sinks, head_dims)
     if requested == "auto":
-        fast = FAST if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else ()
+        half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        fast = FAST if half and not without_bf16(device) else ()
         served = (name for name in (*fast, "sdpa") if _refusal(name, device, dtype, *model) is None)
         return next(served, "reference")
     refusal = _refusal(requested, device, dtype, *model)
@@ -202,6 +205,8 @@ def _refusal(
         return ("cannot cap scores softly, as this model does (attn_logit_softcapping)",)
     if name in PACKED and not half:
         return ("needs a CUDA device and dtype bf16",)
+    if name == "varlen" and (old := without_bf16(device)):
+        return (f"needs a GPU of compute capability 8.0 (Ampere) or newer, and this one has {old}",)
     if name == "flex" and (sinks or device.type != "cuda"):
         return ("has no attention sinks, as this model does" if sinks else "needs a CUDA device",)
     return flash4_refusal(device, softcap, head_dims) if name == "flash4" else None

@@ -11,6 +11,7 @@ from ftlib.kernels.flex_attention import BlockMask, Seen, block_mask
 from ftlib.layers.attention import PACKED
 
 IGNORED = -100  # a label that takes no part in the loss
+MULTIPLE = 64  # of which the lengths of rows that are no longer than they need to be are multiples
 Piece = tuple[np.ndarray, ...]  # input_ids and labels of a document, and the weights of its labels if not all are 1
 
 
@@ -20,10 +21,10 @@ class Layout:
 
     `cu_seqlens` int32 [n]: document d covers positions cu_seqlens[d] to cu_seqlens[d + 1] of the B*T flattened tokens;
     the last value, B*T, is repeated so that n is the same for every batch of a run. No document crosses a row.
-    `max_seqlen` bounds a document's length, and is constant for a run too. `extent` int32 [2] has what a batch's own
-    numbers are, documents and tokens of the longest; it stays on the CPU, where a kernel's launch reads it, and is a
-    tensor so that compiled code is the same for all. The kind is `packed`; shared prefix, paged and bidirectional
-    layouts are further classes.
+    `max_seqlen` bounds a document's length, and is T of the batch: constant where documents are packed. `extent` int32
+    [2] has what a batch's own numbers are, documents and tokens of the longest; it stays on the CPU, where a kernel's
+    launch reads it, and is a tensor so that compiled code is the same for all. The kind is `packed`; shared prefix,
+    paged and bidirectional layouts are further classes.
 
     Attention backends build what they need in `prepare`, once per batch and before the first layer runs, so that
     compiled blocks only ever read it.

@@ -34,7 +34,7 @@ class Moe:
 
 
 class Router(nn.Module):
-    """Scores of tokens [N, D] for each expert -> (experts int64 [N, k], weights [N, k])."""
+    """Tokens [N, D] -> (experts int64 [N, k], weights [N, k], logits [N, E], the scores of each expert)."""
 
     def __init__(self, spec: Moe, dim: int) -> None:
         super().__init__()
@@ -42,15 +42,15 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.experts, dim))
         self.bias = nn.Parameter(torch.empty(spec.experts)) if spec.bias else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(x, self.weight, self.bias)
         if self.spec.score == "softmax_of_top":
             best, chosen = logits.topk(self.spec.top_k, -1)
-            return chosen, best.softmax(-1, dtype=_wide(x)).to(x.dtype)
+            return chosen, best.softmax(-1, dtype=_wide(x)).to(x.dtype), logits
         best, chosen = logits.softmax(-1, dtype=_wide(x)).topk(self.spec.top_k, -1)
         if self.spec.renormalize:
             best = best / best.sum(-1, keepdim=True)
-        return chosen, best.to(x.dtype)
+        return chosen, best.to(x.dtype), logits
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -132,6 +132,10 @@ class MoeMlp(nn.Module):
         self.experts = Experts(spec, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.routed(x)[0]
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with the router's logits [B * T, E]."""
         flat = x.flatten(0, -2)
-        chosen, weights = self.get_submodule(self.spec.router)(flat)
-        return self.experts(flat, chosen, weights).view_as(x)
+        chosen, weights, logits = self.get_submodule(self.spec.router)(flat)
+        return self.experts(flat, chosen, weights).view_as(x), logits

@@ -1,5 +1,7 @@
 """Losses on tokens further ahead than the next."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ftlib.layers.batch import IGNORED, Batch
@@ -27,3 +29,25 @@ def multi_token_loss(model: LanguageModel, hidden: Tensor, batch: Batch, rule: L
         weights = None if batch.weights is None else ahead(batch.weights, batch.layout, k, 0)
         total = total + next_token_loss(hidden, model.lm_head.weight, labels, None, rule, weights, **model.logit_terms)
     return total * (model.mtp.weight / len(model.mtp))
+
+
+class MultiToken:
+    """`multi_token_loss` of the micro-batches of a step, and what it adds to the step's loss: the column `mtp_loss`."""
+
+    def __init__(self, model: LanguageModel, rule: Loss) -> None:
+        self.model, self.rule, self.seen = model, rule, 0.0
+
+    def __call__(self, hidden: Tensor, batch: Batch) -> Tensor | float:
+        """The part of the micro-batch that `model` has just computed, to be added to a sum over targets."""
+        loss = multi_token_loss(self.model, hidden, batch, self.rule)
+        if self.model.mtp is not None:
+            self.seen = self.seen + loss.detach().double()
+        return loss
+
+    def column(self, run: Any, step: Any) -> dict[str, float]:
+        """`mtp_loss` of the step that is over; every process must call it. `run` sums over processes (`Run.total`),
+        `step` is the loader's and knows the target weight."""
+        if self.model.mtp is None:
+            return {}
+        seen, self.seen = self.seen, 0.0
+        return {"mtp_loss": run.total(seen).item() / step.target_weight}

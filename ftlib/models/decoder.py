@@ -21,9 +21,11 @@ class Block(nn.Module):
     """One layer, for all families: the mixer and the feed-forward part, each with the norms its slots ask for.
 
     `recompute`: keep only the block's input for backward and run `compute` again there.
+    `routes`: of a mixture of experts; in passes with gradients the router's logits [B * T, E] come out beside x.
     """
 
     recompute = False
+    routes = False
 
     def __init__(self, arch: Arch, layer: Layer, index: int) -> None:
         super().__init__()
@@ -39,13 +41,16 @@ class Block(nn.Module):
         self.mlp = (MoeMlp if isinstance(layer.ffn, Moe) else GatedMlp)(layer.ffn, arch.dim)
         self.scale = layer.residual_scale
 
-    def forward(self, x: Tensor, rope: Turns | None, layout: AttentionLayout) -> Tensor:
+    def forward(self, x: Tensor, rope: Turns | None, layout: AttentionLayout) -> Tensor | tuple[Tensor, Tensor]:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.compute, x, rope, layout, use_reentrant=False)
         return self.compute(x, rope, layout)
 
-    def compute(self, x: Tensor, rope: Turns | None, layout: AttentionLayout) -> Tensor:
+    def compute(self, x: Tensor, rope: Turns | None, layout: AttentionLayout) -> Tensor | tuple[Tensor, Tensor]:
         x = x + self.scaled(self.attn_post(self.self_attn(self.attn_pre(x), rope, layout)))
+        if self.routes and torch.is_grad_enabled():
+            y, logits = self.mlp.routed(self.mlp_pre(x))
+            return x + self.scaled(self.mlp_post(y)), logits
         return x + self.scaled(self.mlp_post(self.mlp(self.mlp_pre(x))))
 
     def scaled(self, branch: Tensor) -> Tensor:
@@ -63,6 +68,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(arch.dim, arch.norm_eps, arch.zero_centered_norms)
         self.use_attention("sdpa")
         self.saving: Callable[[], AbstractContextManager] = nullcontext  # what blocks keep for backward, and where
+        self.routed: list[Tensor] = []  # logits of the last pass, of each block that `routes`
 
     def use_attention(self, backend: str) -> None:
         """Set the attention backend of every layer (a name from `ftlib.layers.attention.choose_backend`).
@@ -90,9 +96,13 @@ class Decoder(nn.Module):
 
     def blocks(self, x: Tensor, tables: dict[Rope, Turns], layout: AttentionLayout) -> Tensor:
         """The same where everything that is the batch's own has been made."""
+        self.routed = []
         with self.saving():
             for block, layer in zip(self.layers, self.arch.layers, strict=True):
                 x = block(x, tables.get(layer.mixer.rope), layout)
+                if isinstance(x, tuple):
+                    x, logits = x
+                    self.routed.append(logits)
         return self.norm(x)
 
     def forward(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:

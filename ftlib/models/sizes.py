@@ -25,10 +25,10 @@ def resized(config: dict, sizes: Sizes) -> dict:
     """
     new = dict(config)
     old_dim, old_heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or old_dim // old_heads
-    dim = sizes.dim or old_dim
-    heads = sizes.heads or (max(1, dim // head) if dim != old_dim else old_heads)
-    if not config.get("head_dim") or config["head_dim"] * old_heads == old_dim:
+    old_head = config.get("head_dim") or old_dim // old_heads
+    dim, head = sizes.dim or old_dim, sizes.head_dim or old_head
+    heads = sizes.heads or (max(1, dim // head) if (dim, head) != (old_dim, old_head) else old_heads)
+    if not sizes.head_dim and (not config.get("head_dim") or old_head * old_heads == old_dim):
         if dim % heads:
             raise UserError(f"dim {dim} is no multiple of {heads} heads", where="sizes", fix="set sizes.heads")
         head = dim // heads
@@ -39,7 +39,7 @@ def resized(config: dict, sizes: Sizes) -> dict:
     new |= {"hidden_size": dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     if config.get("query_pre_attn_scalar") == config.get("head_dim", -1):
         new["query_pre_attn_scalar"] = head
-    if "head_dim" in config:
+    if "head_dim" in config or head * heads != dim:
         new["head_dim"] = head
     for key in ("intermediate_size", "moe_intermediate_size"):
         if key in config:
@@ -50,10 +50,31 @@ def resized(config: dict, sizes: Sizes) -> dict:
             ids = new.get(key)
             if max(ids if isinstance(ids, list) else [ids or 0]) >= sizes.vocab:
                 new[key] = None
-    for key in ("num_experts", "num_local_experts"):
-        if key in config and sizes.experts:
-            new[key] = sizes.experts
-    return _layers(new, sizes.layers or config["num_hidden_layers"])
+    return _layers(_experts(new, sizes), sizes.layers or config["num_hidden_layers"])
+
+
+def note(config: dict, sizes: Sizes) -> list[str]:
+    """A line where heads keep a size that does not follow from the sizes that are set."""
+    new = resized(config, sizes)
+    dim, heads, head = new["hidden_size"], new["num_attention_heads"], new.get("head_dim") or 0
+    if sizes.head_dim or not (sizes.dim or sizes.heads) or head * heads in (0, dim):
+        return []
+    return [f"heads keep the published {head} channels: {heads} of them, and dim is {dim}; sizes.head_dim sets it"]
+
+
+def _experts(config: dict, sizes: Sizes) -> dict:
+    if not (sizes.experts or sizes.experts_per_token):
+        return config
+    where, keys = "sizes.experts, sizes.experts_per_token", ("num_experts", "num_local_experts")
+    if not (keys := [key for key in keys if config.get(key)]):
+        raise UserError("the model has no experts", where=where, fix="leave them out, or name a mixture in model.path")
+    experts = sizes.experts or config[keys[0]]
+    taken = sizes.experts_per_token or config.get("num_experts_per_tok", 1)
+    if taken > experts:
+        what = f"each token would go to {taken} experts, and there are {experts}"
+        raise UserError(what, where=where, fix=f"set sizes.experts_per_token={experts}, or less")
+    names = [key for key in ("num_experts_per_tok", "experts_per_token") if key in config]
+    return config | dict.fromkeys(keys, experts) | dict.fromkeys(names, taken)
 
 
 def _in_proportion(size: int, dim: int, old_dim: int) -> int:

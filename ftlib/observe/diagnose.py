@@ -5,6 +5,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from ftlib.data.stream_workers import ENDED
 from ftlib.errors import UserError
 from ftlib.parallel import pulse
 from ftlib.sections.optim import HOST
@@ -19,7 +20,13 @@ def explain(error: BaseException, cfg: Any) -> UserError | None:
     The traceback goes to `<output_dir>/traceback.txt`, for those who need it.
     """
     text = f"{type(error).__name__}: {error}"
-    if "OutOfMemoryError" in text or "out of memory" in text.lower() or "can't allocate memory" in text:
+    if ENDED in text:
+        found = UserError(
+            f"{ENDED}; the machine may have run out of host memory and killed it (dmesg says so)",
+            where="stream.workers, stream.buffer",
+            fix="lower one of them if it did; the same command continues where it saved last",
+        )
+    elif "OutOfMemoryError" in text or "out of memory" in text.lower() or "can't allocate memory" in text:
         found = _memory(text, cfg)
     elif re.search(r"NCCL|DistBackendError|Connection (closed|reset)|gloo|Socket Timeout", text):
         missing = pulse.lost()
@@ -77,8 +84,11 @@ def knobs(cfg: Any) -> list[str]:
             found.append(f"memory.tiled_mlp: 0 -> {LONG // 2} (same results, slower; no mixture of experts)")
     if (optim := getattr(cfg, "optim", None)) is not None and optim.name in HOST and not optim.offload:
         found.append("optim.offload: false -> true (same results; moments wait in host memory)")
-    if getattr(cfg, "lora", None) is None and hasattr(cfg, "optim"):
-        found.append("the recipe: full_sft -> lora_sft (no gradients and moments for the frozen weights)")
+    saved = "no gradients and moments for the frozen weights"
+    if hasattr(cfg, "lisa"):  # recipes/full_sft.py
+        found.append(f"the recipe: full_sft -> lora_sft ({saved})")
+    elif hasattr(cfg, "lora") and cfg.lora is None:
+        found.append(f"lora: null -> {{}} ({saved})")
     elif hasattr(cfg, "lora") and cfg.lora.dora:
         found.append("lora.dora: true -> false")
     if data is not None and hasattr(data, "seq_len") and data.seq_len > 256:

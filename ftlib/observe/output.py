@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ftlib import budget, config, quant
 from ftlib.errors import UserError
+from ftlib.losses import balancing
 from ftlib.observe import report, sinks
 from ftlib.observe.environment import environment
 from ftlib.observe.flops import count_weights, device_peak, flops_per_token
@@ -22,6 +23,7 @@ from ftlib.observe.said import Said
 from ftlib.observe.watch import Watch
 from ftlib.parallel import graphs, pulse
 from ftlib.quant.frozen import FrozenWeight
+from ftlib.sections.steps import shares
 
 
 class Output:
@@ -41,6 +43,7 @@ class Output:
         self._sinks: list[sinks.Sink] = []
         self._last = steps  # step that was done last
         self._notes = [*attention_note(getattr(model, "model", None)), *quant.note(model), *budget.note(model)]
+        self._notes += balancing.note(model, cfg)
         mixers = [(layer.mixer.heads * layer.mixer.head_dim, layer.mixer.window) for layer in model.arch.layers]
         peak = None
         if run.device.type == "cuda":
@@ -77,7 +80,7 @@ class Output:
             file.truncate_after(done if done else -1)
         pulse.at(done + 1)
         self._meter.tokens = self.counters["tokens"]
-        for line in (*report, *self._notes):
+        for line in (*report, *self._notes, *shares(self.cfg, self.steps)):
             self.say(line)
         self._progress = Progress(self.steps, done, every=self.cfg.log.every, enabled=self.run.is_main)
         self._meter.start()

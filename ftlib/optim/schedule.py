@@ -1,25 +1,55 @@
 """Learning rate as a function of the step: nothing to save, nothing to restore."""
 
 import math
+import warnings
 
 from ftlib.sections import Relora, Schedule
+from ftlib.sections.steps import in_steps
+
+TIMESCALE = 10_000  # of inverse_sqrt without warm-up, as in transformers
 
 
 def learning_rate(cfg: Schedule, peak: float, step: int, steps: int, restarts: Relora = Relora()) -> float:
-    """Rate of step 1 … `steps`: linear warm-up to `peak`, then the named decay to `min_ratio * peak` at the last step.
+    """Rate of step t = 1 … `steps` (T): peak * t / w in a warm-up of w steps, then by name, with m = `min_ratio`:
 
-    Warm-up shortens itself to a tenth of the run, so that a run of few steps trains at its peak too. After each of its
-    merges `restarts` brings the rate back from 0 linearly (arXiv 2307.05695, "jagged cosine").
+    - constant: peak
+    - cosine, linear: peak * (m + (1 - m) f(d)), d = (t - w) / (T - w), f = (1 + cos(pi d)) / 2 or 1 - d
+    - wsd: peak, and over the last `decay_steps` as linear (warm-up, stable, decay: MiniCPM, arXiv 2404.06395)
+    - inverse_sqrt: peak * max(m, sqrt(w / t)), without warm-up sqrt(s / (t + s)), s = 10,000; it knows no last step
+
+    After each of its merges `restarts` brings the rate back from 0 linearly (arXiv 2307.05695, "jagged cosine").
     """
     if restarts.every and step > restarts.every:
         since = (step - 1) % restarts.every + 1
         if since <= restarts.warmup_steps:
             return learning_rate(cfg, peak, step, steps) * since / restarts.warmup_steps
-    warmup = min(cfg.warmup_steps, steps // 10)
+    warmup = warmup_steps(cfg, steps)
     if step <= warmup:
         return peak * step / warmup
     if cfg.name == "constant":
         return peak
-    done = (step - warmup) / max(1, steps - warmup)
+    if cfg.name == "inverse_sqrt":
+        scale = warmup or TIMESCALE
+        return peak * max(cfg.min_ratio, math.sqrt(scale / (step - warmup + scale)))
+    start = max(warmup, steps - in_steps(cfg.decay, steps)) if cfg.name == "wsd" else warmup
+    done = max(0, step - start) / max(1, steps - start)
     shape = (1 + math.cos(math.pi * done)) / 2 if cfg.name == "cosine" else 1 - done
     return peak * (cfg.min_ratio + (1 - cfg.min_ratio) * shape)
+
+
+def warmup_steps(cfg: Schedule, steps: int) -> int:
+    """Steps of the warm-up of a run of `steps`. A number of them shortens itself to a tenth of the run, so that a run
+    of few steps trains at its peak too; a share means what it says."""
+    warmup = in_steps(cfg.warmup_steps, steps)
+    return warmup if isinstance(cfg.warmup_steps, float) else min(warmup, steps // 10)
+
+
+def check(cfg: Schedule, steps: int) -> None:
+    """Warn of what is asked for and does not fit into a run of `steps`."""
+    asked, warmup = cfg.warmup_steps, warmup_steps(cfg, steps)
+    if asked >= steps and asked != Schedule().warmup_steps:  # else nobody asked for it
+        what = f"schedule.warmup_steps is {asked} and steps {steps}, which leaves none for anything else"
+        warnings.warn(f"{what}: the warm-up is shortened to {warmup} steps", stacklevel=3)
+    if cfg.name == "wsd" and (decay := in_steps(cfg.decay, steps)) > steps - warmup:
+        what = f"schedule.decay_steps is {decay} and the warm-up leaves {steps - warmup} of {steps} steps"
+        warnings.warn(f"{what}: the decay is shortened to them", stacklevel=3)

@@ -88,7 +88,8 @@ def _mtp(cfg: Any, cp: int, tp: int) -> UserError | None:
     depth = getattr(getattr(cfg, "mtp", None), "depth", 0)
     if depth and cp * tp > 1:
         what, where = "tokens ahead may lie on another process", "mtp.depth, parallel.cp, parallel.tp"
-        return UserError(what, where=where, fix="set parallel.cp=1 and parallel.tp=1; dp_shard works, or mtp.depth=0")
+        both = " and ".join(f"parallel.{name}=1" for name, size in (("cp", cp), ("tp", tp)) if size > 1)
+        return UserError(what, where=where, fix=f"set {both} (parallel.dp_shard works), or mtp.depth=0")
     if depth >= cfg.data.seq_len:
         what = f"no row of {cfg.data.seq_len} tokens has one {depth + 1} ahead"
         return UserError(what, where="mtp.depth, data.seq_len", fix="set mtp.depth=1")

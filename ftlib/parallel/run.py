@@ -1,6 +1,7 @@
 """Where a run runs: process group, device, meshes. One process is just the mesh of size one."""
 
 import hashlib
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ftlib.errors import UserError
-from ftlib.layers.batch import Batch
+from ftlib.layers.batch import MULTIPLE, Batch
 from ftlib.parallel import context, logs, pulse
 from ftlib.sections import Parallel
 
@@ -45,6 +46,12 @@ class Run:
         return self.data["dp_replicate"].get_local_rank() * self.data["dp_shard"].size() + self.data[
             "dp_shard"
         ].get_local_rank()
+
+    @property
+    def multiple(self) -> int:
+        """What the length of a row that is not `data.seq_len` is a multiple of: of 64, and of the pieces that cp and tp
+        make of it, whichever the style."""
+        return math.lcm(MULTIPLE, 2 * self.data["cp"].size() * self.data["tp"].size())
 
     @property
     def stream(self) -> int:

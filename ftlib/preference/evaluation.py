@@ -75,5 +75,5 @@ class PreferenceEvaluation:
 
     def _batches(self, rows: Preferences) -> Iterator[AnswerBatch]:
         run, cfg = self.run, self.cfg
-        ranks = run.data_rank, run.data_ranks, self.max_documents
+        ranks = run.data_rank, run.data_ranks, self.max_documents, None if cfg.data.pack else run.multiple
         return data.eval_batches(rows, cfg.data.seq_len, cfg.batch.micro_rows, 0, *ranks)

@@ -77,7 +77,7 @@ class RewardEvaluation:
         """Sum of the loss, then those of `loss`, over all processes."""
         cfg, run = self.cfg, self.run
         total = torch.zeros(len(FIGURES) + 2, dtype=torch.float64, device=run.device)
-        place = run.data_rank, run.data_ranks, self.max_documents
+        place = run.data_rank, run.data_ranks, self.max_documents, None if cfg.data.pack else run.multiple
         for batch in data.eval_batches(rows, cfg.data.seq_len, cfg.batch.micro_rows, 0, *place):
             batch = batch.to(run.device)
             values, sums = loss(scores(model, batch, cfg.reward), batch, cfg.reward)

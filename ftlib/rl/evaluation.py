@@ -1,5 +1,7 @@
 """Held-out prompts answered greedily and scored by the run's own rewards."""
 
+from typing import Any
+
 import torch
 
 from ftlib.data.prompts import Prompt
@@ -8,11 +10,17 @@ from ftlib.observe.said import Said
 from ftlib.parallel.run import Run
 from ftlib.rl import log, pages
 from ftlib.rl.presets import Resolved
-from ftlib.rl.rewards.run import Rewards
+from ftlib.rl.rewards.run import Rewards, names
 from ftlib.rl.rollouts import Rollouts
 from ftlib.rl.samples import Sample
 from ftlib.rl.scoring import gather, give_rewards
 from ftlib.sections.rl import Greedy
+
+
+def scores(cfg: Any) -> list[str]:
+    """What the numbers of an evaluation are called."""
+    each = names(cfg.rewards)
+    return ["eval_reward", "eval_length", *(f"eval_rewards/{name}" for name in each if len(each) > 1)]
 
 
 class Held:

@@ -37,6 +37,7 @@ def give_rewards(samples: Sequence[Sample], rewards: Rewards, algorithm: Resolve
         [sample.messages for sample in samples],
         [sample.ids for sample in samples],
         {name: [sample.prompt.columns[name] for sample in samples] for name in sorted(names)},
+        [sample.prompt.text for sample in samples],
     )
     weights = torch.tensor(rewards.weights, dtype=torch.float64)
     for i, sample in enumerate(samples):

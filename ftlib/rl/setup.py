@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ftlib.errors import Problems, UserError
 from ftlib.kernels.linear_logprobs import linear_logprobs
 from ftlib.models import LanguageModel, own
 from ftlib.parallel.run import Run, sizes
-from ftlib.rl import ahead, by_vllm, environments, presets, reward_model
+from ftlib.rl import ahead, by_vllm, environments, evaluation, presets, reward_model
 from ftlib.rl.presets import Resolved, resolve
 from ftlib.rl.rewards import run as rewards
 from ftlib.rl.samples import Micro, Sample, idle, log_probabilities, pack
@@ -34,7 +35,8 @@ def check(cfg: Any, world: int = 1) -> list[str]:
     what a run would say of its prompts."""
     problems: list[str] = []
     said: list[str] = []
-    for part in (lambda: build.check(cfg, world), lambda: _check_algorithm(cfg, world), lambda: _check_data(cfg, said)):
+    known = partial(build.check, cfg, world, evaluation.scores(cfg))
+    for part in (known, lambda: _check_algorithm(cfg, world), lambda: _check_data(cfg, said)):
         try:
             part()
         except UserError as error:
@@ -47,7 +49,8 @@ def check(cfg: Any, world: int = 1) -> list[str]:
 def load_prompts(cfg: Any, tokenizer: Tokenizer) -> asked.PromptSets:
     """Training and held-out prompts of a config."""
     tools = environments.schemas(cfg.dialogue)
-    sets = asked.load(cfg.data, tokenizer, cfg.rollout.max_new_tokens, cfg.seed, tools)
+    several = bool(cfg.dialogue.tools or cfg.dialogue.environment)
+    sets = asked.load(cfg.data, tokenizer, cfg.rollout.max_new_tokens, cfg.seed, tools, several)
     sets.report += environments.hidden(next(p for source in sets.train.sources for p in source), tokenizer)
     epoch = round(asked.PromptLoader(sets.train, 1, cfg.seed).steps_per_epoch())
     if cfg.rollout.prompts > epoch:

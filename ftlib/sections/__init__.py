@@ -13,10 +13,11 @@ from ftlib.sections.reward import Reward
 from ftlib.sections.run import Checkpoint, Eval, Log, Memory, Parallel
 from ftlib.sections.sizes import Context, Init, Sizes
 from ftlib.sections.stream import Stream
+from ftlib.sections.texts import Texts
 from ftlib.sections.train import Lisa, Train
 
 __all__ = [
     "Batch", "Checkpoint", "Context", "Data", "Diffusion", "Distill", "Dpo", "Eval", "Init", "Lisa", "Log", "Lora",
     "Loss", "Memory", "Model", "Mtp", "Optim", "Parallel", "Qat", "Relora", "Reward", "Rounding", "Schedule", "Sizes",
-    "Source", "Stream", "Tokenizer", "Train",
+    "Source", "Stream", "Texts", "Tokenizer", "Train",
 ]

@@ -1,9 +1,12 @@
 """What is trained on, and how rows become packed batches."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ftlib.config import LocalOrHub, MaybeFile
+
+Scalar = bool | int | float | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,7 @@ class Source:
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
             raise ValueError("weight: must be a number above 0; leave a source out to switch it off")
+        object.__setattr__(self, "path", os.fspath(self.path))  # from Python it may be a Path
         for key in ("columns", "roles"):
             if getattr(self, key) is None:
                 object.__setattr__(self, key, {})
@@ -34,8 +38,9 @@ class Data:
     sources: tuple[Source, ...]
     eval: tuple[Source, ...] | float | None = None  # held out: sources, a fraction (0.05) or a number of rows (200)
     seq_len: int = 2048  # tokens of one packed row
-    pack: bool = True  # several documents share a row and never see each other; false: one document a row
+    pack: bool = True  # several documents share a row and never see each other; false: one a row, which is then shorter
     template: MaybeFile | None = None  # chat template: a built-in name, a .jinja file; null: the tokenizer's own
+    template_args: dict[str, Scalar] = field(default_factory=dict)  # what the template reads: {enable_thinking: false}
     overlong: Literal["drop", "truncate", "split", "error"] = "drop"  # documents longer than seq_len
     train_on: tuple[Literal["system", "developer", "user", "assistant", "tool"], ...] = ("assistant",)  # roles
     train_on_end: Literal["all", "last", "none"] = "all"  # which trained turns learn to end: all, the last one, none

@@ -27,7 +27,7 @@ class Distill:
         if not 0 <= self.hard <= 1:
             raise ValueError("hard: must lie between 0 and 1")
         if self.stored is not None and self.temperature != 1:
-            raise ValueError("temperature: a stored teacher has kept its probabilities at 1")
+            raise ValueError("temperature: a stored teacher has kept its probabilities at 1; leave one of the two out")
         if self.top_k < 1:
             raise ValueError("top_k: must be at least 1")
         if self.divergence != "js" and self.beta != Distill.beta:

@@ -28,6 +28,8 @@ class Lora:
         for key in ("rank_pattern", "alpha_pattern"):
             if getattr(self, key) is None:
                 object.__setattr__(self, key, {})
+        if self.targets in ("all", "all_linear"):
+            raise ValueError(f"targets: {self.targets!r} is no layer; all linear layers are all-linear")
         if self.rank < 1:
             raise ValueError("rank: must be at least 1")
         if not all(alpha > 0 for alpha in (self.alpha, *self.alpha_pattern.values())):

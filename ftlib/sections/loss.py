@@ -12,10 +12,11 @@ class Loss:
     eaft_alpha: float = 1.0  # exponent of EAFT's entropy
     eaft_k: int = 20  # logits that EAFT takes the entropy of
     z_loss: float = 0.0  # adds so much times log(Z)^2 for each target, Z the sum of exp(logits); 1e-4 is usual
+    router_aux: float = 0.0  # times how unevenly experts are used (ftlib/losses/balancing.py); 0.001 to 0.02 is usual
 
     def __post_init__(self) -> None:
-        if self.z_loss < 0 or self.eaft_alpha < 0:
-            raise ValueError("z_loss and eaft_alpha: must not be negative")
+        if min(self.z_loss, self.eaft_alpha, self.router_aux) < 0:
+            raise ValueError("z_loss, eaft_alpha and router_aux: must not be negative")
         if self.eaft_k < 2:
             raise ValueError("eaft_k: must be at least 2")
         if self.name != "eaft" and (self.eaft_alpha, self.eaft_k) != (Loss.eaft_alpha, Loss.eaft_k):
@@ -23,7 +24,7 @@ class Loss:
 
     @property
     def plain(self) -> bool:
-        """Whether this is nothing but cross-entropy."""
+        """Whether what is summed over targets is nothing but cross-entropy."""
         return self.name == "cross_entropy" and not self.z_loss
 
 

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ftlib.sections.steps import Steps, check_steps
+
 HOST = ("adamw", "lion", "ademamix")  # optimizers whose state may wait in host memory
 # Settings of some optimizers only: their values when not set. Setting one for another optimizer is a mistake.
 SETTINGS: dict[str, dict[str, float]] = {
@@ -11,6 +13,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "dion": {"momentum": 0.95, "rank_fraction": 0.25},
     "ademamix": {"alpha": 8.0, "beta3": 0.9999, "slow_warmup": 0},
 }
+LIMITS = {"momentum": "in [0, 1)", "beta3": "in [0, 1)", "rank_fraction": "in [0, 1]"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Group:
 class Optim:
     """The optimizer and what goes with it. Muon and Dion treat matrices; embeddings, head and vectors get AdamW."""
 
+    # the update rule: ftlib/optim/README.md has a line on each
     name: Literal["adamw", "muon", "dion", "lion", "adafactor", "ademamix", "schedule_free"] = "adamw"
     lr: float = 2e-5  # peak learning rate; adafactor: of a parameter's own size, 1e-2 is usual
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and second moment; schedule_free: the first mixes
@@ -73,7 +77,7 @@ class Optim:
                 users = ", ".join(key for key, settings in SETTINGS.items() if name in settings)
                 raise ValueError(f"{name}: is for {users}; {self.name} has none")
             if value < 0 or (name in ("momentum", "beta3") and value >= 1) or (name == "rank_fraction" and value > 1):
-                raise ValueError(f"{name}: {value} is out of range")
+                raise ValueError(f"{name}: {value} is not {LIMITS.get(name, 'at least 0')}; {own[name]:g} is usual")
 
         if self.name != "adamw" and (self.states is not None or self.rounding != "nearest"):
             raise ValueError(f"states, rounding: are for adamw; {self.name} has none")
@@ -103,12 +107,24 @@ class Optim:
 class Schedule:
     """Linear warm-up, then the named decay to `min_ratio` of the peak at the last step."""
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 20  # shortens itself to a tenth of a run that is shorter than ten times this
-    min_ratio: float = 0.0  # learning rate at the last step, as a share of the peak
+    name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"  # wsd: constant, at the end linear
+    warmup_steps: Steps = 20  # at most a tenth of the run; a share of it (0.03) is taken as it is
+    decay_steps: Steps | None = None  # wsd: steps of the decay at the end, or a share of the run's, 0.1
+    min_ratio: float = 0.0  # learning rate at the last step, as a share of the peak; inverse_sqrt: the lowest
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError("warmup_steps: must not be negative")
+        check_steps("warmup_steps", self.warmup_steps)
+        check_steps("decay_steps", self.decay)
+        if self.name != "wsd" and self.decay_steps is not None:
+            raise ValueError(f"decay_steps: is for wsd; {self.name} has none")
+        if not self.decay:
+            raise ValueError("decay_steps: 0 is no decay; name=constant is the schedule without one")
+        if self.name == "wsd" and max(self.warmup_steps, self.decay) < 1 < self.warmup_steps + self.decay:
+            raise ValueError("decay_steps: with warmup_steps more than the whole run")
         if not 0 <= self.min_ratio <= 1:
             raise ValueError("min_ratio: must lie between 0 and 1")
+
+    @property
+    def decay(self) -> Steps:
+        """Steps of wsd's decay: what is set, else its usual share."""
+        return 0.1 if self.decay_steps is None else self.decay_steps

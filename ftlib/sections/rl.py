@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ftlib.config import LocalOrHub, MaybeFile
-from ftlib.sections.data import Source
+from ftlib.sections.data import Scalar, Source
+from ftlib.sections.steps import Steps, check_steps
 
 Preset = Literal[
     "grpo", "grpo_paper", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "gdpo", "distill"
@@ -19,6 +20,7 @@ class Prompts:
     eval: tuple[Source, ...] | float | None = None  # held-out prompts: sources, a fraction or a number of rows
     seq_len: int = 2048  # tokens of one packed row; a prompt and its completion must fit
     template: MaybeFile | None = None  # chat template: a built-in name, a .jinja file; null: the tokenizer's own
+    template_args: dict[str, Scalar] = field(default_factory=dict)  # what the template reads: {enable_thinking: false}
     system: str | None = None  # a system message for prompts that have none
 
     def __post_init__(self) -> None:
@@ -146,14 +148,15 @@ class Dialogue:
 class Greedy:
     """Held-out evaluation: every prompt of data.eval answered greedily, before the first step and after the last."""
 
-    every: int = 0  # steps between evaluations; 0: only before the first step and after the last
+    every: Steps = 0  # steps between two, or a share of the run's (0.1); 0: only before the first and after the last
     samples: int = 3  # answers that are printed, and written to samples.jsonl and report.html
     metric: str = "eval_reward"  # the best evaluation has the highest value of this key
     patience: int = 0  # end the run after so many evaluations in a row without a better `metric`; 0: never
 
     def __post_init__(self) -> None:
-        if min(self.every, self.samples, self.patience) < 0:
-            raise ValueError("every, samples, patience: must not be negative")
+        check_steps("every", self.every)
+        if min(self.samples, self.patience) < 0:
+            raise ValueError("samples, patience: must not be negative")
         if self.patience and not self.every:
             raise ValueError("patience: counts evaluations, so eval.every must be above 0")
 

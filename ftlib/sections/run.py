@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ftlib.errors import did_you_mean
+from ftlib.sections.steps import Steps, check_steps
 
 LOGS = ("console", "tensorboard", "wandb", "mlflow")
 
@@ -53,15 +54,14 @@ class Parallel:
 class Checkpoint:
     """Resumable training state in <output_dir>/checkpoints/step_NNNNNN."""
 
-    every: int = 100  # steps between two saves; 0: only on a signal
+    every: Steps = 100  # steps between two saves, or a share of the run's (0.1); 0: only on a signal
     keep: int = 2  # newest checkpoints kept
     keep_best: bool = False  # also keep the state of the best evaluation (eval.metric); final/ is made from it
     resume: Literal["auto", "required", "never"] = "auto"  # auto: continue if there is a good checkpoint
     background: Literal["auto"] | bool = "auto"  # written while training goes on; auto: on with CUDA, off on CPU
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError("every: must not be negative")
+        check_steps("every", self.every)
         if self.keep < 1:
             raise ValueError("keep: must be at least 1")
 
@@ -70,7 +70,7 @@ class Checkpoint:
 class Eval:
     """Held-out evaluation: before the first step, every `every` steps, after the last."""
 
-    every: int = 0  # steps between evaluations; 0: only before the first step and after the last
+    every: Steps = 0  # steps between two, or a share of the run's (0.1); 0: only before the first and after the last
     exact_match: int = 0  # held-out conversations answered greedily and compared with their reference answer
     max_new_tokens: int = 64  # length limit of such an answer
     samples: int = 3  # of those, how many are printed, and written to samples.jsonl and report.html
@@ -79,8 +79,9 @@ class Eval:
     patience: int = 0  # end the run after so many evaluations in a row without a better `metric`; 0: never
 
     def __post_init__(self) -> None:
-        if min(self.every, self.exact_match, self.samples, self.patience) < 0 or self.max_new_tokens < 1:
-            raise ValueError("every, exact_match, samples, patience: not negative; max_new_tokens: at least 1")
+        check_steps("every", self.every)
+        if min(self.exact_match, self.samples, self.patience) < 0 or self.max_new_tokens < 1:
+            raise ValueError("exact_match, samples, patience: not negative; max_new_tokens: at least 1")
         if self.patience and not self.every:
             raise ValueError("patience: counts evaluations, so eval.every must be above 0")
 

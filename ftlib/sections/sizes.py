@@ -10,15 +10,19 @@ class Sizes:
     layers: int | None = None
     dim: int | None = None  # width of the hidden states
     heads: int | None = None  # of queries; null: as many as keep the head's size
+    head_dim: int | None = None  # channels of a head; null: the published ones, or dim / heads where those are that
     kv_heads: int | None = None  # of keys and values; null: in proportion to heads
     hidden: int | None = None  # width of the feed-forward layer; null: in proportion to dim
     vocab: int | None = None  # rows of the embedding
     experts: int | None = None  # of a mixture
+    experts_per_token: int | None = None  # of them; null: the published ones
 
     def __post_init__(self) -> None:
         for name, value in self.__dict__.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}: must be at least 1")
+        if (self.head_dim or 0) % 2:
+            raise ValueError("head_dim: must be even, as channels turn in pairs")
 
     @property
     def changed(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -211,6 +211,12 @@ def _compiled(template: str) -> Template:
 def has_captures(template: str) -> bool:
     """Whether a template keeps what a {% set %} block writes."""
     return next(_parsed(template).find_all(nodes.AssignBlock), None) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def variables(template: str) -> frozenset[str]:
+    """Names that a template reads and that whoever renders it may set."""
+    return frozenset(meta.find_undeclared_variables(_parsed(template)) - _environment().globals.keys())
 
 
 def _parsed(template: str) -> nodes.Template:

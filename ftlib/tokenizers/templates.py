@@ -1,9 +1,17 @@
 """Chat templates by name, for models that come without one; each marks what the assistant writes."""
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ftlib.errors import UserError, about, did_you_mean
 from ftlib.tokenizers.classic import STYLES, template
+from ftlib.tokenizers.jinja import variables
+
+GIVEN = (  # by whoever renders, each time
+    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token",
+)  # fmt: skip
+Scalar = bool | int | float | str | None
 
 CHATML = """\
 {%- set ns = namespace(tools='') -%}
@@ -141,3 +149,26 @@ def load_template(name_or_path: str) -> str:
         where="data.template",
         fix=f"built in: {', '.join(BUILTIN)}; or the path of a .jinja file",
     )
+
+
+def with_defaults(template: str, values: Mapping[str, Scalar]) -> str:
+    """A template whose variables have these values wherever it is rendered without others.
+
+    They are written in front of it and not kept beside it, so that every library that reads the template has them too.
+    """
+    lines = (f"{{% set {name} = {name} | default({_literal(value)}) %}}\n" for name, value in sorted(values.items()))
+    return "".join(lines) + template  # the engine leaves out a line's end behind a statement
+
+
+def check_read(names: Mapping[str, Scalar], templates: Sequence[str], where: str) -> None:
+    """UserError for a name that is no variable which one of the templates reads."""
+    known = frozenset().union(*map(variables, templates)) - {*GIVEN}
+    for name in names:
+        if name not in known:
+            fix = f"it reads {', '.join(sorted(known))}" if known else "it reads none; leave it out"
+            what = f"the chat template never reads {name!r}{did_you_mean(name, known)}"
+            raise UserError(what, where=f"{where}.{name}", fix=fix)
+
+
+def _literal(value: Scalar) -> str:
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

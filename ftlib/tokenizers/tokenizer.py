@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ftlib.tokenizers.jinja import render
 from ftlib.tokenizers.ranks import RanksBackend
 from ftlib.tokenizers.replay import Replay
 from ftlib.tokenizers.spans import Rendered, render_with_spans
+from ftlib.tokenizers.templates import Scalar, check_read, with_defaults
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|return|>")
@@ -57,6 +58,20 @@ class Tokenizer:
             self.special_tokens = {**self._controls, **self.special_tokens}
         self._replay: Replay | None = None  # of this template and these names
         self._index()
+
+    def set_template_args(self, values: Mapping[str, Scalar], where: str = "data.template_args") -> None:
+        """Give variables of the chat template, such as `enable_thinking`, these values wherever it is rendered without
+        others; a saved tokenizer has them too. UserError, naming `where`, for one that the template never reads."""
+        if not values:
+            return
+        both = [template for template in (self.chat_template, self._tool_template) if template is not None]
+        if not both:
+            what = "the tokenizer has no chat template that could read them"
+            raise UserError(what, where=where, fix="leave them out")
+        check_read(values, both, where)
+        whole, *tools = (with_defaults(template, values) for template in both)
+        self.chat_template = whole
+        self._tool_template = tools[0] if tools else None
 
     def _index(self) -> None:
         self._names = {i: token for token, i in self.special_tokens.items()}
@@ -224,6 +239,9 @@ class Tokenizer:
             self._save_new(folder)
         if self.chat_template is not None and not own:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+            if self._tool_template is not None:
+                (folder / TEMPLATES).mkdir(exist_ok=True)
+                (folder / TEMPLATES / "tool_use.jinja").write_text(self._tool_template, encoding="utf-8")
 
     def _save_new(self, folder: Path) -> None:
         if isinstance(self.backend, JsonBackend):

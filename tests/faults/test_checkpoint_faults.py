@@ -97,7 +97,8 @@ def test_killed_again_and_again(uninterrupted, tmp_path):
 def test_signal_saves_and_the_same_command_goes_on(uninterrupted, tmp_path, number):
     child = start(tmp_path, every=1000, pause=0.25)
     wait_for_row(child, tmp_path)
-    with pytest.raises(UserError, match="another run is using this folder"):
+    named = rf"using this folder: process {child.pid} on (\S+)\n.*\n  fix: wait .* stop it \(on \1: kill {child.pid},"
+    with pytest.raises(UserError, match=named):
         Saver(Checkpoint(), tmp_path, one_process(), {"seed": 0}).resume(fresh())
     child.send_signal(number)
     said, errors = child.communicate(timeout=60)

@@ -92,6 +92,7 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("run", "--nproc-per-node"): "tune run",
     ("run", "--nproc-per-node", "two", RECIPE): "--nproc-per-node two",
     ("run", "--nproc-per-node", "0", RECIPE): "at least 1 process",
+    ("run", "--nproc", "0", RECIPE): "--nproc-per-node 0: at least 1 process",
     ("run", "--nproc-per-node", "2", "nope.py"): "nope.py: no such recipe",
     ("run", "--nproc-per-node", "2", RECIPE, "--config", "c.yaml", "batch.rows=4"): "is no multiple of",
     ("run", "c.yaml"): "tune run RECIPE --config c.yaml",
@@ -138,7 +139,7 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("import", "rows.jsonl"): "is no config but a file of rows\n  fix: tune init rows.jsonl",
     ("import", "rows.jsonl", "--from", "trl"): "invalid choice: 'trl'",
     # models
-    ("generate", "model"): "required: --prompt",
+    ("generate", "model"): "--prompt --prompts is required",
     ("generate", "nowhere/at/all", "--prompt", "x"): "no such file or folder",
     ("generate", "model", "--prompt", "x", "--max-new-tokens", "0"): "at least 1",
     ("generate", "model", "--prompt", "x", "--temperature", "-1"): "at least 0",

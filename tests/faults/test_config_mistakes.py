@@ -49,6 +49,11 @@ FILES = {
     "unknown key": ("optim:\n  lrr: 1", "c.yaml:2: optim.lrr: no such key (did you mean 'optim.lr'?)"),
     "right key, wrong section": ("lr: 1", "c.yaml:1: lr: no such key (did you mean 'optim.lr'?)"),
     "another library's key": ("per_device_train_batch_size: 1", "c.yaml:1: ", "'batch.micro_rows'"),
+    "another library's share": ("schedule: {warmup_ratio: 0.1}", "'schedule.warmup_steps', which may be a share"),
+    "another library's value": ("optim: {name: adamw_8bit}", "c.yaml:1: optim.name:", "here that is optim.states=int8"),
+    "such a value for a section": ("optim: paged_adamw_8bit", "a section", "(here that is optim.states=int8)"),
+    "every layer": ("lora: {targets: all}", "c.yaml:1: lora.targets: 'all' is no layer", "all-linear"),
+    "what is not here": ("parallel: {pp: 2}", "c.yaml:1: parallel.pp: no such key: there are no pipeline stages here"),
     "misspelt section": ("optimm: {lr: 1}", "c.yaml:1: optimm: no such key (did you mean 'optim'?)"),
     "nothing like it": ("lora: {zzz: 1}", "c.yaml:1: lora.zzz: no such key", "rank, alpha, dropout, targets"),
     "dotted key in a file": ("lora.rank: 3", "c.yaml:1: lora.rank: dots are for the command line", "`lora:`"),
@@ -223,6 +228,9 @@ def test_a_config_of_another_recipe_is_told_whose_it_is(tmp_path, capsys):
     assert "all of these keys, recipes/lora_sft.py, or" in said, "of several the one whose schema it names"
     said = refused(capsys, "recipes/dpo.py", "--config", "demo_lora", "dpo.lss=ipo")
     assert "dpo.lss: no such key (did you mean 'dpo.loss'?)" in said and "take a recipe" not in said
+    said = refused(capsys, "recipes/pretrain.py", "stream.buffer=8", "neftune=5", "lisa.layers=2", "nonsense=1")
+    have = "neftune (recipes/full_sft.py, recipes/lora_sft.py); lisa (recipes/full_sft.py)\n"
+    assert f"fix: leave out what is none here, or take a recipe that has it: {have}" in said
 
 
 @pytest.mark.parametrize("form", ["file", "shell"])

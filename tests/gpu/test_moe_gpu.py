@@ -10,8 +10,11 @@ from parity.shrink import shrunk
 from ftlib.adapters import lora
 from ftlib.kernels import grouped_linear as kernel
 from ftlib.layers.batch import from_documents
+from ftlib.losses.balancing import Balance
 from ftlib.losses.language_modelling import next_token_loss
 from ftlib.models import LanguageModel, families
+from ftlib.parallel import recompute
+from ftlib.sections import Loss, Memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -76,3 +79,36 @@ def test_a_mixture_with_adapters(name, compiled):
     assert gradients.keys() == references.keys() and any("experts" in name for name in gradients)
     whole = [torch.cat([part[name].flatten().float() for name in sorted(part)]) for part in (gradients, references)]
     assert error(*whole) < 0.15  # rounding sends a few tokens to another expert
+
+
+@pytest.mark.parametrize("kept", ["none", "selective", "except_attention", "full"])
+def test_the_balancing_loss_of_compiled_blocks(kept, monkeypatch):
+    """In bf16, packed and compiled, whatever is recomputed, against float32 as it is; equal bits when repeated."""
+    config = shrunk("qwen3-30b-a3b", hidden_size=256, vocab_size=1000, moe_intermediate_size=512) | {"head_dim": 64}
+    ids = torch.randint(3, 1000, (2, 50), generator=torch.Generator().manual_seed(1)).tolist()
+    batch = from_documents([[(np.array(row), np.array([*row[1:], -100]))] for row in ids], 64, 0, 4).to("cuda")
+    arch, table = families.read(config)
+    model = LanguageModel(arch, table, config).to("cuda")
+    model.model.init_weights(0, std=0.05)
+    half = copy.deepcopy(model).bfloat16()
+    half.model.use_attention("varlen")
+    recompute.use(half, Memory(recompute=kept, compile=True), torch.device("cuda"))
+
+    def run(model):
+        model.zero_grad()
+        balance = Balance(model, Loss(router_aux=1.0))
+        model(batch)
+        loss = balance(batch) / batch.target_tokens
+        loss.backward()
+        return loss.item(), [block.mlp.gate.weight.grad.clone() for block in model.model.layers]
+
+    exact, references = run(model)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        (ours, gradients), (again, repeated) = run(half), run(half)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert abs(ours / exact - 1) < 1e-2 and exact > config["num_experts_per_tok"]
+    assert ours == again and all(torch.equal(a, b) for a, b in zip(gradients, repeated, strict=True))
+    assert error(torch.cat(gradients).float(), torch.cat(references)) < 0.3  # a few tokens go to another expert

@@ -94,13 +94,14 @@ SHORT = [
     Case(shard=2, tp=2, kind="lora", recompute="full", offload=True),
     Case(cp=2, tp=2, style=RING, model="qwen3_moe"),
     Case(shard=2, cp=2, kind="saved"),
+    Case(shard=2, dtype="fp32", pack=False),  # rows of 8, 16 and 24 tokens, others on the other process
+    Case(replicate=2, elastic=True, dtype="fp32", pack=False),
+    Case(cp=2, kind="lora", model="qwen2", pack=False),
 ]
 # Further ones of the slow grid.
 MORE = [
-    Case(shard=2, dtype="fp32", pack=False),
     Case(tp=2, model="llama"),
     Case(tp=2, kind="lora", model="qwen2"),
-    Case(cp=2, kind="lora", model="qwen2", pack=False),
     Case(cp=2, style=GATHER, kind="lora", recompute="full", micro_rows=2),
     Case(cp=2, tp=2, model="gpt_oss"),
     Case(shard=2, tp=2),

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from parallel.processes import expect_a_hang_is_named, rows, wait_for_rows, worker
+from parallel.processes import expect_a_hang_is_named, rows, running, wait_for_rows, worker
 from tiny_model import ROOT, command, tune, write_config, write_model, write_rows
 
 from ftlib.parallel import pulse
@@ -45,6 +45,18 @@ def test_a_killed_process_is_named_and_the_same_command_goes_on(start, tmp_path)
     assert code == 0 and "resuming from step_" in said, errors
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, at + 6))
     assert not list((tmp_path / "logs").glob("*.json")), "notes of processes that ended in good order are gone"
+
+
+def test_what_a_killed_launcher_left_is_named_and_one_signal_ends_it(start, tmp_path):
+    killed = command(*start(tmp_path, "steps=9000"))
+    wait_for_rows(killed, tmp_path, 2)
+    first, second = worker(killed.pid, 0), worker(killed.pid, 1)
+    killed.kill()
+    code, _, errors = tune(*start(tmp_path, "steps=9000"))
+    assert code == 2 and f"another run is using this folder: processes {first}, {second} on " in errors, errors
+    os.kill(first, signal.SIGTERM)
+    _, errors = killed.communicate(timeout=60)  # which waits for both
+    assert "stopped by SIGTERM after step" in errors and not running(first) and not running(second)
 
 
 def test_who_is_missing_is_told_from_the_notes(tmp_path, monkeypatch):

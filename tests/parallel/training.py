@@ -127,7 +127,7 @@ def fresh(case: Case, models: Path, run: object) -> State:
     optimizer = optim.build(model, Optim(lr=1e-2, weight_decay=0.1, eps=1e-2))
     loader = Loader(
         documents(case.weighted), seq_len=SEQ_LEN, rows=ROWS, micro_rows=case.micro_rows, seed=SEED, pack=case.pack,
-        pad_id=0, rank=run.data_rank, ranks=run.data_ranks, share=run.share if run.world > 1 else None,
+        pad_id=0, rank=run.data_rank, ranks=run.data_ranks, share=run.share if run.world > 1 else None, multiple=8,
     )  # fmt: skip
     return State(model, optimizer, loader)
 

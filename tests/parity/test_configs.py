@@ -74,6 +74,8 @@ def test_what_changes_the_maths_is_refused(tmp_path, change, words):
     assert words in str(error.value) and "config.json" in str(error.value)
     if "did you mean" in words or "type 'dynamic'" in words or "relu2" in words:
         assert "supported: " in str(error.value)
+    if "model_type" in change:
+        assert "model.code" in str(error.value) and "tools/new_family.py" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["gemma-3-4b", "ministral-3-3b"])

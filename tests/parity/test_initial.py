@@ -10,7 +10,7 @@ from tiny_model import steps, train
 from ftlib.errors import UserError
 from ftlib.models import families, initial, save
 from ftlib.models.language_model import LanguageModel
-from ftlib.models.sizes import resized, write
+from ftlib.models.sizes import note, resized, write
 from ftlib.sections.sizes import Sizes
 
 ONE_OF_EACH = (
@@ -67,7 +67,8 @@ def test_every_published_shape_in_a_small_size(name, tmp_path):
     if any("short_factor" in (config.get(key) or {}) for key in ("rope_scaling", "rope_parameters")):
         pytest.skip("its rope is made for one width")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    sizes = Sizes(layers=5, dim=256, vocab=512, experts=8)
+    mixture = {"experts": 8, "experts_per_token": 3} if config.get("num_experts_per_tok") else {}
+    sizes = Sizes(layers=5, dim=256, vocab=512, **mixture)
     folder = write(tmp_path, tmp_path / "out", sizes)
     new = json.loads((folder / "config.json").read_text())
     arch, table = families.read(new)
@@ -75,6 +76,7 @@ def test_every_published_shape_in_a_small_size(name, tmp_path):
         model = LanguageModel(arch, table, new)
     assert (arch.dim, arch.vocab, len(arch.layers)) == (256, 512, 5)
     assert model.lm_head.weight.shape == (512, 256)
+    assert not mixture or {layer.ffn.top_k for layer in arch.layers} == {3}
     assert resized(new, sizes) == new, "again changes nothing"
     with torch.device("meta"):
         assert sum(p.numel() for p in theirs(new).parameters()) == sum(p.numel() for p in model.parameters())
@@ -86,6 +88,29 @@ def test_sizes_that_do_not_fit_are_named():
         resized(config, Sizes(heads=6, kv_heads=4))
     with pytest.raises(UserError, match="no multiple"):
         resized(published("llama-2-7b"), Sizes(dim=250, heads=4))
+    with pytest.raises(UserError, match="go to 8 experts, and there are 4") as caught:
+        resized(published("qwen3-30b-a3b"), Sizes(experts=4))
+    assert "sizes.experts_per_token=4" in caught.value.fix
+    with pytest.raises(UserError, match="has no experts"):
+        resized(config, Sizes(experts=4))
+    with pytest.raises(ValueError, match="must be even"):
+        Sizes(head_dim=15)
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "llama-2-7b", "phi-4", "gemma-3-1b"])
+def test_heads_have_the_size_that_is_set_and_else_it_is_told(name):
+    config, small = published(name), {"layers": 2, "dim": 64, "heads": 4, "kv_heads": 2, "hidden": 64, "vocab": 128}
+    new = resized(config, sizes := Sizes(head_dim=32, **small))
+    arch, table = families.read(new)
+    assert arch.head_dims == {32} and resized(new, sizes) == new and not note(config, sizes)
+    with torch.device("meta"):
+        mine = LanguageModel(arch, table, new)
+        assert sum(p.numel() for p in theirs(new).parameters()) == sum(p.numel() for p in mine.parameters())
+    kept = config.get("head_dim") or 0
+    follows = kept * config["num_attention_heads"] in (0, config["hidden_size"])
+    assert bool(note(config, Sizes(**small))) != follows and not note(config, Sizes(layers=1))
+    if not follows:
+        assert f"{kept} channels: 4 of them, and dim is 64" in note(config, Sizes(**small))[0]
 
 
 def test_a_run_in_other_sizes(tmp_path):

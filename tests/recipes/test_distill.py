@@ -107,3 +107,5 @@ def test_what_cannot_be_stored_or_was_stored_otherwise_is_told_before_training(t
     file = tiny.config(tmp_path, distill={"teacher": str(teacher), "stored": str(tmp_path / "store"), "top_k": 64})
     code, _, errors = tune("validate", "distill", "--config", file, f"model.path={student}", cwd=ROOT)
     assert code == 2 and "made with other settings (top_k)" in errors
+    code, _, errors = tune("validate", "distill", "--config", file, f"model.path={student}", "distill.temperature=2")
+    assert code == 2 and "kept its probabilities at 1; leave one of the two out" in errors

@@ -10,6 +10,7 @@ from tiny_model import ROOT, losses, steps, train, tune, undo, write_config
 
 from ftlib import build, cli, config, plugins
 from ftlib.errors import UserError
+from ftlib.evaluation import metrics
 from ftlib.sections import methods
 
 WORDS = ("red", "blue", "green", "white", "black", "brown")
@@ -64,6 +65,11 @@ def test_first_loss_is_ln_2_and_the_preference_is_learnt(toy, tmp_path, capsys):
     trained = [row for row in rows if "loss" in row]
     assert abs(trained[0]["loss"] - LN2) < 1e-6 and trained[0]["rewards_chosen"] == trained[0]["rewards_rejected"] == 0
     assert first_and_last(rows, "eval_accuracy") == (0.5, 1.0)  # all tie before the first step
+    recipe = plugins.load_file(ROOT / "recipes/dpo.py")
+    cfg = config.load(recipe.Config, ["--config", str(tmp_path / "config.yaml"), "eval.metric=eval_margin"])
+    assert list(rows[0]) == ["step", *metrics.names(cfg)], "what eval.metric may be is known before"
+    with pytest.warns(UserWarning, match=r"eval_margin picks what .*keep_best .*neither is set"):
+        build.check(cfg)
     assert abs(rows[0]["eval_loss"] - LN2) < 1e-6 and rows[-1]["eval_loss"] < 0.5
     assert trained[-1]["margin"] == pytest.approx(trained[-1]["rewards_chosen"] - trained[-1]["rewards_rejected"])
     assert trained[-1]["accuracy"] == 1.0 and trained[-1]["logps_chosen"] > trained[-1]["logps_rejected"]

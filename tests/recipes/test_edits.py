@@ -12,6 +12,7 @@ import torch
 from tiny_model import ROOT, command, steps, write_config
 
 from ftlib import config, plugins
+from ftlib.errors import UserError
 from ftlib.sections import Batch, Data, Memory, Model, Optim, Source
 
 RECIPE = (ROOT / "recipes" / "lora_sft.py").read_text()
@@ -29,7 +30,7 @@ def lines(first: str, last: str) -> str:
     return RECIPE[RECIPE.index(start) : RECIPE.index(end) + len(end)]
 
 
-LOSS = lines("part = next_token_loss(", "part = part / batch.target_weight")
+LOSS = lines("part = next_token_loss(", "part = (part + balance(micro)) / batch.target_weight")
 MODEL, STEP = line("model = build.model("), line("grad_norm = optim.step(")
 RATE, REPORT, LOADER = line("lr = optim.set_rate("), line("output.step("), line("loader = build.loader(")
 BATCH, BACKWARD, SEED = line("batch = next(loader)"), line("part.backward()"), line("    seed: int")
@@ -141,7 +142,7 @@ def test_main_from_python_twice_in_one_process(tiny, tmp_path):
     recipe = plugins.load_file(ROOT / "recipes/lora_sft.py")
     cfg = recipe.Config(
         model=Model(path=str(tiny.model)),
-        data=Data(sources=(Source(path=str(tiny.rows)),), seq_len=64),
+        data=Data(sources=(Source(path=tiny.rows),), seq_len=64),  # a Path
         batch=Batch(rows=4, micro_rows=4),
         steps=3,
         optim=Optim(lr=1e-2),
@@ -154,6 +155,8 @@ def test_main_from_python_twice_in_one_process(tiny, tmp_path):
     assert steps(first) == steps(second) and len(steps(first)) == 3
     assert recipe.main(cfg) == first, "a finished run says so"
     assert torch.is_grad_enabled()
+    with pytest.raises(UserError, match="s3:/bucket/run is an address"):
+        recipe.main(dataclasses.replace(cfg, output_dir=Path("s3://bucket/run")))
 
 
 def test_every_recipe_is_a_module(capsys):

@@ -156,8 +156,8 @@ class Given:
     def __init__(self, *columns):
         self.columns = columns
 
-    def __call__(self, prompts, completions, completion_ids, columns):
-        assert len(prompts) == len(completions) == len(completion_ids) == len(columns["answer"])
+    def __call__(self, prompts, completions, completion_ids, columns, texts):
+        assert len(prompts) == len(completions) == len(completion_ids) == len(columns["answer"]) == len(texts)
         return [list(column) for column in self.columns]
 
 
@@ -307,6 +307,7 @@ def test_checked_before_a_run(toy, tmp_path, capsys):
         "weight": ({"rewards": [{"fn": "exact", "weight": 0}]}, "rewards[0].weight"),
         "environment": ({"dialogue": {"environment": "./nothere.py:f"}}, "dialogue.environment"),
         "mismatch": ({"rollout": {"mismatch_warn": -1}}, "must not be negative"),
+        "score": ({"eval": {"metric": "rewards"}}, "fix: one of eval_reward, eval_length"),
         "theirs": ({"rollout": {"num_generations": 4}}, "did you mean 'rollout.group'"),
         "alone": ({"rollout": {"group": 1}}, "none"),
         "gdpo": ({"algorithm": {"preset": "gdpo"}}, "several rewards"),

@@ -4,9 +4,9 @@ import json
 import random
 
 import pytest
-from tiny_model import losses, steps, train, tune, write_model
+from tiny_model import ROOT, losses, steps, train, tune, write_model
 
-from ftlib import cli
+from ftlib import cli, config, plugins
 from ftlib.errors import UserError
 
 SETTINGS = {
@@ -68,6 +68,22 @@ def test_mistakes_are_found_before_anything_is_read(tiny, texts, tmp_path):
         train("pretrain", "--config", file, "steps=null", 'optim.groups=[{"match": "nowhere"}]')
 
 
+@pytest.mark.parametrize("place", ["/proc/x", "file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_told_before_a_shape_is(tiny, texts, tmp_path, place):
+    (tmp_path / "file").touch()
+    words = ["sizes.layers=1", f"output_dir={place if place[0] == '/' else tmp_path / place}"]
+    with pytest.raises(UserError, match=r"cannot be written to|is a file, not a folder") as caught:
+        train("pretrain", "--config", tiny.config(tmp_path, **SETTINGS, data=dict(texts)), *words)
+    assert caught.value.where == "output_dir"
+
+
+def test_norms_of_gradients_that_are_summed_later_are_refused(tiny, texts, tmp_path):
+    file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
+    with pytest.raises(UserError, match="summed in the optimizer") as caught:
+        train("pretrain", "--config", file, "log.statistics=2", "deterministic=elastic")
+    assert caught.value.where == "log.statistics, deterministic" and "deterministic=true" in caught.value.fix
+
+
 def validate(capsys, file, *words):
     """Exit code, output and errors of `tune validate pretrain`."""
     code = cli.main(["validate", "pretrain", "--config", str(file), *words])
@@ -92,6 +108,32 @@ def test_a_model_that_does_not_fit_its_tokenizer_or_its_rows_is_told(tiny, texts
     assert "the model's range is 512" in said and "context.length=1024" in said
 
 
+def test_heads_that_keep_their_size_in_another_width_are_told(tiny, texts, tmp_path, capsys):
+    file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
+    told = "heads keep the published 24 channels: 2 of them, and dim is 64; sizes.head_dim sets it"
+    for words in ([], ["sizes.heads=2"], ["sizes.heads=2", "sizes.head_dim=32"]):
+        code, said, errors = validate(capsys, file, *words)
+        assert (code, told in said) == (0, len(words) == 1), errors
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "diffusion"])
+def test_long_texts_are_split_unless_the_config_says_otherwise(recipe, tiny, tmp_path):
+    schema = plugins.load_file(ROOT / f"recipes/{recipe}.py").Config
+    words = ["--config", str(tiny.config(tmp_path))]
+    assert config.load(schema, words).data.overlong == "split"
+    assert config.load(schema, [*words, "data.overlong=drop"]).data.overlong == "drop"
+    assert "overlong: split" in config.dump(config.load(schema, words)), "config.yaml gives the same run again"
+    assert next(doc.default for doc in config.describe(schema) if doc.key == "data.overlong") == "split"
+
+
+def test_no_token_of_a_long_text_is_lost_without_a_stream(tiny, tmp_path, capsys):
+    rows = [json.dumps({"text": text}) for text in ("red " * 400, "blue")]
+    (tmp_path / "long.jsonl").write_text("\n".join(rows))
+    data = {"sources": [{"path": str(tmp_path / "long.jsonl")}], "seq_len": 64}
+    code, said, errors = validate(capsys, tiny.config(tmp_path, **SETTINGS | {"stream": None}, data=data))
+    assert code == 0 and "1,60" in said and "split at data.seq_len=64" in said, said + errors
+
+
 def test_another_tokenizer_on_trained_weights_is_told(tiny, texts, tmp_path, capsys):
     write_model(tmp_path / "other")
     file = tmp_path / "other" / "tokenizer.json"
@@ -104,8 +146,41 @@ def test_another_tokenizer_on_trained_weights_is_told(tiny, texts, tmp_path, cap
     assert "other tokens than the model's own" in validate(capsys, config, f"tokenizer.path={tmp_path}/other")[1]
 
 
+def test_the_readme_s_config_of_a_stream_is_one(tmp_path):
+    text = (ROOT / "ftlib/data/README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (file := tmp_path / "my.yaml").write_text(text)
+    cfg = config.load(plugins.load_file(ROOT / "recipes/pretrain.py").Config, ["--config", str(file)])
+    assert all(point.weights.keys() == {source.name for source in cfg.data.sources} for point in cfg.stream.mix)
+    assert cfg.data.eval == 200 and cfg.stream.mix[-1].step < cfg.steps
+
+
 def test_shares_after_the_end_of_the_run_are_told(tiny, texts, tmp_path, capsys):
     file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
     for step, told in ((8, False), (9, True)):
         _, said, errors = validate(capsys, file, f"stream.mix=[{{step: {step}, weights: {{web: 2}}}}]")
         assert ("stream.mix goes on to step 9, the run (steps) ends at 8" in said) == told and not errors
+
+
+def test_a_run_that_goes_on_tells_what_changed_and_refuses_another_one(tiny, texts, tmp_path, capsys):
+    file = tiny.config(tmp_path, **SETTINGS, data=dict(texts))
+    train("pretrain", "--config", file, "steps=2")
+    capsys.readouterr()
+    refused = {
+        "loss.name=eaft": "loss.name: 'cross_entropy' then, 'eaft' now",
+        "init.std=0.5": "init.std: None then, 0.5 now",
+        "stream.buffer=64": "stream.buffer: 32 then, 64 now",
+        "stream=null": "stream: {'buffer': 32,",
+        "data.sources[0].name=books": "data.sources[0].name: None then, 'books' now",
+        "sizes.layers=3": "sizes.layers: None then, 3 now",
+        "context.ssmax=0.2": "context.ssmax: None then, 0.2 now",
+        "mtp.depth=1": "mtp.depth: 0 then, 1 now",
+        "optim.name=lion": "optim.name: 'muon' then, 'lion' now",
+    }
+    for change, named in refused.items():
+        with pytest.raises(UserError) as caught:
+            train("pretrain", "--config", file, change)
+        assert f"    {named}" in str(caught.value), change
+    changes = ["loss.z_loss=1e-3", "data.sources[0].weight=0.9", "optim.lr=2e-2", "log.every=2"]
+    train("pretrain", "--config", file, "steps=3", *changes)
+    told = "weight: 3.0 -> 0.9; steps: 2 -> 3; loss.z_loss: 0.0 -> 0.001; optim.lr: 0.01 -> 0.02\n"
+    assert f"resuming from step_000002; config changed data.sources[0].{told}" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from tiny_model import ROOT, losses, probe, steps, train, tune, write_config, wr
 
 from ftlib import build, cli, config, models, plugins, preflight
 from ftlib.errors import UserError
+from ftlib.evaluation import metrics
 from ftlib.observe import output, watch
 
 SETTINGS = {
@@ -126,6 +127,7 @@ def test_the_best_evaluation_is_what_is_kept(best, lab, monkeypatch):
         scored(self, step, {"judge": float(step == best), **row}, samples)
 
     monkeypatch.setattr(output.Output, "evaluation", better)
+    monkeypatch.setattr(metrics, "names", lambda cfg: ["judge"])
     words = ("checkpoint.keep_best=true", "checkpoint.keep=1", "eval.every=1", "eval.metric=judge")
     rows = lab.run(f"best{best}", *words)
     monkeypatch.undo()

@@ -62,6 +62,8 @@ def test_mtp_adds_its_loss_and_changes_what_is_learnt(lab):
     assert on[0] == off[0], "evaluated before the first step: only the next token counts"
     added = [a - b for a, b in zip(steps(on), steps(off), strict=True)]
     assert added[0] == pytest.approx(0.3 * steps(off)[0], rel=0.15), "a second prediction, of as little"
+    parts = [row["mtp_loss"] for row in on if "loss" in row]
+    assert parts[0] == pytest.approx(added[0], rel=1e-5) and not any("mtp_loss" in row for row in off)
     assert steps(on)[-1] < 0.5 * steps(on)[0] and on[-1]["eval_loss"] != off[-1]["eval_loss"]
     assert on[-1]["eval_loss"] < 0.6 * on[0]["eval_loss"]
 
@@ -112,7 +114,8 @@ def test_ssmax_changes_attention_and_goes_on_to_the_bit(lab):
 
 
 def test_what_does_not_go_with_ssmax_is_refused(lab):
-    refused(lab, "context.ssmax=0.168", "from_scratch=false", match=r"context\.ssmax")
+    both = r"where: context\.ssmax\n  fix: set from_scratch=true, or leave out what .*: ~context\.ssmax"
+    refused(lab, "context.ssmax=0.168", "from_scratch=false", match=both)
     refused(lab, "context.ssmax=0.168", "context.skip=true", match=r"context\.skip")
     final = lab("context.ssmax=0.168")[1] / "final"
     refused(lab, f"model.path={final}", "from_scratch=false", "context.skip=true", match=r"context\.skip")

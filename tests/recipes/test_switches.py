@@ -1,6 +1,7 @@
 """Switches of fine-tuning, on and off: off is what it was to the bit, on changes what the formula says it changes."""
 
 import pytest
+import yaml
 from tiny_model import ROOT, losses, steps, train, tune
 
 
@@ -64,3 +65,23 @@ def test_schedule_free_evaluates_and_keeps_the_average(tiny, tmp_path):
     assert again[0]["eval_loss"] == pytest.approx(rows[-1]["eval_loss"], rel=1e-5)
     file = tiny.config(tmp_path, steps=6, **settings | {"eval": {}}, output_dir=str(tmp_path / "never"))
     assert losses(train("full_sft", "--config", file)) == losses(rows), "evaluating changes nothing"
+
+
+@pytest.mark.parametrize("recipe", ["lora_sft", "full_sft", "pretrain"])
+def test_shares_are_of_the_steps_that_epochs_make(recipe, tiny, tmp_path, capsys):
+    """What was written stays in the config, what it became is said, and a run that is longer now goes on."""
+    schedule = {"name": "wsd", "warmup_steps": 0.3, "decay_steps": 0.2}
+    shares = {"eval": {"every": 0.3}, "checkpoint": {"every": 0.4, "keep": 9}, "schedule": schedule}
+    words = ("--config", tiny.config(tmp_path, epochs=0.48, steps=None, **shares))
+    rows, out = train(recipe, *words), tmp_path / "out"
+    became = "of 10 steps: schedule.warmup_steps 0.3 is 3, schedule.decay_steps 0.2 is 2, eval.every 0.3 is 3"
+    assert f"{became}, checkpoint.every 0.4 is 4\n" in capsys.readouterr().out
+    rates = [row["lr"] / 1e-2 for row in rows if "lr" in row]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *[1] * 6, 0.5, 0])
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 6, 9, 10]
+    saved = lambda: sorted(int(path.name[5:]) for path in (out / "checkpoints").glob("step_*"))  # noqa: E731
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved() == [4, 8, 10] and all(kept[name].items() >= shares[name].items() for name in shares)
+    longer = train(recipe, *words, "steps=15")
+    assert losses(longer)[:10] == losses(rows) and len(steps(longer)) == 15 and saved() == [4, 8, 10, 12, 15]
+    assert [row["step"] for row in longer if "eval_loss" in row] == [0, 3, 6, 9, 10, 12, 15]

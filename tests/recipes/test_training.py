@@ -8,8 +8,10 @@ import torch
 from parity.shrink import relative
 from tiny_model import TEMPLATE, losses, probe, steps, train, write_rows
 
-from ftlib import cli, models
+from ftlib import cli, models, tokenizers
+from ftlib.data import loader
 from ftlib.errors import UserError
+from ftlib.models.decoder import Decoder
 
 RECIPES = ("lora_sft", "full_sft", "pretrain")
 STEP_KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "peak_memory_gib", "data_wait"]
@@ -181,6 +183,59 @@ def test_packing_does_not_change_the_loss_of_the_same_rows(tiny, tmp_path):
     alone = train("lora_sft", "--config", file, "data.pack=false", f"output_dir={tmp_path}/b")
     assert steps(packed) == pytest.approx(steps(alone), rel=1e-5)
     assert packed[1]["tokens"] == alone[1]["tokens"]
+
+
+@pytest.mark.parametrize("recipe", ["lora_sft", "full_sft"])
+def test_short_rows_without_packing_learn_what_whole_ones_do(recipe, tiny, tmp_path, monkeypatch, capsys):
+    rows = [json.loads(line) for line in (tiny.rows).read_text().splitlines()]
+    for number, row in enumerate(rows):  # 40 to 240 tokens
+        row["messages"][0]["content"] += " please" * (number % 30)
+    data = {"sources": [{"path": str(tmp_path / "rows.jsonl")}], "seq_len": 512, "pack": False}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = {"rows": 4, "micro_rows": 2}
+    file = tiny.config(tmp_path, data=data, batch=batch, steps=8, eval={"every": 4}, optim={"lr": 1e-3})
+    widths = set()
+    forward = Decoder.forward
+
+    def watched(self, batch, *more):
+        widths.add(batch.input_ids.shape[1])
+        return forward(self, batch, *more)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    short = train(recipe, "--config", file, f"output_dir={tmp_path}/short")
+    assert widths <= {64, 128, 192, 256} and len(widths) > 2
+    assert "of the positions that a step computes are padding" in capsys.readouterr().out
+    monkeypatch.setattr(loader, "width", lambda longest, seq_len, multiple: seq_len)
+    whole = train(recipe, "--config", file, f"output_dir={tmp_path}/whole")
+    assert 512 in widths
+    assert steps(short) == pytest.approx(steps(whole), rel=1e-4)
+    assert [row["tokens"] for row in short if "loss" in row] == [row["tokens"] for row in whole if "loss" in row]
+    for key in ("grad_norm", "eval_loss"):
+        found = [[row[key] for row in run if key in row] for run in (short, whole)]
+        assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_arguments_of_the_chat_template_are_trained_on_and_stay_with_the_result(tiny, tmp_path, capsys):
+    (tmp_path / "brief.jinja").write_text("{{ 'Briefly. ' if brief }}" + TEMPLATE)
+    data = {"sources": [{"path": str(tiny.rows)}], "seq_len": 96, "template": "brief.jinja"}
+    file = tiny.config(tmp_path, data=data, steps=2, eval={"exact_match": 2, "max_new_tokens": 4})
+    brief = "data.template_args={brief: true}"
+    train("lora_sft", "--config", file, brief)
+    with pytest.raises(UserError, match="data"):  # other rows than it was trained on
+        train("lora_sft", "--config", file, "data.template_args.brief=false", "steps=3")
+    assert cli.main(["preview", "lora_sft", "--config", str(file), brief, "--rows", "1"]) == 0
+    assert "Briefly. <|im_start|>" in capsys.readouterr().out
+    final = tmp_path / "out" / "final"
+    tokenizer, ask = tokenizers.from_pretrained(final), [{"role": "user", "content": "say red"}]
+    assert tokenizer.apply_chat_template(ask, tokenize=False).startswith("Briefly. ")
+    assert not tokenizer.apply_chat_template(ask, tokenize=False, brief=False).startswith("Briefly. ")
+    asked = ["generate", str(final), "--prompt", "say red", "--max-new-tokens", "4", "--template-arg"]
+    assert cli.main([*asked, "brief=false"]) == 0
+    for words, said in (("bref=1", "never reads 'bref' (did you mean 'brief'?)"), ("brief", "expected KEY=VALUE")):
+        assert cli.main([*asked, words]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["validate", "lora_sft", "--config", str(file), "data.template_args.bref=1"]) == 2
+    assert "data.template_args.bref (command line)" in capsys.readouterr().err
 
 
 def test_recompute_does_not_change_a_bit(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """Attention with sinks on every backend against the plain formula, and which backend a model gets."""
 
 import math
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from ftlib import build
+from ftlib import build, config, plugins, preflight
+from ftlib.cli import assets, env
 from ftlib.errors import UserError
 from ftlib.kernels import flex_attention
 from ftlib.kernels import varlen_attention as varlen
+from ftlib.kernels.capability import without_bf16
 from ftlib.layers.attention import attend, choose_backend
 from ftlib.layers.batch import Layout, from_documents
 from ftlib.layers.shared_prefix import SharedPrefix
@@ -154,6 +157,42 @@ def test_which_backend_a_model_gets():
         choose_backend("flex", cpu, half)
     with pytest.raises(UserError, match="'flex' has no attention sinks"):
         choose_backend("flex", CUDA, half, sinks=True)
+
+
+@pytest.fixture
+def t4(monkeypatch):
+    """A GPU without bf16, as far as torch's answers go."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+
+
+def test_gpus_without_bf16_take_sdpa(t4, monkeypatch):
+    half = torch.bfloat16
+    assert choose_backend("auto", CUDA, half) == choose_backend("auto", CUDA, torch.float16) == "sdpa"
+    assert choose_backend("auto", CUDA, half, softcap=True) == "reference"
+    with pytest.raises(UserError, match=r"'varlen' needs a GPU of compute capability 8\.0 .*this one has 7\.5"):
+        choose_backend("varlen", CUDA, half)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert choose_backend("auto", CUDA, half) == "varlen"
+    assert without_bf16(torch.device("cpu")) is None and without_bf16(CUDA) is None
+
+
+def test_a_check_and_env_say_what_such_a_gpu_means(t4, monkeypatch):
+    recipe = plugins.load_file(assets.resolve_recipe("full_sft"))
+    rows = "data.sources=[{path: ftlib:demo/data/lora_train.jsonl}]"
+    cfg = config.load(recipe.Config, ["model.path=ftlib:demo/model", rows])
+    with pytest.warns(UserWarning, match=r"bf16 \(8\.0.*emulated.*set dtype=fp32") as caught:
+        build.check_model(cfg)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build.check_model(replace(cfg, dtype="fp32"))
+    gpu = SimpleNamespace(name="Tesla T4", total_memory=1 << 34, major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
+    monkeypatch.setattr(preflight, "available", lambda: ("the GPU", 1 << 34, 1 << 34))
+    told = env.facts(None)
+    assert any("set dtype=fp32" in line for line in told[told.index(next(t for t in told if "Tesla" in t)) :])
 
 
 def test_flex_is_not_chosen_where_every_score_has_a_mask():

@@ -158,7 +158,7 @@ MISTAKES = {
     "wrong option": (["ls", "--al"], "tune ls: unknown option '--al'"),
     "wrong top option": (["--hlep"], "unknown option '--hlep'"),
     "misspelt option": (["generate", "m", "--prompt", "x", "--temprature", "1"], "did you mean '--temperature'?"),
-    "missing option": (["generate", "m"], "tune generate: the following arguments are required: --prompt"),
+    "missing option": (["generate", "m"], "tune generate: one of the arguments --prompt --prompts is required"),
     "not a number": (["generate", "m", "--prompt", "x", "--seed", "y"], "--seed: invalid int value: 'y'"),
     "no recipe": (["run"], "the recipe comes before --config"),
     "config first": (["run", "--config", "x.yaml", "toy.py"], "the recipe comes before --config"),

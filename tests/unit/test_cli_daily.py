@@ -162,7 +162,8 @@ def test_chat_keeps_streams_and_saves(tiny, here, capsys, monkeypatch):
 def test_chat_equals_generate_and_writes_no_half_characters(tiny):
     from ftlib.cli.talk import Talk
 
-    options = {"adapter": None, "code": None, "system": None, "seed": 0, "dtype": None, "device": "cpu"}
+    options = dict.fromkeys(("adapter", "code", "system", "dtype", "top_p", "top_k", "min_p"))
+    options |= {"seed": 0, "device": "cpu", "stop": [], "template_arg": {}}
     talk = Talk.open(SimpleNamespace(model=str(tiny.model), max_new_tokens=12, temperature=0.0, **options))
     pieces = []
     answer = talk.answer("say red", pieces.append)
@@ -331,6 +332,18 @@ def test_help_config_of_one_key(capsys):
     assert "  optim.lr " in tune(capsys, "help", "config", "lora_sft", "lr")[1]
     code, _, err = tune(capsys, "help", "config", "lora_sft", "optin.lr")
     assert code == 2 and "did you mean 'optim.lr'?" in err
+
+
+def test_help_of_a_key_says_it_of_every_recipe_that_has_it(capsys):
+    name = tune(capsys, "help", "optim.name")[1]
+    assert name.startswith("diffusion, ") and name.count("optim.name") == 1 and "'muon'" in name and "= adamw" in name
+    assert tune(capsys, "help", "lora.rank")[1].startswith("dpo, grpo, lora_sft, reward:\n  lora.rank ")
+    warmup = tune(capsys, "help", "schedule.warmup_steps")[1]
+    assert warmup.count("grpo") == 1 and "grpo:\n  schedule.warmup_steps      whole number or number = 0\n" in warmup
+    one = tune(capsys, "help", "lora.init", "lora_sft")
+    assert one == tune(capsys, "help", "config", "lora_sft", "lora.init") and "olora: start as W's" in one[1]
+    code, _, err = tune(capsys, "help", "optim.nme")
+    assert code == 2 and "optim.nme: no such key (did you mean 'optim.name'?)" in err
 
 
 def test_schemas_are_up_to_date_and_shipped_configs_fit_them():

@@ -9,9 +9,10 @@ from typing import Literal
 
 import pytest
 import yaml
+from tiny_model import ROOT
 
-from ftlib import config
-from ftlib.config import LocalOrHub, MaybeFile, OutputDir, secrets
+from ftlib import config, plugins
+from ftlib.config import LocalOrHub, MaybeFile, OutputDir, secrets, suggest, types
 from ftlib.errors import Problems
 
 
@@ -221,3 +222,42 @@ def test_every_key_of_the_shared_sections_has_a_type_and_most_a_meaning():
 
 def test_null_where_null_is_the_default(tmp_path):
     assert load(tmp_path, "items: [{path: org/x, split: null}]\ntext:\n").items[0].split is None
+
+
+THEIRS = {  # what others call it -> how each kind of recipe does, null: it has nothing like it
+    "warmup_ratio": ("schedule.warmup_steps", "schedule.warmup_steps", "schedule.warmup_steps"),
+    "load_in_4bit": ("model.quantize=nf4", "model.quantize=nf4", "model.quantize=nf4"),
+    "report_to": ("log.to", "log.to", "log.to"),
+    "fp16": ("dtype=bf16", "dtype=bf16", "dtype=bf16"),
+    "data.max_samples": ("data.sources[].split", "data.sources[].split", "data.sources[].split"),
+    "memory.cpu_offload": ("optim.offload", "optim.offload", "optim.offload"),
+    "gradient_accumulation_steps": ("batch.rows", "batch.rows", "rollout.prompts"),
+    "assistant_only_loss": ("data.train_on", "data.train_on", None),
+    "neftune_noise_alpha": ("neftune", None, None),
+    "beta": ("optim.betas", "dpo.beta", "algorithm.kl_coef"),
+    "loss_type": ("loss", "dpo.loss", "algorithm.preset"),
+    "rpo_alpha": (None, "dpo.sft", None),
+    "precompute_ref_log_probs": (None, "dpo.reference=cache", None),
+    "use_vllm": (None, None, "rollout.engine=vllm"),
+    "mask_truncated_completions": (None, None, "algorithm.overlong=mask"),
+    "num_iterations": (None, None, "rollout.minibatches"),
+}
+
+
+@pytest.fixture(scope="module")
+def keys():
+    """Recipe -> its keys."""
+    files = [file for file in (ROOT / "recipes").glob("*.py") if file.stem != "quantize"]
+    return {file.stem: types.known_keys(plugins.load_file(file).Config) for file in files}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_other_libraries_names_of_keys(name, keys):
+    for recipe, ours in zip(("lora_sft", "dpo", "grpo"), THEIRS[name], strict=True):
+        said = suggest.unknown_key(name, keys[recipe], ["model", "data"])
+        assert (f"(did you mean '{ours}'" if ours else "(here are: model, data)") in said, (recipe, said)
+
+
+def test_every_key_that_is_offered_for_another_library_s_is_one(keys):
+    offered = [option for ours in suggest._ELSEWHERE.values() for option in ours.split("|")]
+    assert {suggest._KEY.match(option)[0] for option in offered} <= set().union(*keys.values())

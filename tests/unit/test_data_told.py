@@ -69,7 +69,8 @@ def test_reasoning_is_still_told_of_what_was_tokenised_before(tmp_path):
 
 def test_reasoning_that_is_left_out_of_a_stream_is_told_of_its_beginning(tmp_path):
     def streamed(tokenizer, **changes):
-        data = Data(sources=(write(tmp_path / "a.jsonl", [REASONED, THOUGHT, {"messages": 3}] * 100),), **changes)
+        source = write(tmp_path / "a.jsonl", [REASONED, THOUGHT, {"messages": 3}] * 100)
+        data = Data(sources=(source,), on_bad_row="skip", **changes)
         plan = open_stream(data, Stream(), tokenizer, rows=1, seed=0, vocab=1 << 20)
         return "\n".join(plan.report.lines())
 

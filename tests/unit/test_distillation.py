@@ -119,9 +119,9 @@ def test_the_store_gives_back_what_the_teacher_said_row_by_row(tmp_path):
     assert teacher_store.exists(tmp_path, about)
     with pytest.raises(UserError, match="other settings"):
         teacher_store.exists(tmp_path, {"teacher": "another"})
-    store = teacher_store.TeacherStore(tmp_path, documents, 32)
+    store = teacher_store.TeacherStore(tmp_path, documents)
     step = next(Loader(documents, seq_len=32, rows=4, micro_rows=4, seed=1, pack=True, pad_id=0))
-    ids, logprobs = store.rows(step.packs)
+    ids, logprobs = store.rows(step.packs, 32)
     (batch,) = step.micro_batches
     wanted = top_k(batch)
     filled = [sum(documents.lengths[member] for member in row) for row in step.packs]

@@ -101,6 +101,23 @@ def test_the_speed_table_is_what_was_measured():
     assert done.stdout in (ROOT / "README.md").read_text()
 
 
+GOES_WITH = {"model.quantize": "lora", "log.statistics": "stream"}  # a key that all have -> what it needs in the config
+
+
+def test_the_table_of_switches_is_that_of_the_configs():
+    text = TEXTS["recipes/README.md"]
+    head, _, *rows = text.split("## Which recipe has which switch\n\n")[1].split("\n\n")[0].splitlines()
+    recipes = re.findall(r"`(\w+)`", head)
+    assert {*recipes, "quantize"} == set(RECIPES)
+    told = {line.split("`")[1]: [cell.strip() == "x" for cell in line.split("|")[3:-1]] for line in rows}
+    assert told == {key: [GOES_WITH.get(key, key) in keys_of(recipe) for recipe in recipes] for key in told}
+    shared = set.intersection(*(set(keys_of(recipe)) for recipe in recipes))
+    named = {key.split(".")[0] for key in told} | set(re.findall(r"`(\w+)`", text))
+    for recipe in ("lora_sft", "full_sft", "pretrain"):
+        sections = {key.split(".")[0] for key in keys_of(recipe) if "." in key}
+        assert sections - shared <= named, "every section that only some have is in it"
+
+
 ROW = re.compile(r"^\| (.+?) \| `(\{\".+?\})`[^|]*\|$", re.MULTILINE)
 LOADS = {"train": "train", "preference": "pairs", "unpaired": "rated", "stepwise": "steps"}  # kind of rows -> Wanted
 

@@ -7,7 +7,8 @@ from fake_tokenizer import FakeTokenizer
 from shared_data import ROOT
 
 from ftlib.data import examples, load
-from ftlib.data.formats import FORMATS, choose_shape, kind, read_examples
+from ftlib.data.collect import opened
+from ftlib.data.formats import FORMATS, choose_shape, kind, read_examples, unused
 from ftlib.data.masks import tokenize
 from ftlib.errors import UserError
 from ftlib.sections import Data, Source
@@ -51,6 +52,13 @@ ROWS = [
     ("alpaca", {"instruction": "2+2?", "answer": "5", "critiques": "C", "revision": "4"}, TALK),
     ("unanswerable", {"article": "Sums.", "unanswerable_question": "Who?"},
      [("user", "Sums.\n\nWho?"), ("assistant", "The text does not say.")]),
+    ("alpaca", {"instruction": "2+2?", "completion": "4"}, TALK),
+    ("alpaca", {"Instruction": "2+2?", "Input": "in words", "Output": "4"}, [("user", "2+2?\nin words"), TALK[1]]),
+    ("qa", {"Question": "2+2?", "Response": "4", "ID": 1}, TALK),
+    ("qa", {"System": "S", "question": "2+2?", "Answer": "4"}, [("system", "S"), *TALK]),
+    ("messages", {"Messages": CHAT}, TALK),
+    ("sharegpt", {"conversation": [{"system": "", "input": "2+2?", "output": "4"}] * 2}, TALK * 2),
+    ("sharegpt", {"conversation": [{"system": "S", "input": "2+2?", "output": "4"}]}, [("system", "S"), *TALK]),
     ("oasst", {"message_tree_id": "x", "prompt": {"role": "prompter", "text": "2+2?", "replies": [
         {"role": "assistant", "text": "5", "rank": 1, "replies": []},
         {"role": "assistant", "text": "no", "rank": 0, "deleted": True},
@@ -65,6 +73,48 @@ def test_conversations(format, row, wanted):
     assert said(example) == wanted
     assert example.trained == [role == "assistant" for role, _ in wanted]
     assert read(row, format)[0].evidence == "named in the config"
+
+
+NOT_USED = [
+    ({"question": "2+2?", "solution": "2+2=4", "answer": "4"}, "it has question and answer; not used: solution"),
+    ({"messages": CHAT, "system": "S", "tools": [], "source": "x"}, "it has messages; not used: source"),
+    ({"text": "good", "label": 1}, "it has text; not used: label (classification is not trained here)"),
+    ({"Question": "2+2?", "Answer": "4", "Context": "C", "Id": 1}, "it has Question and Answer; not used: Id"),
+    ({"text": "a", **{f"m{i}": i for i in range(10)}},
+     "it has text; not used: m0, m1, m2, m3, m4, m5, m6, m7 and 2 more"),
+    ({"input_ids": [1], "labels": [1], "attention_mask": [1], "length": 1}, "it has input_ids; not used: length"),
+    ({"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1}, "it has chosen and rejected; not used: margin"),
+    ({"instruction": "2+2?", "instances": [{"input": "", "output": "4"}], "id": 1},
+     "it has instruction and instances; not used: id"),
+    ({"question": "2+2?", "choices": ["4"], "answer": "4"}, "it has question and answer"),
+]  # fmt: skip
+
+
+def test_columns_of_columns(tmp_path):
+    row = {"task": {"ask": {"text": "2+2?"}, "id": 1}, "out.put": "4", "meta": {"by": "x"}}
+    columns = {"question": "task.ask.text", "answer": "out.put", "system": "meta.by"}
+    shape, (example,) = read(row, columns=columns)
+    assert (shape.format, said(example)) == ("qa", [("system", "x"), *TALK])
+    assert shape.evidence == "it has task.ask.text and out.put" and unused({**row, "id": 1}, shape) == ["id"]
+    with pytest.raises(UserError, match=r"column 'task\.ask\.words' not found.*; the file has \[task, out.put, meta"):
+        read(row, columns={**columns, "question": "task.ask.words"})
+    with pytest.raises(UserError, match=r"column 'task\.ask\.text' not found"):
+        read_examples({**row, "task": None}, shape, "file:2")
+
+
+@pytest.mark.parametrize("row,wanted", NOT_USED)
+def test_columns_that_nothing_is_made_of_are_named(row, wanted, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    cfg = Data(sources=(Source(path=str(file)),))
+    assert opened(cfg.sources[0], cfg, [file], "key")[0].evidence == wanted
+
+
+def test_columns_of_prompts_and_of_a_function_are_for_whoever_reads_them(tmp_path):
+    row = {"prompt": "2+2?", "answer": "4", "level": 1}
+    assert unused(row, choose_shape(row, "prompt", {}, {}, "key")) == []
+    (tmp_path / "mine.py").write_text("def rows(row): return {'text': row['prompt']}")
+    assert unused(row, choose_shape(row, f"{tmp_path}/mine.py:rows", {}, {}, "key")) == []
 
 
 ASSISTANT = [{"role": "assistant", "content": "4"}]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from shared_data import shared
 from tiny_model import write_model
 
+from ftlib import cli
 from ftlib.errors import UserError
 from ftlib.export import gguf as ours
 
@@ -121,6 +122,44 @@ def test_llama3_frequency_factors_slow_rope_as_the_model_does(models, tmp_path):
     torch.testing.assert_close(plain / torch.from_numpy(tensors["rope_freqs.weight"].data.copy()), wanted)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def scaled(models, tmp_path, settings):
+    """Fields of the qwen3 model with another `rope_parameters`."""
+    shutil.copytree(models / "qwen3", tmp_path / "m", dirs_exist_ok=True)
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    theta = config.pop("rope_theta", None) or config["rope_parameters"]["rope_theta"]
+    config |= {"rope_parameters": {"rope_theta": theta} | settings, "rope_scaling": None}
+    file.write_text(json.dumps(config))
+    ours.export(tmp_path / "m", tmp_path / "m.gguf")
+    return read(tmp_path / "m.gguf")[1]
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0}], ids=len)
+def test_a_longer_range_by_yarn_is_written_as_llama_cpp_reads_it(models, tmp_path, more):
+    """llama.cpp multiplies cos and sin with attn_factor times (1 + 0.1 ln factor)."""
+    fields = scaled(models, tmp_path, YARN | more)
+    names = gguf.Keys.Rope
+    get = lambda key: fields[key.format(arch="qwen3")]  # noqa: E731
+    assert get(names.SCALING_TYPE) == gguf.RopeScalingType.YARN.value
+    assert (get(names.SCALING_FACTOR), get(names.SCALING_ORIG_CTX_LEN)) == (4, 128)
+    gain = more.get("attention_factor", 0.1 * np.log(4) + 1)
+    assert get(names.SCALING_ATTN_FACTOR) * (1 + 0.1 * np.log(4)) == pytest.approx(gain)
+    betas = (get(names.SCALING_YARN_BETA_FAST), get(names.SCALING_YARN_BETA_SLOW))
+    assert betas == (more.get("beta_fast", 32), more.get("beta_slow", 1))
+    assert get(gguf.Keys.LLM.CONTEXT_LENGTH) == 512
+
+
+def test_other_scalings_are_written_or_refused_by_their_key(models, tmp_path):
+    fields = scaled(models, tmp_path, {"rope_type": "linear", "factor": 2.0})
+    assert (fields["qwen3.rope.scaling.type"], fields["qwen3.rope.scaling.factor"]) == ("linear", 2)
+    with pytest.raises(UserError, match=r"rope_scaling of config\.json\n  fix: .*convert_hf_to_gguf\.py /") as caught:
+        scaled(models, tmp_path, YARN | {"truncate": False})
+    assert "yarn with truncate: false is not exported to GGUF, but linear, yarn" in str(caught.value)
+
+
 def test_sentencepiece_keeps_scores_and_kinds(tmp_path):
     import sentencepiece
 
@@ -136,6 +175,12 @@ def test_sentencepiece_keeps_scores_and_kinds(tmp_path):
     assert fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
     assert (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"]) == (1, 2)
     assert fields["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_the_command_says_what_ollama_is_told(models, tmp_path, capsys):
+    assert cli.main(["gguf", str(models / "qwen3"), str(tmp_path / "m.gguf")]) == 0
+    said = f"next: echo 'FROM {tmp_path}/m.gguf' > Modelfile && ollama create m -f Modelfile\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_what_gguf_cannot_say_is_refused(models, tmp_path):

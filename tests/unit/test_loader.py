@@ -80,6 +80,38 @@ def test_shapes_are_constant():
     assert {(b.input_ids.shape, b.layout.cu_seqlens.shape, b.layout.max_seqlen) for b in evaluation} == shapes
 
 
+def test_rows_without_packing_are_as_wide_as_they_need():
+    random = np.random.default_rng(0)
+    rows = [(np.arange(1, n + 1), random.random(n) < 0.6) for n in random.integers(2, 301, 90)]
+    documents = Documents.from_rows(rows)
+    settings = {"seq_len": 320, "rows": 8, "micro_rows": 2, "seed": 5, "pack": False, "pad_id": PAD, "multiple": 16}
+    wide, narrow = Loader(documents, **{**settings, "multiple": 320}), Loader(documents, **settings)
+    pair = [Loader(documents, **settings, rank=rank, ranks=2) for rank in range(2)]
+    sizes, tokens, positions = set(), 0, 0
+    for _ in range(wide.steps_per_epoch()):
+        whole, step, parts = next(wide), next(narrow), [next(loader) for loader in pair]
+        assert (whole.packs, whole.tokens, whole.target_tokens) == (step.packs, step.tokens, step.target_tokens)
+        assert signature(step) == [micro for part in parts for micro in signature(part)]  # however many ranks there are
+        for all_of_it, batch in zip(whole.micro_batches, step.micro_batches, strict=True):
+            size = batch.input_ids.shape[1]
+            longest = max((batch.input_ids != PAD).sum(1).tolist())
+            assert longest <= size and (size == 16 or size < 1.5 * longest + 16)
+            for name in ("input_ids", "labels"):
+                assert torch.equal(getattr(batch, name), getattr(all_of_it, name)[:, :size])
+            assert (all_of_it.labels[:, size:] == -100).all()
+            assert batch.layout.max_seqlen == size and batch.layout.cu_seqlens.shape == (5,)
+            sizes.add(size)
+            tokens, positions = tokens + batch.tokens, positions + batch.input_ids.numel()
+    known = {16, 32, 48, 64, 96, 128, 192, 256, 320}
+    assert sizes <= known and len(sizes) > 3
+    # The epoch's last step is filled with rows of padding, which the plan does not count.
+    assert narrow.plan.padding(2) == pytest.approx(1 - tokens / positions, abs=0.03)
+    assert narrow.state_dict() == wide.state_dict()
+    held = list(eval_batches(documents, 320, 2, PAD, max_documents=1, multiple=16))
+    assert sum(b.target_tokens for b in held) == documents.target_counts.sum()
+    assert {b.input_ids.shape[1] for b in held} <= known
+
+
 def test_epochs_differ_and_seeds_differ():
     documents = make_documents()
     loader = make_loader(documents)

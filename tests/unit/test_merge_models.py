@@ -114,6 +114,17 @@ def test_another_tokenizer_and_a_density_without_use_are_told(folders, tmp_path,
     assert "warning" not in capsys.readouterr().err
     assert tool.main([str(tmp_path / "out"), str(first), str(other)]) == 0
     assert "another tokenizer.json" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        tool.main([str(tmp_path / "no"), str(first), str(second), "--density", "0.3"])
+    assert tool.main([str(tmp_path / "no"), str(first), str(second), "--density", "0.3"]) == 2
     assert "--density: for ties and dare" in capsys.readouterr().err
+
+
+def test_mistakes_read_like_those_of_the_verbs(folders, tmp_path, capsys):
+    out, first = str(tmp_path / "out"), str(folders[0])
+    for words, what in {
+        (out,): "error: merge_models.py: the following arguments are required: models\n  fix: merge_models.py [-h]",
+        (out, first, "--metod", "ties"): "unknown option '--metod' (did you mean '--method'?)",
+        (out, first, first, "--method", "mean"): "invalid choice: 'mean'",
+        (out, first, "nowhere"): "error: nowhere is no folder\n  fix: name a model's folder",
+    }.items():
+        assert tool.main(words) == 2
+        assert what in capsys.readouterr().err

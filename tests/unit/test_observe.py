@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from ftlib.errors import UserError
+from ftlib.evaluation import metrics
 from ftlib.observe import (
     Meter,
     MetricsFile,
@@ -19,6 +21,7 @@ from ftlib.observe import (
     flops_per_token,
 )
 from ftlib.observe.progress import duration
+from ftlib.sections import Checkpoint, Dpo, Eval, Reward, Source
 
 
 class Clock:
@@ -213,3 +216,26 @@ def test_environment_is_json_and_says_nothing_of_the_user():
     found = environment()
     assert found["torch"] == torch.__version__ and found["packages"]["numpy"] == np.__version__
     assert "HOME" not in json.dumps(found)
+
+
+def test_the_score_that_eval_metric_names_is_one_that_evaluations_give():
+    """Of several sets by their names too; only files know that of a set which was given none."""
+
+    def known(count, *names, **sections):
+        held_out = tuple(Source(path="a", name=name) for name in names) or 0.1
+        cfg = SimpleNamespace(eval=Eval(exact_match=count), data=SimpleNamespace(eval=held_out), **sections)
+        return metrics.names(cfg)
+
+    assert (known(0), known(3), known(0, "one")) == (["eval_loss"], ["eval_loss", "exact_match"], ["eval_loss"])
+    assert known(0, "a", "b") == ["eval_loss", "eval_loss_a", "eval_loss_b"]
+    assert known(0, reward=Reward()) == known(0, dpo=Dpo()) == ["eval_loss", "eval_accuracy", "eval_margin"]
+
+    def check(metric, own=None, **more):
+        sections = {"eval": Eval(metric=metric, every=1, **more), "checkpoint": Checkpoint()}
+        metrics.check(SimpleNamespace(data=SimpleNamespace(eval=(Source(path="a"), Source(path="b"))), **sections), own)
+
+    check("eval_loss"), check("eval_loss_a", patience=1), check("mine", ["mine"], patience=1)
+    for wrong in ("eval_los", "exact_match", "mine"):
+        with pytest.raises(UserError, match=f"an evaluation here has no '{wrong}'") as error:
+            check(wrong)
+        assert error.value.where == "eval.metric" and "one of eval_loss, eval_loss_*" in error.value.fix

@@ -7,11 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import get_inverse_sqrt_schedule, get_wsd_schedule
 
 from ftlib import loop, optim
+from ftlib.optim import schedule
 from ftlib.optim.schedule import learning_rate
-from ftlib.sections import Optim, Schedule
+from ftlib.sections import Checkpoint, Eval, Optim, Schedule
 from ftlib.sections.optim import Group
+from ftlib.sections.rl import Greedy
+from ftlib.sections.steps import in_steps
 
 
 def rates(steps, **kw):
@@ -30,6 +34,41 @@ def test_linear_and_constant():
     assert set(rates(50, name="constant", warmup_steps=5)[5:]) == {1.0}
 
 
+@pytest.mark.parametrize("decay", [None, 40, 0.25, 90])
+def test_wsd_is_transformers(decay):
+    """Warm-up, plateau and end alike; where less than the decay is left, it begins after the warm-up."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))])
+    last = min(in_steps(decay or 0.1, 100), 80)
+    options = {"num_warmup_steps": 20, "num_decay_steps": last, "num_training_steps": 100, "decay_type": "linear"}
+    theirs = get_wsd_schedule(optimizer, **options, min_lr_ratio=0.1).lr_lambdas[0]
+    ours = rates(100, name="wsd", warmup_steps=0.2, decay_steps=decay, min_ratio=0.1)
+    assert ours[20:] == pytest.approx([theirs(step) for step in range(21, 101)])
+    assert ours[19] == 1.0 and ours[-1] == pytest.approx(0.1) and ours.count(1.0) == 81 - last
+    theirs = get_wsd_schedule(optimizer, **options).lr_lambdas[0]  # whose warm-up begins at the floor
+    plain = rates(100, name="wsd", warmup_steps=0.2, decay_steps=decay)
+    assert plain[:20] == pytest.approx([theirs(step) for step in range(1, 21)])
+
+
+@pytest.mark.parametrize("warmup", [0, 0.2])
+def test_inverse_sqrt_is_transformers(warmup):
+    theirs = get_inverse_sqrt_schedule(torch.optim.SGD([nn.Parameter(torch.zeros(()))]), in_steps(warmup, 100))
+    ours = rates(100, name="inverse_sqrt", warmup_steps=warmup)
+    assert ours == pytest.approx([theirs.lr_lambdas[0](step) for step in range(1, 101)])
+    assert min(rates(100, name="inverse_sqrt", warmup_steps=1, min_ratio=0.3)[1:]) == 0.3
+
+
+def test_a_decay_of_its_own_is_for_wsd_and_has_to_fit():
+    for wrong, match in (
+        ({"decay_steps": 5}, "is for wsd; cosine has none"), ({"name": "wsd", "decay_steps": 1.5}, "is neither"),
+        ({"name": "wsd", "decay_steps": 0}, "name=constant"),
+        ({"name": "wsd", "decay_steps": 0.6, "warmup_steps": 0.5}, "more than the whole run"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"decay_steps: .*{match}"):
+            Schedule(**wrong)
+    with pytest.warns(UserWarning, match=r"schedule\.decay_steps is 95 and the warm-up leaves 90 of 100 steps"):
+        schedule.check(Schedule(name="wsd", decay_steps=95), 100)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 12])
 def test_short_runs_reach_the_peak_early_and_never_train_at_zero(steps):
     r = rates(steps, name="constant", warmup_steps=1000)
@@ -44,6 +83,17 @@ def test_a_warmup_that_leaves_no_step_is_warned_of_when_a_run_is_planned():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         planned(49, 50), planned(100, None), planned(Schedule().warmup_steps, 8)  # the last is nobody's wish
+
+
+def test_shares_of_a_run_are_rounded_and_at_least_a_step():
+    given = {0.03: 9, 0.001: 1, 0.5: 150, 1e-9: 1, 0.07: 21, 20: 20, 0: 0}
+    assert {share: in_steps(share, 300) for share in given} == given
+    assert rates(10, name="constant", warmup_steps=0.5)[:6] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0], "and not cut to a tenth"
+    for section, key in ((Schedule, "warmup_steps"), (Eval, "every"), (Checkpoint, "every"), (Greedy, "every")):
+        section(**{key: 0.03}), section(**{key: 3}), section(**{key: 0})
+        for wrong in (1.5, -0.1, 1.0, 20.0, -1, math.inf, math.nan):
+            with pytest.raises(ValueError, match=rf"{key}: {wrong} is neither a whole number .*20, or 0.*share .*0\.1"):
+                section(**{key: wrong})
 
 
 def test_clip_scales_to_the_norm_and_reports_the_norm_before():

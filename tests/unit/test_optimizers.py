@@ -282,7 +282,7 @@ def test_a_group_that_matches_nothing_is_named():
     [
         ({"momentum": 0.9}, "momentum: is for muon, dion"),
         ({"name": "muon", "rank_fraction": 0.5}, "rank_fraction: is for dion"),
-        ({"name": "dion", "rank_fraction": 1.5}, "out of range"),
+        ({"name": "dion", "rank_fraction": 1.5}, "is not in"),
         ({"mup_width": 0}, "mup_width"),
     ],
 )

@@ -75,6 +75,6 @@ def test_a_run_that_skips(tmp_path):
     assert skipped[0] != losses(plain)[0]
     final = json.loads((tmp_path / "b" / "final" / "config.json").read_text())
     assert final["max_position_embeddings"] == 1024 and final["rope_scaling"]["factor"] == 2.0
-    with pytest.raises(UserError, match=r"other settings:\n    context\.skip: True then, None now\n"):
+    with pytest.raises(UserError, match=r"other settings:\n    context\.skip: True then, False now\n"):
         train("pretrain", *on, "context.skip=false", "steps=4")
     assert losses(train("pretrain", *on, "steps=4"))[:3] == skipped

@@ -28,6 +28,7 @@ SHAPES = {
     "prompt as messages": ({"prompt": [{"role": "user", "content": "5 + 5"}], "answer": "10"}, {"answer": "10"}),
     "prompt as text": ({"prompt": "5 + 5", "answer": "10"}, {"answer": "10"}),
     "gsm8k": ({"question": "5 + 5", "answer": "#### 10"}, {"answer": "#### 10"}),
+    "capitals": ({"Question": "5 + 5", "Answer": "10"}, {"Answer": "10"}),
     "math": ({"problem": "5 + 5", "solution": "10", "level": 1}, {"solution": "10", "level": 1}),
     "judged": ({"messages": [{"role": "user", "content": "5 + 5"}], "ground_truth": "10"}, {"ground_truth": "10"}),
     "a conversation with its answer": (
@@ -46,6 +47,43 @@ def test_shapes(name, tmp_path, tokenizer):
     messages = [{"role": "user", "content": "5 + 5"}]
     assert prompt.messages == messages
     assert prompt.ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def test_columns_are_renamed_for_rewards_wherever_they_lie(tmp_path, tokenizer):
+    verl = {"prompt": [{"role": "user", "content": "5 + 5"}], "data_source": "math", "reward_model": {
+        "style": "rule", "ground_truth": "10"}, "extra_info": {"index": 1, "asked": "6 + 6"}}  # fmt: skip
+    columns = {"answer": "reward_model.ground_truth", "source": "data_source"}
+    source = Source(path=write(tmp_path, verl), columns=columns)
+    (prompt,) = load(Prompts(sources=(source,), seq_len=64), tokenizer, 10, seed=0).train.sources[0]
+    assert prompt.messages == verl["prompt"]
+    rest = {key: verl[key] for key in ("reward_model", "extra_info")}
+    assert prompt.columns == {"answer": "10", "source": "math", **rest}
+    source = Source(path=source.path, columns={"prompt": "extra_info.asked", "answer": "reward_model.ground_truth"})
+    (prompt,) = load(Prompts(sources=(source,), seq_len=64), tokenizer, 10, seed=0).train.sources[0]
+    assert (prompt.text, prompt.columns["answer"]) == ("6 + 6", "10")
+    wrong = Prompts(sources=(Source(path=source.path, columns={"answer": "reward_model.truth"}),))
+    with pytest.raises(UserError, match=r"column 'reward_model\.truth' not found"):
+        load(wrong, tokenizer, 1, seed=0)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_text_of_a_prompt_that_is_text(name, tmp_path, tokenizer):
+    row, _ = SHAPES[name]
+    cfg = Prompts(sources=(Source(path=write(tmp_path, row)),), seq_len=64, system="Be brief.")
+    found = [load(cfg, tokenizer, 10, seed=0, several=several).train.sources[0][0] for several in (False, True)]
+    text = None if any(isinstance(value, list) for value in row.values()) else "5 + 5"
+    assert [prompt.text for prompt in found] == [text, None]  # with tools or an environment a completion is no text
+
+
+def test_arguments_of_the_template_are_in_what_is_asked(tmp_path):
+    reader = tokenizers.from_pretrained(hub.resolve("ftlib:demo/model"))
+    reader.chat_template = "{{ 'Briefly. ' if brief }}" + reader.chat_template
+    cfg = Prompts(sources=(Source(path=write(tmp_path, {"prompt": "5 + 5"})),), template_args={"brief": True})
+    plain = load(cfg, reader, 10, seed=0).train
+    reader.set_template_args(cfg.template_args)
+    brief = load(cfg, reader, 10, seed=0).train
+    assert brief.sources[0][0].ids == [*reader.encode("Briefly. "), *plain.sources[0][0].ids]
+    assert brief.fingerprint != plain.fingerprint
 
 
 def test_system_message_and_what_does_not_fit(tmp_path, tokenizer):

@@ -170,6 +170,26 @@ def test_functions_of_a_user(own):
     assert values(own, "later", ["a", "b"], answers=["a", "x"])[0] == [1, 0]
 
 
+def test_text_prompts_give_text_and_messages_give_messages(tmp_path):
+    """TRL's quickstart counts the characters of a text; a list of one message would have one."""
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, **kw): return [-abs(20 - len(c)) for c in completions]\n"
+        "def kinds(prompts, completions): return [10 * isinstance(p, str) + isinstance(c, str)"
+        " for p, c in zip(prompts, completions)]\n"
+    )
+    asked = [[{"role": "user", "content": "2 + 2?"}]] * 2
+    given = [[{"role": "assistant", "content": text}] for text in ("four", "a text of 20 letters")]
+    rewards = [Reward(fn=f"{tmp_path / 'mine.py'}:{name}") for name in ("short", "kinds")]
+    seen = []
+    model = {2: lambda prompts, completions: seen.extend([prompts, completions]) or [0.5, 0.5]}
+    with Rewards([*rewards, Reward(model="judge"), Reward(fn="repetition")], models=model) as ask:
+        ids, columns = [[0]] * 2, {}
+        assert ask(asked, given, ids, columns, ["2 + 2?"] * 2)[:3] == [[-16, 0], [11, 11], [0.5, 0.5]]
+        assert seen == [asked, given]  # a model renders conversations
+        assert ask(asked, given, ids, columns, [None, "2 + 2?"])[:2] == [[-19, 0], [0, 11]]
+        assert ask(asked, given, ids, columns)[:2] == [[-19, -19], [0, 0]]
+
+
 def test_what_hangs_dies_or_raises_costs_only_itself(own):
     said = []
     began = time.perf_counter()

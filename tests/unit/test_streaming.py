@@ -9,20 +9,25 @@ from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fake_tokenizer import FakeTokenizer
 from test_pieces import KINDS, of_kind
+from tiny_model import ROOT
 
+from ftlib import config, plugins
 from ftlib.data import stream_rows, streaming
 from ftlib.data.streaming import StreamLoader, open_stream
 from ftlib.errors import UserError
+from ftlib.observe import diagnose
 from ftlib.sections import Data, Source
 from ftlib.sections.stream import Mix, Stream
 
 SEQ_LEN, ROWS = 48, 4
+SMALL = ["model.path=ftlib:demo/model", "data.sources=[{path: rows.jsonl}]"]
 
 
 class Letters(FakeTokenizer):
@@ -285,28 +290,64 @@ def test_fewer_rows_than_lanes_is_an_error_that_says_so(tmp_path):
         rows_of(loaders(plan))
 
 
+def test_holding_everything_out_is_about_the_held_out_rows(tmp_path):
+    file = write(tmp_path / "a.jsonl", 12, "A")
+    with pytest.raises(UserError, match="leaves none of source 'a', which has 12") as caught:
+        plan_of([file], eval=5000)
+    assert caught.value.where == "data.eval"
+    with pytest.raises(UserError, match="first 12, which are held out") as caught:  # told by reading on
+        rows_of(loaders(plan_of([file], eval=12).train))
+    assert caught.value.where.startswith("data.eval") and caught.value.fix.startswith("lower data.eval")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_row_is_named_or_left_out(tmp_path, workers):
-    file = write(tmp_path / "a.jsonl", 40, "A")
+    file = write(tmp_path / "a.jsonl", 300, "A")
     written = lines(file)
-    written[20] = '{"text": 5'
+    written[280] = '{"text": 5'
     file.write_text("\n".join(written))
     (loader,) = loaders(plan_of([file], rows=1).train, workers=workers)
     with pytest.raises(UserError, match="invalid JSON") as caught:
-        for _ in range(60):
+        for _ in range(600):
             next(loader)
-    assert "a.jsonl:21" in caught.value.where
+    assert "a.jsonl:281" in caught.value.where
     loader.close()
+
+
+@pytest.mark.parametrize("row", ['{"text": 5}', '{"text": 5', '{"txet": "a"}'])
+def test_a_broken_row_near_the_beginning_is_named_before_training(tmp_path, row):
+    """Of the second file, as the first has few rows; others are left out where the config says so."""
+    first, second = write(tmp_path / "a.jsonl", 3, "A"), write(tmp_path / "b.jsonl", 40, "B")
+    second.write_text("\n".join([lines(second)[0], row, *lines(second)[1:]]))
+    with pytest.raises(UserError) as caught:
+        plan_of([f"{tmp_path}/*.jsonl"])
+    assert caught.value.where.startswith(f"{second}:2")
+    data = Data(sources=(Source(path=f"{tmp_path}/*.jsonl"),), seq_len=SEQ_LEN, on_bad_row="skip")
+    opened = open_stream(data, Stream(), Letters(), rows=1, seed=0, vocab=1000)
+    assert len(opened.train.sources[0].files) == 2 and first.is_file()
+    assert "checked are the first 256 of each source" in "\n".join(opened.report.lines())
 
 
 def test_a_worker_that_is_killed_ends_the_run(tmp_path):
     (loader,) = loaders(plan_of([write(tmp_path / "a.jsonl", 40, "A")]).train, workers=1)
     next(loader)
     os.kill(loader._processes._processes[0].pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="ended"):
+    with pytest.raises(RuntimeError, match="ended") as caught:
         for _ in range(10_000):
             next(loader)
     loader.close()
+    said = str(diagnose.explain(caught.value, SimpleNamespace()))
+    assert "where: stream.workers, stream.buffer" in said and "host memory" in said and "the same command" in said
+    assert "the device" not in said, "no GPU's memory ran out"
+
+
+def test_what_saves_memory_is_a_recipe_or_a_key_that_is_near():
+    asked = {name: config.load(plugins.load_file(ROOT / f"recipes/{name}.py").Config, words) for name, words in (
+        ("full_sft", SMALL), ("pretrain", SMALL), ("dpo", [*SMALL, "lora=null"]),
+    )}  # fmt: skip
+    told = {name: "\n".join(diagnose.knobs(cfg)) for name, cfg in asked.items()}
+    assert "full_sft -> lora_sft" in told["full_sft"] and "lora" not in told["pretrain"]
+    assert "lora: null -> {}" in told["dpo"] and "lora_sft" not in told["dpo"]
 
 
 def test_what_a_stream_cannot_do_is_refused():

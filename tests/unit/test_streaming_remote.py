@@ -186,6 +186,7 @@ def test_files_that_were_passed_are_not_fetched_again(tmp_path, small, monkeypat
     assert 2 <= first < 6, "in the midst of the epoch"
     for file in small.glob("*"):
         file.unlink(missing_ok=True)
+    monkeypatch.setattr(streaming, "CHUNK", 1)  # rows that are checked
     (again,) = loaders(plan_of([address], **settings).train)
     again.load_state_dict(state)
     monkeypatch.setattr(ranges, "read", lambda file, *where: fetched.add(file.url[-7]) or read(file, *where))

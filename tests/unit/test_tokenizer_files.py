@@ -107,6 +107,55 @@ def test_conversations_with_tools_take_the_template_made_for_them(folder, place,
     assert again == "hiyo" == from_pretrained(copy).apply_chat_template(TALK, tools=TOOLS, tokenize=False)
 
 
+def test_arguments_of_a_template_are_for_every_rendering_and_saved_for_every_reader(folder):
+    """`enable_thinking` and `reasoning_effort` as Qwen3's and gpt-oss's templates read them."""
+    from transformers import AutoTokenizer
+
+    text = (
+        "\n{%- if effort is not defined %}{%- set effort = 'medium' %}{%- endif %}"
+        "{%- macro level() %}{{ effort }}{% endmacro %}{{ level() }}"
+        "{% for m in messages %}[{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '<think>' if think is defined and think is false }}{{ m.content }}]{% endgeneration %}{% else %}"
+        "{{ m.content }}]{% endif %}{% endfor %}"
+    )
+    tools = "{{ tools | length }}{{ effort }}{% for m in messages %}({{ m.content }}){% endfor %}"
+    templates = [{"name": "default", "template": text}, {"name": "tool_use", "template": tools}]
+    change(folder / "tokenizer_config.json", chat_template=templates)
+    plain, ours = from_pretrained(folder), from_pretrained(folder)
+    values = {"effort": 'hö"h\\%}', "think": False}
+    ours.set_template_args(values)
+    assert ours.fingerprint != plain.fingerprint and ours.chat_template != plain.chat_template
+    ours.save(folder / "copy")
+    again = from_pretrained(folder / "copy")
+    assert again.fingerprint == ours.fingerprint and again.chat_template == ours.chat_template
+    for given in (None, TOOLS):
+        wanted = plain.apply_chat_template(TALK, tools=given, tokenize=False, **values)
+        assert wanted != plain.apply_chat_template(TALK, tools=given, tokenize=False) and 'hö"h\\%}' in wanted
+        theirs = AutoTokenizer.from_pretrained(folder / "copy")
+        for reader in (ours, again, theirs):
+            assert reader.apply_chat_template(TALK, tools=given, tokenize=False) == wanted
+            asked = reader.apply_chat_template(TALK, tools=given, tokenize=False, effort="low", think=None)
+            assert asked == plain.apply_chat_template(TALK, tools=given, tokenize=False, effort="low", think=None)
+    for _ in range(3):  # rendered, and replayed
+        assert ours.render_with_spans(TALK) == plain.render_with_spans(TALK, **values)
+
+
+def test_arguments_that_no_template_reads(folder):
+    template = "{{ think }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    change(folder / "tokenizer_config.json", chat_template=template)
+    ours = from_pretrained(folder)
+    for name in ("thinks", "messages", "eos_token"):
+        with pytest.raises(UserError, match=f"never reads '{name}'.*") as error:
+            ours.set_template_args({"think": True, name: 1}, "--template-arg")
+        assert error.value.where == f"--template-arg.{name}" and error.value.fix == "it reads think"
+    with pytest.raises(UserError, match="did you mean 'think'"):
+        ours.set_template_args({"thinks": 1})
+    ours.chat_template = None
+    with pytest.raises(UserError, match="no chat template that could read them"):
+        ours.set_template_args({"think": True})
+    ours.set_template_args({})
+
+
 def test_what_is_no_text_and_no_id(folder):
     ours = from_pretrained(folder)
     for special in (True, False):

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 import transformers
 
 from ftlib import tokenizers
+from ftlib.tokenizers.templates import BUILTIN
 
 FILE = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
 STORY = "the quick brown fox jumps over the lazy dog and the other lazy dogs of the town, again and again. "
@@ -67,6 +69,24 @@ def test_template_is_part_of_it(chat):
     made = theirs.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
     assert ours.apply_chat_template(TALK) == made["input_ids"]
     assert sum(made["assistant_masks"]) > 1
+
+
+def test_what_the_template_marks_turns_with_is_special_and_ends_answers(tool, sources, tmp_path, capsys):
+    ours, theirs = make(tool, tmp_path / "t", [sources / "c.jsonl"], "--template", "chatml", size=275)
+    assert "special: <|pad|> <|endoftext|> <|im_start|> <|im_end|>" in capsys.readouterr().out
+    assert [ours.special_tokens[f"<|im_{name}|>"] for name in ("start", "end")] == [2, 3]
+    assert ours.encode("<|im_start|>") == [2] == theirs.encode("<|im_start|>", add_special_tokens=False)
+    assert ours.stop_ids == {1, 3} and ours.apply_chat_template(TALK)[0] == 2
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN))
+def test_no_marker_of_a_template_is_cut_into_pieces(tool, name):
+    """Of templates with markers; others write plain words."""
+    template, names = BUILTIN[name], {"eos_token": "<eos>", "bos_token": ""}
+    marked, stops = tool.markers(template, **names)
+    text = tool.render_chat_template(template, TALK, **names)
+    assert not re.search(r"<\||\|>|_of_turn", re.sub("|".join(map(re.escape, marked)) or "-", "", text))
+    assert set(stops) <= set(marked) and len(stops) == ("<eos>" not in text and bool(marked))
 
 
 def test_equal_text_gives_equal_bytes(chat, tool, sources, tmp_path):

@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
 WRAPPED = ("gemma3", "mistral3")
 AROUND = Table(prefix="language_model.", keep=(r"vision_tower\..*", r"multi_modal_projector\..*"))
 NAME = "config.json"
+NEW = "; of another, model.code: tools/new_family.py drafts a file for it (ftlib/models/README.md: own a family)"
 NULL_SAYS = ("num_key_value_heads", "sliding_window")  # as many as heads, and none: not the same as left out
 
 
@@ -58,7 +59,7 @@ def read(config: dict, where: str = NAME, own: Family | None = None) -> tuple[Ar
         raise UserError(
             f"model_type {model_type!r} is not supported{did_you_mean(str(model_type), known)}",
             where=where,
-            fix=f"supported: {', '.join(sorted([*known, *WRAPPED]))}",
+            fix=f"supported: {', '.join(sorted([*known, *WRAPPED]))}" + NEW * (own is None),
         )
     family = known[model_type]
     given = {k: v for k, v in config.items() if v is not None or k not in family.defaults or k in NULL_SAYS}

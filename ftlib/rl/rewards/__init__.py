@@ -1,7 +1,8 @@
 """Reward functions: TRL's signature, `f(prompts, completions, completion_ids, **columns) -> list of float or None`.
 
-`prompts` and `completions` are lists of messages each, `columns` lists of the rows' other columns. None: this
-completion cannot be scored. The library's own work on one completion at a time (`each`) and read a plain string too.
+`prompts` and `completions` are texts where the row's prompt is text, and lists of messages where it is one or where
+something answers the model; `columns` are lists of the rows' other columns. None: this completion cannot be scored. The
+library's own work on one completion at a time (`each`) and read both.
 
 This package imports neither torch nor anything that does: it is loaded by the processes that run rewards.
 """

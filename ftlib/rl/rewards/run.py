@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ftlib.errors import Problems, UserError, about, did_you_mean
+from ftlib.rl.rewards.text import said
 from ftlib.rl.rewards.worker import Died, Failed, TooSlow, Worker, find
 from ftlib.sections.rl import Reward
 
@@ -44,11 +45,24 @@ class Rewards:
         completions: list[Messages],
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]],
+        texts: Sequence[str | None] = (),
     ) -> list[Values]:
         """Rewards of every completion: [function][completion]. UserError if a function fails on all of them, or if none
-        has scored anything in the first `MOST_EMPTY` calls."""
-        offered = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-        found = [self._one(i, offered, len(completions)) for i in range(len(self.cfg))]
+        has scored anything in the first `MOST_EMPTY` calls.
+
+        `texts`: of each prompt its text, None of one that is messages. A function gets such a prompt and its completion
+        as text, as TRL's do; a model gets the messages.
+        """
+        texts = texts or [None] * len(prompts)
+        seen = {
+            "prompts": [prompt if text is None else text for prompt, text in zip(prompts, texts, strict=True)],
+            "completions": [one if text is None else said(one) for one, text in zip(completions, texts, strict=True)],
+        }
+        offered = {**seen, "completion_ids": completion_ids, **columns}
+        found = [
+            self._scores(i, prompts, completions) if i in self._models else self._one(i, offered, len(completions))
+            for i in range(len(self.cfg))
+        ]
         if self.cfg and completions:
             self._scored(any(value is not None for values in found for value in values))
         return found
@@ -64,13 +78,15 @@ class Rewards:
         for worker in (worker for pool in self._workers for worker in pool):
             worker.stop()
 
+    def _scores(self, number: int, prompts: list[Messages], completions: list[Messages]) -> Values:
+        """Those of a model."""
+        reward = self.cfg[number]
+        values = [_value(score, reward.model) for score in self._models[number](prompts, completions)]
+        self._note(reward, values, [])
+        return values
+
     def _one(self, number: int, offered: dict[str, list[Any]], count: int) -> Values:
         reward, pool, wanted = self.cfg[number], self._workers[number], self._signatures[number]
-        if number in self._models:
-            scores = self._models[number](offered["prompts"], offered["completions"])
-            values = [_value(score, reward.model) for score in scores]
-            self._note(reward, values, [])
-            return values
         given = {k: v for k, v in offered.items() if (wanted is None or k in wanted) and k not in reward.args}
         size = max(1, math.ceil(count / len(pool)))
         spans = [range(at, min(at + size, count)) for at in range(0, count, size)]
@@ -192,7 +208,7 @@ def _problems(reward: Reward, columns: set[str], number: int) -> list[UserError]
     found = []
     if missing:
         have = f"every row has {', '.join(sorted(columns))}" if columns else "no column is in every row"
-        asked = "; the question is in prompts, as messages" if missing & {*COLUMNS} else ""
+        asked = "; the question is in prompts" if missing & {*COLUMNS} else ""
         fix = f"{have}{asked}; give it in {key}.args, or rename a column"
         what = f"{reward.fn} needs {', '.join(sorted(missing))}{did_you_mean(min(missing), {*PASSED, *columns})}"
         found.append(UserError(what, where=key, fix=fix))
