@@ -17,7 +17,7 @@ BEGIN, END = "<!-- made by tools/make_import_table.py -->", "<!-- end -->"
 
 
 def table() -> str:
-    """The three tables."""
+    """The four tables."""
     parts = []
     for library in LIBRARIES.values():
         lines = [f"### {library.name}", "", "| key | here |", "|---|---|"]

@@ -1,4 +1,4 @@
-"""Turn a config of Axolotl, torchtune or LLaMA-Factory into one of ours, and name each key without an equivalent.
+"""Turn a config of Axolotl, torchtune, TRL or LLaMA-Factory into one of ours, naming each key without an equivalent.
 
     tune import their.yaml [--out mine.yaml]
 

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+from ftlib.config.imports import axolotl_switches as switches
+from ftlib.config.imports import trainer, trl
+from ftlib.config.imports.axolotl_sources import TRAIN_ON_END, sources
 from ftlib.config.imports.rules import (
     Imported,
     Library,
-    betas,
+    adapter,
     choice,
+    held_out,
     holds,
     listed,
     lost,
@@ -14,19 +18,25 @@ from ftlib.config.imports.rules import (
     precision,
     preferences,
     prompts_too,
-    recompute,
+    refused,
     roles,
     rows_of,
     schedule,
     to,
-    track,
 )
 
 _AUTO = holds("the fastest that is right is chosen: model.attention")
 _TRACKER = lost("no equivalent; log.to names trackers, their own environment variables say the rest")
-_SHARDED = holds("more than one process shards by itself: parallel.dp_shard")
+_LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "simpo": "simpo", "orpo": "orpo", "kto": "kto"}
+_TEMPLATES = ("chatml", "llama3", "gemma", "alpaca")  # the names that stand for the same text here
 
-RULES = {
+
+def _template(name: Any) -> str | None:
+    """A built-in template of ours; one of a model's own family is in its tokenizer."""
+    return name if name in _TEMPLATES else None
+
+
+RULES = trainer.COMMON | {
     "base_model": to("model.path"),
     "tokenizer_config": to("tokenizer.path"),
     "lora_r": to("lora.rank"),
@@ -50,38 +60,29 @@ RULES = {
     "unfrozen_parameters": to("train.only", listed),
     "sequence_len": to("data.seq_len"),
     "sample_packing": to("data.pack"),
-    "val_set_size": to("data.eval", lambda size: float(size) if size else None),
+    "val_set_size": to("data.eval", held_out),
     "excess_length_strategy": to("data.overlong", choice(drop="drop", truncate="truncate", **{"raise": "error"})),
-    "chat_template": to("data.template", lambda name: None if str(name).startswith("tokenizer_default") else name),
+    "chat_template": to("data.template", _template, "chatml, llama3, alpaca … by name; else the tokenizer's own"),
     "num_epochs": to("epochs", float),
-    "max_steps": to("steps", lambda steps: steps if steps > 0 else None),
-    "learning_rate": to("optim.lr", float),
-    "weight_decay": to("optim.weight_decay", float),
-    "adam_epsilon": to("optim.eps", float),
-    "max_grad_norm": to("optim.max_grad_norm", lambda norm: float(norm) or None),
     "lr_scheduler": to("schedule.name", schedule),
     "cosine_min_lr_ratio": to("schedule.min_ratio", float),
-    "warmup_steps": to("schedule.warmup_steps"),
-    "bf16": to("dtype", precision),
     "bfloat16": to("dtype", precision),
-    "gradient_checkpointing": to("memory.recompute", recompute),
-    "torch_compile": to("memory.compile"),
-    "logging_steps": to("log.every"),
-    "eval_steps": to("eval.every", int),
-    "save_steps": to("checkpoint.every", int),
-    "save_total_limit": to("checkpoint.keep"),
-    "output_dir": to("output_dir"),
-    "seed": to("seed"),
     "dp_shard_size": to("parallel.dp_shard"),
     "dp_replicate_size": to("parallel.dp_replicate"),
     "context_parallel_size": to("parallel.cp"),
+    "sequence_parallel_degree": to("parallel.cp"),
+    "heads_k_stride": holds("parallel.cp_style"),
+    "ring_attn_func": to(
+        "parallel.cp_style", choice(varlen_llama3="allgather", batch_ring="ring", batch_zigzag="ring")
+    ),
     "tensor_parallel_size": to("parallel.tp"),
     "model_type": holds("read from config.json"),
     "tokenizer_type": holds("told from the tokenizer's files"),
+    "num_labels": holds("one score"),
+    "experimental_skip_move_to_device": holds("weights are loaded where they stay"),
     "is_llama_derived_model": holds("read from config.json"),
     "base_model_config": holds("read from config.json"),
     "strict": holds("unknown keys are always errors"),
-    "tf32": holds("bf16 matrices need no tf32"),
     "flash_attention": _AUTO,
     "sdp_attention": _AUTO,
     "flex_attention": _AUTO,
@@ -92,26 +93,15 @@ RULES = {
     "pad_to_sequence_len": holds("rows always have one length"),
     "eval_sample_packing": holds("as in training"),
     "sample_packing_group_size": holds("the whole epoch is packed"),
-    "group_by_length": holds("packing does better"),
     "dataset_prepared_path": holds("tokenised rows are cached by themselves"),
     "shuffle_merged_datasets": holds("rows are shuffled from the seed"),
     "dataset_processes": holds("automatic"),
     "train_on_inputs": to("data.train_on", prompts_too),
     "roles_to_train": to("data.train_on", roles),
-    "train_on_eos": to("data.train_on_end", choice(turn="all", last="last", none="none")),
+    "train_on_eos": to("data.train_on_end", TRAIN_ON_END),
     "gradient_checkpointing_kwargs": holds("one kind, not reentrant"),
     "auto_resume_from_checkpoints": holds("checkpoint.resume is auto"),
-    "resume_from_checkpoint": holds("checkpoint.resume is auto: same output_dir, same command"),
-    "deepspeed": _SHARDED,
-    "fsdp": _SHARDED,
-    "fsdp_config": _SHARDED,
-    "fsdp_version": _SHARDED,
-    "ddp_timeout": holds("10 minutes"),
-    "local_rank": holds("set by the launcher"),
-    "dataloader_num_workers": holds("rows are tokenised before training"),
-    "dataloader_pin_memory": holds("automatic"),
-    "dataloader_prefetch_factor": holds("rows are tokenised before training"),
-    "remove_unused_columns": holds("never matters"),
+    "fsdp_version": holds("more than one process shards by itself: parallel.dp_shard"),
     "liger_rms_norm": holds("own kernels"),
     "liger_fused_linear_cross_entropy": holds("the loss never forms all logits"),
     "liger_glu_activation": holds("own kernels"),
@@ -120,30 +110,46 @@ RULES = {
     "lora_qkv_kernel": holds("own kernels"),
     "lora_o_kernel": holds("own kernels"),
     "cut_cross_entropy": holds("the loss never forms all logits"),
-    "trust_remote_code": lost("code of a repository is never run"),
     "load_in_8bit": to("model.quantize", lambda on: "int8" if on else None),
     "load_in_4bit": to("model.quantize", lambda on: "nf4" if on else None),
     "gptq": holds("read from config.json"),
-    "fp16": lost("bf16 is used; dtype: fp32 is there"),
     "float16": lost("bf16 is used; dtype: fp32 is there"),
     "lora_fan_in_fan_out": lost("only for GPT-2's transposed layers"),
     "lora_on_cpu": lost("no equivalent"),
     "chat_template_jinja": lost("put it in a file: data.template: my.jinja"),
     "tokens": to("tokenizer.add_tokens", listed),
-    "neftune_noise_alpha": to("neftune", float),
     "early_stopping_patience": to("eval.patience", int),
+    "eval_max_new_tokens": to("eval.max_new_tokens"),
+    "eval_batch_size": holds("batch.micro_rows"),
+    "eval_table_size": lost("eval.samples, eval.prompts"),
+    "generate_samples": lost("eval.samples, eval.prompts"),
+    "do_causal_lm_eval": lost("eval.exact_match"),
+    "include_tokens_per_second": holds("metrics.jsonl has it"),
+    "gc_steps": holds("never needed"),
+    "resize_token_embeddings_to_32x": to("tokenizer.rows_multiple_of", lambda on: 32 if on else None),
+    "shuffle_before_merging_datasets": holds("rows are shuffled from the seed"),
+    "curriculum_sampling": lost("rows are shuffled from the seed"),
+    "sample_packing_sequentially": lost("rows are shuffled from the seed"),
+    "batch_flattening": holds("data.pack: packed rows never mix"),
+    "min_sample_len": lost("leave short rows out of the file"),
+    "dataset_shard_num": lost("data.sources[].split takes a part: '[:25%]'"),
+    "dataset_shard_idx": lost("data.sources[].split takes a part: '[:25%]'"),
+    "lora_target_parameters": lost("lora.targets takes names of layers"),
+    "chat_template_kwargs": to("data.template_args"),
+    "eot_tokens": lost("the end of a turn is what the chat template writes"),
+    "fp8": to("model.fp8", lambda on: "tensorwise" if on else None),
+    "lora_rank_pattern": to("lora.rank_pattern"),
+    "lora_alpha_pattern": to("lora.alpha_pattern"),
+    "dataset_exact_deduplication": to("data.deduplicate"),
+    "activation_offloading": to("memory.offload", choice(true=True, false=False, legacy=True, hidden_states=True)),
+    "loss_watchdog_threshold": to("optim.spike", lambda _: "raise", "far above the last 50, not above a number"),
+    "loss_watchdog_patience": holds("optim.spike compares with the last 50 losses"),
+    "profiler_steps": to("profile", bool, "three steps"),
+    "precompute_ref_log_probs": to("dpo.reference", lambda on: "cache" if on else None),
+    "center_rewards_coefficient": to("reward.centre", float),
+    "quantization": lost("recipes/quantize.py rounds the result"),
     "plugins": lost("edit a copy of the recipe: tune cp"),
-    "rl_beta": to("dpo.beta", float),
-    "dpo_beta": to("dpo.beta", float),
-    "dpo_label_smoothing": to("dpo.label_smoothing", float),
     "dpo_use_weighting": to("dpo.on_policy", lambda on: True if on else None),
-    "rpo_alpha": to("dpo.sft", float),
-    "simpo_gamma": to("dpo.gamma", float),
-    "kto_desirable_weight": to("dpo.desirable", float),
-    "kto_undesirable_weight": to("dpo.undesirable", float),
-    "orpo_alpha": lost("orpo has no constant here"),
-    "cpo_alpha": lost("dpo.sft weighs the chosen answer"),
-    "trl": lost("reinforcement learning is a recipe of its own: recipes/grpo.py"),
     "wandb_project": to("log.project", lambda name: name or None),
     "wandb_name": to("log.name", lambda name: name or None),
     "wandb_entity": _TRACKER,
@@ -153,187 +159,160 @@ RULES = {
     "mlflow_tracking_uri": _TRACKER,
     "mlflow_experiment_name": to("log.project", lambda name: name or None),
     "comet_project_name": _TRACKER,
+    "use_comet": _TRACKER,
+    "trackio_project_name": _TRACKER,
     "hub_model_id": lost("upload the result: tune push"),
     "hub_strategy": lost("upload the result: tune push"),
     "push_dataset_to_hub": lost("no equivalent"),
-    "streaming": lost("rows are read before training"),
     "debug": lost("tune preview shows rows"),
-    "save_safetensors": holds("always"),
-    "save_strategy": holds("checkpoint.every"),
-    "eval_strategy": holds("eval.every"),
-    "evaluation_strategy": holds("eval.every"),
     "save_first_step": lost("checkpoint.every=1"),
 }
-TOGETHER = {
+TOGETHER = trainer.CADENCE | {
     "adapter": "picks the recipe: lora is lora_sft, none is full_sft; qlora adds model.quantize: nf4",
     "datasets": "data.sources",
     "test_datasets": "data.eval",
     "pretraining_dataset": "data.sources, and the recipe pretrain",
+    "streaming": "pretrain's `stream` section, which reads while it trains; the other recipes read before",
     "revision_of_model": "model.path: org/name@revision",
     "micro_batch_size": "batch.micro_rows",
     "gradient_accumulation_steps": "batch.rows = micro_batch_size x gradient_accumulation_steps x devices",
     "batch_size": "batch.rows",
     "optimizer": "optim.name; AdamW of 8 or 4 bits: optim.states",
+    "optim_args": "optim.momentum, optim.betas, optim.eps …",
+    "lr_scheduler_kwargs": "schedule.min_ratio, schedule.decay_steps",
+    "lr_groups": "optim.groups: lr_scale is their rate as a multiple of learning_rate",
+    "embedding_lr": "optim.groups: lr_scale of embed_tokens and lm_head",
+    "embedding_lr_scale": "optim.groups: lr_scale of embed_tokens and lm_head",
     "relora": "with jagged_restart_steps: relora.every",
     "jagged_restart_steps": "relora.every",
     "jagged_restart_warmup_steps": "relora.warmup_steps; left out it is 10 there",
     "relora_prune_ratio": "relora.keep = 1 - relora_prune_ratio; left out it is 0.9 there",
     "relora_prune_method": "magnitude; reset is relora.keep=0",
-    "adam_beta1": "optim.betas[0]",
-    "adam_beta2": "optim.betas[1]",
-    "rl": "picks the recipe: dpo, ipo, simpo, orpo, kto are recipes/dpo.py with dpo.loss",
+    "rl": "picks the recipe: grpo and gdpo are grpo; dpo, ipo, simpo, orpo, kto are dpo with dpo.loss",
+    "trl": "of grpo: algorithm, rollout and rewards, key by key as TRL's below",
+    "reward_model": "the recipe reward",
+    "process_reward_model": "the recipe reward with reward.kind: steps",
+    "rl_beta": "dpo.beta; of orpo its weight in dpo.loss",
+    "dpo_beta": "dpo.beta",
+    "dpo_label_smoothing": "dpo.label_smoothing, with dpo.loss cdpo",
+    "dpo_loss_type": "dpo.loss",
+    "dpo_loss_weights": "dpo.loss: {name: weight}",
+    "rpo_alpha": "dpo.sft",
+    "cpo_alpha": "dpo.sft",
+    "simpo_gamma": "dpo.gamma",
+    "orpo_alpha": "dpo.loss: {sft: 1, orpo: orpo_alpha}",
+    "kto_desirable_weight": "dpo.desirable",
+    "kto_undesirable_weight": "dpo.undesirable",
+    "gradient_checkpointing": "memory.recompute; offload: memory.offload too",
+    "selective_checkpointing": "memory.recompute: selective",
+    "tiled_mlp": "memory.tiled_mlp: tokens at a time",
+    "tiled_mlp_num_shards": "memory.tiled_mlp = sequence_len / tiled_mlp_num_shards",
+    "qat": "qat.scheme, qat.group, qat.after",
+    "use_eaft": "loss.name: eaft",
+    "eaft_alpha": "loss.eaft_alpha",
+    "eaft_k": "loss.eaft_k",
+    "use_dynamic_finetuning": "loss.name: dft",
+    "loftq_config": "lora.init: loftq, and model.quantize",
+    "peft": "loftq_config in it: lora.init: loftq, and model.quantize",
     "special_tokens": "pad_token is tokenizer.pad_token; others: change the tokenizer's files",
     "use_tensorboard": "log.to",
     "use_wandb": "log.to",
     "use_mlflow": "log.to",
-    "warmup_ratio": "schedule.warmup_steps = warmup_ratio x steps, where steps is set",
-    "evals_per_epoch": "eval.every counts steps",
-    "saves_per_epoch": "checkpoint.every counts steps",
+    "evals_per_epoch": "eval.every, a share of the run, where the number of epochs is known",
+    "saves_per_epoch": "checkpoint.every, a share of the run, where the number of epochs is known",
 }
-_TYPES = {
-    "chat_template": "messages",
-    "sharegpt": "messages",
-    "messages": "messages",
-    "alpaca": "alpaca",
-    "completion": "text",
-    "pretrain": "text",
-    "text": "text",
-}
-_FIELDS = {
-    "field_messages": "messages",
-    "field": "text",
-    "text_column": "text",
-    "message_field_role": "role",
-    "message_field_content": "content",
-    "field_instruction": "instruction",
-    "field_input": "input",
-    "field_output": "output",
-    "field_system": "system",
-    "field_tools": "tools",
-}
-_PLAIN = ("path", "ds_type", "type", "split", "data_files", "roles", "message_property_mappings", "chat_template")
 
 
 def finish(theirs: dict[str, Any], made: Imported) -> None:
-    """Recipe, sources, batch, betas, warm-up."""
-    adapter = theirs.get("adapter")
-    made.recipe = "pretrain" if theirs.get("pretraining_dataset") else "lora_sft" if adapter else "full_sft"
-    if adapter == "qlora":
+    """Recipe, sources, batch, optimizer, and what several keys decide together."""
+    kind = theirs.get("adapter")
+    _recipe(theirs, made)
+    if kind == "qlora":
         made.set("model.quantize", "nf4")
-    elif adapter not in (None, "", "lora"):
-        made.lost.append(("adapter", f"{adapter!r}: lora or qlora"))
-    datasets = theirs.get("pretraining_dataset") or theirs.get("datasets") or []
-    datasets = [{"path": datasets, "type": "completion"}] if isinstance(datasets, str) else datasets
-    made.set("data.sources", [_source(entry, f"datasets[{i}]", made) for i, entry in enumerate(datasets)])
-    if theirs.get("test_datasets"):
-        made.set("data.eval", [_source(e, f"test_datasets[{i}]", made) for i, e in enumerate(theirs["test_datasets"])])
+    elif kind not in (None, "", "lora"):
+        made.lost.append(("adapter", f"{kind!r}: lora or qlora"))
+    sources(theirs, made)
     if theirs.get("revision_of_model"):
         made.set("model.path", f"{theirs.get('base_model')}@{theirs['revision_of_model']}")
-    rows_of(made, theirs.get("micro_batch_size"), theirs.get("gradient_accumulation_steps"))
     optimizer(made, "optimizer", theirs.get("optimizer") or "adamw")
-    _more(theirs, made)
-    _relora(theirs, made)
-    shares(theirs, made, "warmup_ratio", "schedule.warmup_steps")
+    for decide in (trainer.finish, trainer.decay, *switches.ALL):
+        decide(theirs, made)
+    if made.recipe == "grpo":
+        trl.policy(theirs.get("trl") or {}, made, theirs.get("micro_batch_size"),
+                   theirs.get("gradient_accumulation_steps"), prefix="trl.")  # fmt: skip
+    else:
+        rows_of(made, theirs.get("micro_batch_size"), theirs.get("gradient_accumulation_steps"))
+    adapter(made, on=bool(kind))
     _left_out(theirs, made)
-    for key, ours in (("evals_per_epoch", "eval.every"), ("saves_per_epoch", "checkpoint.every")):
-        if theirs.get(key):
-            made.lost.append((key, f"{ours} counts steps"))
+
+
+def _recipe(theirs: dict[str, Any], made: Imported) -> None:
+    """What is trained: `rl` and `reward_model` win over `adapter`, which tells plain fine-tuning apart."""
+    rl = theirs.get("rl")
+    made.recipe = (
+        "pretrain" if theirs.get("pretraining_dataset") else "lora_sft" if theirs.get("adapter") else "full_sft"
+    )
+    if made.recipe == "pretrain":
+        made.set("from_scratch", False)  # there the base model's weights are trained on
+        if theirs.get("streaming") is not False:
+            made.set("stream", {})
+    elif theirs.get("streaming"):
+        made.lost.append(("streaming", "rows are read before training; recipes/pretrain.py streams text"))
+    if rl in ("grpo", "gdpo"):
+        made.recipe = "grpo"
+        made.set("algorithm.preset", rl)
+    elif rl in _LOSSES:
+        _preferences(theirs, made)
+    elif rl:
+        raise refused("rl", rl, "recipes/grpo.py, which learns from rewards without a value model")
+    elif theirs.get("reward_model"):
+        made.recipe = "reward"
+        made.default("reward.centre", 0.0)
+    elif theirs.get("process_reward_model"):
+        made.recipe = "reward"
+        made.set("reward.kind", "steps")
+
+
+def _preferences(theirs: dict[str, Any], made: Imported) -> None:
+    """`rl` and the constants of its loss, each of which has a key of its own."""
+    loss, smoothing = _LOSSES[theirs["rl"]], theirs.get("dpo_label_smoothing")
+    constants = {
+        "beta": theirs.get("rl_beta") or theirs.get("dpo_beta"),
+        "sft": theirs.get("rpo_alpha") or theirs.get("cpo_alpha"),
+    }
+    if loss == "sigmoid":
+        named = trainer.pair_losses(made, "dpo_loss_type", theirs.get("dpo_loss_type"))
+        preferences(made, named, theirs.get("dpo_loss_weights"), label_smoothing=smoothing or None, **constants)
+    elif loss == "simpo":
+        constants["beta"] = constants["beta"] or 0.1
+        preferences(made, loss, gamma=theirs.get("simpo_gamma") or 0.5, **constants)
+    elif loss == "orpo":
+        constants["beta"] = theirs.get("orpo_alpha") or constants["beta"]
+        preferences(made, loss, **constants)
+    elif loss == "kto":
+        weights = {"desirable": theirs.get("kto_desirable_weight"), "undesirable": theirs.get("kto_undesirable_weight")}
+        preferences(made, loss, **constants, **weights)
+    else:
+        preferences(made, loss, **constants)
 
 
 def _left_out(theirs: dict[str, Any], made: Imported) -> None:
     """What Axolotl does where a key is absent: no packing, documents of 512 tokens, 3 % warm-up, …"""
-    betas(theirs, made)
-    if made.recipe == "pretrain":
-        made.default("data.overlong", "split")
-    else:
+    if made.recipe == "grpo":
+        if not theirs.get("lr_scheduler"):
+            made.default("schedule.name", "cosine")
+    elif made.recipe != "pretrain":
         made.default("data.pack", False)
+    elif made.get("stream") is None:
+        made.default("data.overlong", "split")
     made.default("data.seq_len", 512)
     made.default("seed", 42)
-    if theirs.get("max_grad_norm") == 0:  # Hugging Face's trainer reads it as no clipping
-        made.set("optim.max_grad_norm", None)
-    if theirs.get("fp16") or theirs.get("float16"):  # named as lost: bf16 is nearest
+    if theirs.get("float16"):  # named as lost: bf16 is nearest
         made.set("dtype", "bf16")
-    if theirs.get("warmup_steps") is None and theirs.get("warmup_ratio") is None:
-        if made.get("steps"):
-            made.default("schedule.warmup_steps", min(int(0.03 * made.get("steps")), 100))
-        else:
-            made.notes.append("no warm-up is named: 3 % of the steps there, at most 100; schedule.warmup_steps here")
-
-
-def _more(theirs: dict[str, Any], made: Imported) -> None:
-    """Preferences, trackers, special tokens."""
-    losses = {"dpo": "sigmoid", "ipo": "ipo", "simpo": "simpo", "orpo": "orpo", "kto": "kto"}
-    if theirs.get("rl") in losses:
-        preferences(made, losses[theirs["rl"]], adapter=bool(theirs.get("adapter")))
-    elif theirs.get("rl"):
-        made.lost.append(("rl", f"{theirs['rl']!r} has no equivalent in recipes/dpo.py; see recipes/grpo.py"))
-    for tracker, keys in {
-        "wandb": ("use_wandb", "wandb_project"),
-        "mlflow": ("use_mlflow", "mlflow_experiment_name", "mlflow_tracking_uri"),
-        "tensorboard": ("use_tensorboard",),
-    }.items():
-        if any(theirs.get(key) for key in keys):
-            track(made, tracker)
-    for name, token in (theirs.get("special_tokens") or {}).items():
-        if name == "pad_token":
-            made.set("tokenizer.pad_token", token)
-        else:
-            made.lost.append((f"special_tokens.{name}", "the tokenizer's own is used; change its files"))
-
-
-def _relora(theirs: dict[str, Any], made: Imported) -> None:
-    """Merges while training; restarts of the rate without them have no equivalent."""
-    every = theirs.get("jagged_restart_steps")
-    if not (theirs.get("relora") and every):
-        alone = [key for key in ("relora", "jagged_restart_steps") if theirs.get(key)]
-        made.lost += [(key, "relora.every merges and restarts, never one without the other") for key in alone]
-        return
-    method = theirs.get("relora_prune_method") or "magnitude"
-    if method not in ("magnitude", "reset"):
-        made.lost.append(("relora_prune_method", f"{method!r}: moments are pruned by magnitude"))
-    ratio = 1.0 if method == "reset" else float(theirs.get("relora_prune_ratio") or 0.9)
-    made.set("relora.every", every)
-    made.set("relora.warmup_steps", theirs.get("jagged_restart_warmup_steps") or 10)
-    made.set("relora.keep", round(1 - ratio, 9))
-
-
-def shares(theirs: dict[str, Any], made: Imported, key: str, ours: str) -> None:
-    """A share of all steps as their number."""
-    if theirs.get(key) and made.get("steps"):
-        made.set(ours, round(theirs[key] * made.get("steps")))
-    elif theirs.get(key):
-        made.lost.append((key, f"{ours} counts steps: set it to {theirs[key]:g} x steps"))
-
-
-def _source(entry: dict[str, Any], key: str, made: Imported) -> dict[str, Any]:
-    files = listed(entry.get("data_files") or [])
-    source: dict[str, Any] = {"path": files[0] if files else entry.get("path")}
-    if len(files) > 1:
-        made.lost.append((f"{key}.data_files", "name each file as a source of its own"))
-    kind = entry.get("type")
-    if isinstance(kind, dict):
-        entry = {**entry, **kind}
-    elif kind is not None:
-        name = str(kind).split(".")[0]
-        if name in _TYPES:
-            source["format"] = _TYPES[name]
-        else:
-            made.lost.append((f"{key}.type", f"{kind!r} has no equivalent; the format is told from the columns"))
-    columns = {ours: entry[name] for name, ours in _FIELDS.items() if isinstance(entry.get(name), str)}
-    columns |= {k: v for k, v in (entry.get("message_property_mappings") or {}).items() if k in ("role", "content")}
-    columns = {ours: name for ours, name in columns.items() if ours != name}
-    if columns:
-        source["columns"] = columns
-    if entry.get("roles"):
-        source["roles"] = {name: ours for ours, names in entry["roles"].items() for name in listed(names)}
-    if entry.get("split") and entry["split"] != "train":
-        source["split"] = entry["split"]
-    made.lost += [
-        (f"{key}.{name}", "not a key that is known here")
-        for name in entry
-        if name not in _FIELDS and name not in _PLAIN and entry[name] is not None
-    ]
-    return source
+    if made.get("steps"):
+        made.default("schedule.warmup_steps", min(int(0.03 * made.get("steps")), 100))
+    else:
+        made.default("schedule.warmup_steps", 0.03)  # at most 100 steps there
 
 
 AXOLOTL = Library("Axolotl", ("base_model",), RULES, TOGETHER, finish)
