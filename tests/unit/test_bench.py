@@ -56,3 +56,14 @@ def test_packed_documents_are_the_same_steps_for_everyone(tmp_path):
     assert len(row["real_tokens"]) == about["steps"] and max(row["real_tokens"]) - min(row["real_tokens"]) < 8
     assert row["padding"] == round(1 - about["tokens"] / (about["steps"] * about["rows"] * about["seq_len"]), 4)
     assert 0 < row["loss"][1] < 7 and row["agrees"]
+
+
+def test_gradients_in_8_bits_are_about_as_long(tmp_path):
+    command = [sys.executable, str(BENCH / "fp8_gradient.py"), "--tiny", "--out", str(tmp_path / "norms.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    norms = json.loads((tmp_path / "norms.json").read_text())["norms"]
+    for plain, tensorwise, rowwise in zip(*norms.values(), strict=True):
+        for other in (tensorwise, rowwise):
+            assert other.keys() == plain.keys() and all(abs(other[part] / plain[part] - 1) < 0.03 for part in plain)
+            assert other["all"] != plain["all"]
