@@ -116,7 +116,7 @@ def bound(
 ) -> torch.Tensor:
     """Sum of weighted -log p over the hidden tokens of a batch, whose rows are `first` and following of the step."""
     seeds = [seed_of(cfg.seed, step, first + row) for row in range(len(batch.input_ids))]
-    noised = hide(batch, mask, cfg.diffusion.least, seeds)
+    noised = hide(batch, mask, cfg.diffusion.least, seeds, cfg.data.seq_len)
     micro, weights = noised.batch.to(run.device), noised.weights.to(run.device)
     terms = {"targets": micro.target_tokens, **model.logit_terms}
     return diffusion_loss(model(micro), model.lm_head.weight, micro.labels, weights, **terms)

@@ -19,6 +19,7 @@ from ftlib.data.streaming import StreamStep
 from ftlib.errors import UserError, about
 from ftlib.evaluation.evaluate import Evaluation
 from ftlib.launch import launch, script
+from ftlib.layers.batch import Batch as Packed
 from ftlib.loop import Boundary
 from ftlib.losses.balancing import Balance
 from ftlib.losses.language_modelling import next_token_loss
@@ -97,10 +98,11 @@ def shaped(cfg: Config) -> Config:
     return replace(cfg, model=replace(cfg.model, path=str(folder)), tokenizer=tokenizer)
 
 
-def row_seeds(cfg: Config, run: processes.Run, step: int, number: int) -> list[int]:
-    """A seed for each row of this process's micro batch, by its place in the step: the same on any number of them."""
+def skipped(cfg: Config, run: processes.Run, micro: Packed, length: int, step: int, number: int) -> Packed:
+    """A micro batch with positions that skip, drawn by each row's place in the step: the same on all meshes."""
     first = run.data_rank * cfg.batch.rows // run.data_ranks + number * cfg.batch.micro_rows
-    return [seed_of(cfg.seed, step, first + row) for row in range(cfg.batch.micro_rows)]
+    seeds = [seed_of(cfg.seed, step, first + row) for row in range(cfg.batch.micro_rows)]
+    return skip_positions(micro, length, seeds, cfg.data.seq_len)
 
 
 def columns(cfg: Config, model: models.LanguageModel, batch: Step | StreamStep, step: int) -> dict[str, float]:
@@ -157,7 +159,7 @@ def main(cfg: Config) -> list[dict]:
             loss = torch.zeros((), dtype=torch.float64, device=run.device)  # wide: sums alike in any order
             for number, micro in enumerate(batch.micro_batches):
                 if cfg.context.skip:
-                    micro = skip_positions(micro, model.arch.max_positions, row_seeds(cfg, run, step, number))
+                    micro = skipped(cfg, run, micro, model.arch.max_positions, step, number)
                 micro = micro.to(run.device, non_blocking=True)
                 # Each micro-batch on each device adds its part of one weighted mean over the step's target tokens.
                 hidden, head, terms = model(micro), model.lm_head.weight, model.logit_terms | {"weights": micro.weights}

@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
     model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code, masked=True)
     tokenizer.set_template_args(args.template_arg, "--template-arg")
     if not args.prompts:
-        rows = [{"prompt": sys.stdin.read() if args.prompt[0] == "-" else args.prompt[0]}]
-    prompts = [_encode(tokenizer, _messages(row, args.system), args.raw) for row in rows]
+        rows = [("", {"prompt": sys.stdin.read() if args.prompt[0] == "-" else args.prompt[0]})]
+    prompts = [_encode(tokenizer, place, _messages(row, args.system), args.raw) for place, row in rows]
     if mask := loading.mask_token(base, adapter):
         _check_restored(args)
         print(_restored(model, tokenizer, prompts[0], mask, args))
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     params = sampling.params(args, tokenizer, sampling.ANSWERING)
     drawn = sampling.draw(Engine(model, compile="graphs"), tokenizer, prompts, params, args.n, args.stop)
     if args.prompts:
-        _write(args.out, rows, drawn)
+        _write(args.out, [row for _, row in rows], drawn)
     else:
         print("\n---\n".join(one.text for one in drawn[0]))
     if cut := sum(one.reason == "length" for answers in drawn for one in answers):
@@ -60,8 +60,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _rows(name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file of prompts, of any kind that training reads; UserError names the line of a wrong one."""
+def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where it is, and the row, of each in a file of prompts, of any kind that training reads; UserError names the line
+    of a wrong one."""
     from ftlib.data.sources import files_of, read_all
     from ftlib.sections import Source
 
@@ -73,14 +74,15 @@ def _rows(name: str) -> Iterator[dict[str, Any]]:
         if not talk and (messages or not isinstance(row.value.get("prompt"), str)):
             what = f"a row of prompts has a text `prompt`, or a list of `messages`; this has {', '.join(row.value)}"
             raise UserError(what, where=f"{file}:{row.line}", fix="name the column that asks so")
-        yield row.value
+        yield f"{file}:{row.line}", row.value
 
 
 def _messages(row: dict[str, Any], system: str | None) -> list[dict[str, Any]]:
-    """What a row asks, as a conversation that the model answers."""
+    """What a row asks, as a conversation that the model answers; `system` where it has no system message of its own."""
     messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     messages = messages[:-1] if len(messages) > 1 and messages[-1].get("role") == "assistant" else messages
-    return [*([] if system is None else [{"role": "system", "content": system}]), *messages]
+    own = system is None or messages[0].get("role") == "system"
+    return messages if own else [{"role": "system", "content": system}, *messages]
 
 
 def _write(out: Path | None, rows: list[dict[str, Any]], drawn: list[list[sampling.Drawn]]) -> None:
@@ -128,7 +130,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     asked.add_argument("--prompts", metavar="F.jsonl", help="a file of rows, each with a `prompt` or `messages`")
     parser.add_argument("--out", metavar="F.jsonl", help="where rows with their answers go (default: stdout)")
     parser.add_argument("-n", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
-    parser.add_argument("--system", help="a system message before the prompt")
+    parser.add_argument("--system", help="a system message for prompts that have none")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     sampling.add_options(parser, sampling.ANSWERING)
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the text itself")
@@ -148,10 +150,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _encode(tokenizer: "Tokenizer", messages: list[dict[str, Any]], raw: bool) -> list[int]:
+def _encode(tokenizer: "Tokenizer", place: str, messages: list[dict[str, Any]], raw: bool) -> list[int]:
     if raw or tokenizer.chat_template is None:
         if len(messages) > 1:
             what = "several messages, --system being one, need a chat template to be placed"
             raise UserError(what, fix="leave --raw out" if raw else "put it all in one prompt: this model has none")
         return tokenizer.encode(messages[0]["content"], bos=tokenizer.bos_id is not None)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    except UserError as error:
+        where = ", ".join(filter(None, (place, error.where)))
+        raise UserError(error.what, where=where or None, fix=error.fix) from None

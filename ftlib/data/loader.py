@@ -14,6 +14,7 @@ from ftlib.errors import UserError
 from ftlib.layers.batch import MULTIPLE, Batch
 
 AHEAD = 2  # steps made in advance by the loader's thread
+COUNTED = 1 << 16  # rows that tell how much is padding: of millions, all take a minute
 
 
 class Rows(Protocol):
@@ -79,8 +80,8 @@ class Plan:
         return self.seq_len if self.packed else row_width(self.documents, rows, self.seq_len, self.multiple)
 
     def padding(self, micro_rows: int) -> float:
-        """The share of epoch 0's positions that hold no token."""
-        packs = self.packs(0)
+        """The share of epoch 0's positions that hold no token; of more than `COUNTED` rows, of as many at random."""
+        packs = self.packs(0)[:COUNTED]
         micro = [packs[at : at + micro_rows] for at in range(0, len(packs), micro_rows)]
         tokens = sum(int(self.documents.lengths[row].sum()) for row in packs)
         return 1 - tokens / max(1, sum(self.width(rows) * len(rows) for rows in micro))

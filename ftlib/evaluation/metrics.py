@@ -14,8 +14,10 @@ def names(cfg: Any) -> list[str]:
     there by the set's name too; where only its files tell that, `*` stands for it."""
     compared = hasattr(cfg, "dpo") or isinstance(getattr(cfg, "reward", None), Reward)
     found = ["eval_loss", "eval_accuracy", "eval_margin"] if compared else ["eval_loss"]
-    sets = cfg.data.eval if isinstance(cfg.data.eval, tuple) and len(cfg.data.eval) > 1 else ()
-    found += dict.fromkeys(f"{name}_{source.name or '*'}" for name in found for source in sets)
+    streamed = getattr(cfg, "stream", None) is not None and cfg.data.eval  # which holds rows of each source out
+    sets = cfg.data.eval if isinstance(cfg.data.eval, tuple) else cfg.data.sources if streamed else ()
+    several = sets if len(sets) > 1 else ()
+    found += dict.fromkeys(f"{name}_{source.name or '*'}" for name in found for source in several)
     return found + ["exact_match"] * bool(getattr(cfg.eval, "exact_match", 0))
 
 

@@ -22,22 +22,24 @@ class Noised:
     weights: Tensor
 
 
-def hide(batch: Batch, mask_id: int, least: float, seeds: list[int]) -> Noised:
+def hide(batch: Batch, mask_id: int, least: float, seeds: list[int], seq_len: int | None = None) -> Noised:
     """The forward process of LLaDA (Nie et al. 2025, arXiv 2502.09992, algorithm 1), on the CPU.
 
     Each document draws t from U(0, 1), and each of its trained tokens is hidden with chance p = (1 - least) t + least.
-    Row i draws from a generator seeded with seeds[i] alone: noise does not depend on how rows are split over processes.
+    Row i draws from a generator seeded with seeds[i] alone, as many numbers as a row of `seq_len` tokens takes (None:
+    of its own): noise depends neither on how rows are split over processes nor on how wide those without packing are.
     """
     ids, shape = batch.input_ids, batch.input_ids.shape
+    most = seq_len or shape[1]
     trained = torch.zeros(shape, dtype=torch.bool)
     trained[:, 1:] = batch.labels[:, :-1] != IGNORED  # labels were shifted: the first token of a document has none
     documents = batch.layout.document_ids.long()
     chance, dice = torch.empty(shape), torch.empty(shape)
     for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        t = torch.rand(shape[1] + 1, generator=generator)
+        t = torch.rand(most + 1, generator=generator)
         chance[row] = (1 - least) * t[documents[row] - documents[row, 0]] + least
-        dice[row] = torch.rand(shape[1], generator=generator)
+        dice[row] = torch.rand(most, generator=generator)[: shape[1]]
     hidden = trained & (dice < chance)
     labels = torch.where(hidden, ids, IGNORED)
     changed = replace(

@@ -30,6 +30,8 @@ def step(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tenso
     if getattr(optimizer, "replicas", None) is not None:
         optimizer.replicas.sum(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
     norm = global_norm(grads)
     if optimizer.defaults.get("fused") and not any(isinstance(p, DTensor) for p in parameters):
         optimizer.grad_scale = None if max_grad_norm is None else 1 / _factor(norm, max_grad_norm)

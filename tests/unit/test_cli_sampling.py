@@ -8,7 +8,9 @@ from tiny_model import write_model
 
 from ftlib import cli, models, tokenizers
 from ftlib.cli import chat, generate, sampling
+from ftlib.errors import UserError
 from ftlib.generation import Engine, SamplingParams
+from ftlib.tokenizers import Tokenizer
 
 OWN = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": [258, 65]}
 ASKED = ["say red", "say blue", "what is it?"]
@@ -56,6 +58,28 @@ def test_a_file_of_prompts_is_answered_as_each_alone(model, prompts, tmp_path, c
         assert alone == row["answer"] + "\n" and row["finish_reason"] in ("stop", "length")
     shown = tune(capsys, "generate", model, "--prompts", prompts, "--max-new-tokens", 12)[1]
     assert [json.loads(line) for line in shown.splitlines()] == rows
+
+
+def test_a_conversation_that_the_template_refuses_is_named(model, tmp_path, capsys, monkeypatch):
+    file, render = tmp_path / "odd.jsonl", Tokenizer.apply_chat_template
+
+    def refusing(self, messages, **options):
+        if messages[0]["content"] == "odd":
+            raise UserError("the chat template refuses this conversation", where="chat template, line 4")
+        return render(self, messages, **options)
+
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", refusing)
+    file.write_text('{"prompt": "fine"}\n{"prompt": "odd"}\n')
+    code, _, err = tune(capsys, "generate", model, "--prompts", file)
+    assert code == 2 and "odd.jsonl:2, chat template, line 4" in err
+
+
+def test_a_system_message_is_for_prompts_that_have_none():
+    asked, own = {"role": "user", "content": "hi"}, {"role": "system", "content": "own"}
+    given = {"role": "system", "content": "given"}
+    assert generate._messages({"prompt": "hi"}, "given") == [given, asked]
+    assert generate._messages({"messages": [asked]}, "given") == [given, asked]
+    assert generate._messages({"messages": [own, asked]}, "given") == [own, asked]
 
 
 def test_several_answers_are_drawn_as_the_engine_draws_them(model, prompts, tmp_path, capsys):

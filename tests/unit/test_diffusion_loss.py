@@ -64,6 +64,9 @@ def test_noise_of_a_row_does_not_depend_on_its_neighbours():
     together = hide(from_documents(rows, 32, 0, 2), MASK, 0.1, [5, 6, 7])
     alone = hide(from_documents(rows[1:2], 32, 0, 2), MASK, 0.1, [6])
     assert torch.equal(together.batch.input_ids[1:2], alone.batch.input_ids)
+    narrow = hide(from_documents(rows[2:], 25, 0, 1), MASK, 0.1, [7], 32)  # as a row without packing is
+    assert torch.equal(together.batch.input_ids[2, :25], narrow.batch.input_ids[0])
+    assert torch.equal(together.weights[2, :25], narrow.weights[0])
 
 
 def test_loss_is_the_formula():

@@ -21,7 +21,7 @@ from ftlib.observe import (
     flops_per_token,
 )
 from ftlib.observe.progress import duration
-from ftlib.sections import Checkpoint, Dpo, Eval, Reward, Source
+from ftlib.sections import Checkpoint, Dpo, Eval, Reward, Source, Stream
 
 
 class Clock:
@@ -228,6 +228,9 @@ def test_the_score_that_eval_metric_names_is_one_that_evaluations_give():
 
     assert (known(0), known(3), known(0, "one")) == (["eval_loss"], ["eval_loss", "exact_match"], ["eval_loss"])
     assert known(0, "a", "b") == ["eval_loss", "eval_loss_a", "eval_loss_b"]
+    streamed = SimpleNamespace(eval=200, sources=(Source(path="a", name="web"), Source(path="b")))
+    of_stream = SimpleNamespace(eval=Eval(), data=streamed, stream=Stream())
+    assert metrics.names(of_stream) == ["eval_loss", "eval_loss_web", "eval_loss_*"]
     assert known(0, reward=Reward()) == known(0, dpo=Dpo()) == ["eval_loss", "eval_accuracy", "eval_margin"]
 
     def check(metric, own=None, **more):

@@ -106,6 +106,11 @@ def test_clip_scales_to_the_norm_and_reports_the_norm_before():
         torch.testing.assert_close(before - p.detach(), torch.full((2, 2), moved))
 
 
+def test_a_step_that_learnt_from_nothing_moves_nothing():
+    model = nn.Linear(2, 2)
+    assert float(optim.step(optim.build(model, Optim()), 1.0)) == 0
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_norm_of_narrow_gradients_is_wide(fused):
     """bfloat16 knows 3 digits: 227.03 would be 227 or 226, and what is clipped to 1 up to 0.6 % off."""

@@ -43,6 +43,13 @@ def test_nothing_moves_where_the_range_is_the_document():
     assert torch.equal(skip_positions(batch(64), 64, [1]).position_ids, batch(64).position_ids)
 
 
+def test_a_row_that_is_not_packed_jumps_as_a_whole_one_does():
+    for seed in range(20):
+        whole = skip_positions(batch(30, seq_len=64), 1000, [seed]).position_ids
+        narrow = skip_positions(batch(30, seq_len=32), 1000, [seed], 64).position_ids
+        assert torch.equal(whole[:, :30], narrow[:, :30])
+
+
 def test_extended_is_what_transformers_makes_of_the_same_settings(tmp_path):
     config = shrunk("qwen3-0.6b") | {"max_position_embeddings": 32}
     reference(config).save_pretrained(tmp_path)

@@ -90,7 +90,7 @@ RULES = trainer.COMMON | {
     "attn_implementation": _AUTO,
     "eager_attention": _AUTO,
     "s2_attention": lost("no shifted attention"),
-    "pad_to_sequence_len": holds("rows always have one length"),
+    "pad_to_sequence_len": holds("packed rows always have one length"),
     "eval_sample_packing": holds("as in training"),
     "sample_packing_group_size": holds("the whole epoch is packed"),
     "dataset_prepared_path": holds("tokenised rows are cached by themselves"),

@@ -23,6 +23,8 @@ def whole(value: Any) -> int:
     """A number of steps where ours may not be a share of the run."""
     if 0 < float(value) < 1:
         raise ValueError(f"{value} is a share of the run: log.every counts steps")
+    if float(value) < 1:
+        raise ValueError(f"{value} logs nothing: leave it out, every step is logged")
     return int(value)
 
 

@@ -100,7 +100,7 @@ RULES = trainer.RULES | {
     "packing_strategy": to("data.overlong", choice(bfd="truncate", bfd_split="split", wrapped="split")),
     "truncation_mode": lost("data.overlong: truncate keeps the start", "keep_start"),
     "padding_free": holds("rows never mix"),
-    "pad_to_multiple_of": holds("rows always have one length"),
+    "pad_to_multiple_of": holds("packed rows always have one length"),
     "eval_packing": holds("as in training"),
     "shuffle_dataset": holds("rows are shuffled from the seed"),
     "dataset_num_proc": to("data.workers"),
