@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from ftlib import config
+from ftlib import config, world
 from ftlib.errors import Hung, Problems, Stopped, UserError, of_system, plain_warning
 from ftlib.parallel import logs
+from ftlib.world import rank, world_size
 
 Schema = TypeVar("Schema")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
@@ -34,7 +35,12 @@ def launch(schema: type[Schema], main: Callable[[Schema], object], argv: Sequenc
     if any(word in ("-h", "--help") for word in argv):
         print(usage(schema))
         return
-    if _rank() > 0:  # breakpoint() stops rank 0, which has the terminal; the others wait at their next exchange
+    try:
+        world.check()
+    except UserError as error:
+        print(message(error), file=sys.stderr)
+        sys.exit(error.exit_code)
+    if rank() > 0:  # breakpoint() stops rank 0, which has the terminal; the others wait at their next exchange
         sys.breakpointhook = lambda *args, **kwargs: None
     _leave_note(f"pid.{os.getpid()}")
     warnings.formatwarning = plain_warning
@@ -42,8 +48,8 @@ def launch(schema: type[Schema], main: Callable[[Schema], object], argv: Sequenc
     try:
         cfg, places = config.read(schema, argv)
         folder = getattr(cfg, "output_dir", None)
-        if _world() > 1 and folder is not None:
-            logs.begin(Path(folder) / "logs", _rank(), end)
+        if world_size() > 1 and folder is not None:
+            logs.begin(Path(folder) / "logs", rank(), end)
             _leave_note("logs", str(Path(folder).absolute() / "logs"))
         with places.told():
             main(cfg)
@@ -54,12 +60,12 @@ def launch(schema: type[Schema], main: Callable[[Schema], object], argv: Sequenc
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BaseException as error:
-        if _world() > 1 and threading.current_thread() is threading.main_thread():
+        if world_size() > 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to who survives a lost process: they explain it
         known = _explained(error, cfg)
         if known is not None:
             code = _report(known, everyone=True)
-        if _world() == 1:  # with others waiting in a collective, leaving it could block and hide the traceback
+        if world_size() == 1:  # with others waiting in a collective, leaving it could block and hide the traceback
             _close()
         if known is None:
             if logs.terminal() is not sys.stderr:  # which is this rank's log
@@ -120,9 +126,9 @@ def _explained(error: BaseException, cfg: object) -> UserError | None:
 
 def _report(error: UserError | Stopped | Hung, everyone: bool = False) -> int:
     text = config.redact(message(error))
-    if _rank() == 0 or everyone:
+    if rank() == 0 or everyone:
         print(text, file=logs.terminal(), flush=True)
-    _leave_note(f"message.{_rank()}", text)
+    _leave_note(f"message.{rank()}", text)
     return error.exit_code
 
 
@@ -131,14 +137,6 @@ def _leave_note(name: str, text: str = "") -> None:
     folder = os.environ.get(WORKERS)
     if folder and Path(folder).is_dir():
         Path(folder, name).write_text(text)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _close() -> None:
@@ -158,7 +156,7 @@ def _close() -> None:
 
     pulse.stop()
     distributed.destroy_process_group()
-    if _world() > 1:  # a thread of gloo's that does so while the interpreter ends aborts the process
+    if world_size() > 1:  # a thread of gloo's that does so while the interpreter ends aborts the process
         time.sleep(LET_GO_S)
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -182,13 +182,18 @@ def check(model: nn.Module, cfg: Any, shards: int) -> None:
     with about("output_dir"):
         check_folder(Path(cfg.output_dir))
     least = need(model, cfg, shards)
-    problems = [text for text in (_memory(least), _disk(least, Path(cfg.output_dir))) if text]
+    narrower = "" if getattr(cfg, "dtype", "") == "bf16" else "dtype=bf16, "
+    smaller = f"take a smaller model, LoRA in place of full training, {narrower}fewer batch.micro_rows, a shorter "
+    fixes = (
+        (_memory(least), "model, batch.micro_rows, data.seq_len", f"{smaller}data.seq_len or more processes"),
+        (_disk(least, Path(cfg.output_dir)), "output_dir", "free some space, or put output_dir on another disk"),
+    )
+    problems = [problem for problem in fixes if problem[0]]
     if problems:
         raise UserError(
-            "; ".join(problems),
-            where="model, batch.micro_rows, data.seq_len, output_dir",
-            fix="take a smaller model, LoRA in place of full training, dtype=bf16, fewer batch.micro_rows, a shorter "
-            "data.seq_len or more processes; output_dir may be on another disk",
+            "; ".join(text for text, _, _ in problems),
+            where=", ".join(where for _, where, _ in problems),
+            fix="; ".join(fix for _, _, fix in problems),
         )
 
 

@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,10 @@ SILENT = {
 }
 
 
+OF_A_NODE = frozenset(("output_dir", "profile", "data.cache", "data.workers", "data.sources.path"))
+OF_A_NODE |= {"model.path", "tokenizer.path", "lora.start_from"}  # where files lie may differ from node to node
+
+
 def _keys(sections: dict[str, str]) -> frozenset[str]:
     return frozenset(f"{section}.{key}".lstrip(".") for section, keys in sections.items() for key in keys.split())
 
@@ -130,6 +134,16 @@ def refused(saved: Tree, mine: Tree, was: Tree, now: Tree) -> list[str]:
 def noted(was: Tree, now: Tree) -> list[str]:
     """Changes that a run goes on with and a reader should know, as `key: was -> now`."""
     return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in _changed(was, now).items()]
+
+
+def apart(configs: Sequence[Tree]) -> list[str]:
+    """Where the processes of one run were given different configs, a line a key; paths may differ from node to node."""
+    first, found = configs[0], []
+    for rank, other in enumerate(configs):
+        for key, mine, theirs in _differences(first, other):
+            if _plain(key) not in OF_A_NODE:
+                found.append(f"{key}: {_shown(mine)} in process 0, {_shown(theirs)} in process {rank}")
+    return found
 
 
 def kind(key: str) -> str:

@@ -115,6 +115,9 @@ class Saver:
         if self._initial is None:
             self._initial = tensors.groups(state.optimizers)
         choice: str | None = None
+        if apart := changes.apart(exchange(self.run, self._config)):
+            fix = "start every node with the same config and the same overrides"
+            raise UserError("processes of one run have different configs:\n  " + "\n  ".join(apart), fix=fix)
         processes = exchange(self.run, (platform.node(), os.getpid()))
         with together(self.run, "looking for checkpoints"):
             if self.run.is_main:

@@ -196,6 +196,6 @@ def _check(folder: Path, wanted: dict[str, Tensor], saved: dict[str, Any]) -> No
         raise UserError(
             "the checkpoint does not fit this model and optimizer:\n    " + "\n    ".join(shown),
             where=str(folder),
-            fix="set the model, adapter and optimizer back as they were, or start over: checkpoint.resume=never (if you "
-            "changed nothing, go on with the version of ftlib that wrote it: versions in its state.json)",
+            fix="set model, adapter and optimizer back as they were, or start over: checkpoint.resume=never (where "
+            "nothing was changed, go on with the version of ftlib that wrote it: versions in its state.json)",
         )

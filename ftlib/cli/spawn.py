@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import determine_local_world_size, get_args_parser
@@ -92,6 +93,10 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
             how = f"died of {failure.signal_name()}" if killed else f"ended with code {failure.exitcode}"
             print(f"rank {rank} {how}{_place(folder, rank)}; the other processes were stopped", file=sys.stderr)
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+    except DistNetworkError as error:
+        what = f"the processes cannot meet at that address: {str(error).splitlines()[0]}"
+        fix = "another --master-port, if this one is taken; on several nodes check --rdzv-endpoint and --master-addr"
+        raise UserError(what, where="--master-port, --master-addr, --rdzv-endpoint", fix=fix) from None
     except RendezvousError as error:
         fix = "check --nnodes, --node-rank, --rdzv-endpoint and --master-addr on every node"
         raise UserError(f"the nodes did not find each other: {error}", fix=fix) from None

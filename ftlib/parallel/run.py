@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ftlib import world as launched
 from ftlib.errors import UserError
 from ftlib.layers.batch import MULTIPLE, Batch
 from ftlib.parallel import context, logs, pulse
 from ftlib.sections import Parallel
+from ftlib.world import world_size
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,6 @@ class Run:
             dist.destroy_process_group(group)
 
 
-def world_size() -> int:
-    """Processes of this job, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def sizes(cfg: Parallel, world: int) -> tuple[int, int, int, int]:
     """(dp_replicate, dp_shard, cp, tp) for `world` processes; UserError naming the keys when they do not fit."""
     fixed = cfg.dp_replicate * cfg.cp * cfg.tp
@@ -92,7 +89,7 @@ def sizes(cfg: Parallel, world: int) -> tuple[int, int, int, int]:
     if fixed * shard != world:
         product = f"dp_replicate {cfg.dp_replicate} x dp_shard {shard} x cp {cfg.cp} x tp {cfg.tp} = {fixed * shard}"
         raise UserError(
-            f"{product}, but there are {world} processes",
+            f"{product}, but there {'is 1 process' if world == 1 else f'are {world} processes'}",
             where="parallel",
             fix=f"start {fixed * shard} processes (tune run --nproc-per-node {fixed * shard} …) or change parallel.*",
         )
@@ -101,13 +98,14 @@ def sizes(cfg: Parallel, world: int) -> tuple[int, int, int, int]:
 
 def start(cfg: Parallel, seed: int, deterministic: bool | str = False) -> Run:
     """Join the process group, pick the device, build the meshes, seed the generators (see `Run.stream`)."""
-    world, rank = world_size(), int(os.environ.get("RANK", "0"))
+    world, rank = world_size(), launched.rank()
     shape = sizes(cfg, world)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        launched.check()
         pulse.prepare()
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         # One process needs no rendezvous, so it opens no port.

@@ -81,7 +81,7 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("run", RECIPE, "--config", "c.yaml", "batch.rows=6"): "set batch.micro_rows=3, which trains the same",
     ("run", RECIPE, "--config", "c.yaml", "batch.micro_rows=0"): "must be at least 1",
     ("run", RECIPE, "--config", "c.yaml", "batch.rowz=4"): "did you mean 'batch.rows'?",
-    ("run", RECIPE, "--config", "c.yaml", "parallel.dp_shard=4"): "but there are 1 processes",
+    ("run", RECIPE, "--config", "c.yaml", "parallel.dp_shard=4"): "but there is 1 process",
     ("run", RECIPE, "--config", "c.yaml", "parallel.tp=0"): "must be at least 1",
     ("run", RECIPE, "--config", "c.yaml", "checkpoint.keep=0"): "must be at least 1",
     ("run", RECIPE, "--config", "c.yaml", "checkpoint.resume=required"): "there is no checkpoint to resume from",
