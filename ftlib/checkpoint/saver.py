@@ -115,14 +115,14 @@ class Saver:
         if self._initial is None:
             self._initial = tensors.groups(state.optimizers)
         choice: str | None = None
-        if apart := changes.apart(exchange(self.run, self._config)):
+        processes = exchange(self.run, (platform.node(), os.getpid(), self._config))
+        if apart := changes.apart([config for _, _, config in processes]):
             fix = "start every node with the same config and the same overrides"
             raise UserError("processes of one run have different configs:\n  " + "\n  ".join(apart), fix=fix)
-        processes = exchange(self.run, (platform.node(), os.getpid()))
         with together(self.run, "looking for checkpoints"):
             if self.run.is_main:
                 self.root.mkdir(parents=True, exist_ok=True)
-                self._hold_lock(processes)
+                self._hold_lock([(node, pid) for node, pid, _ in processes])
                 choice = self._choose()
         name = exchange(self.run, choice)[0]
         if name is None:
