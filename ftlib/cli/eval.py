@@ -30,23 +30,18 @@ SHOWN = 3  # answers that are printed
 def main(argv: Sequence[str]) -> int:
     """`tune eval MODEL --data F [--exact-match N] …`"""
     args = _parse(argv)
-    import torch  # here, so that a wrong option answers at once
-
-    from ftlib.cli import loading
+    from ftlib.cli import loading  # torch comes here, so that a wrong option answers at once
     from ftlib.layers.attention import choose_backend
     from ftlib.observe.said import said
     from ftlib.sections import Source
     from ftlib.tokenizers import load_template
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = loading.chosen_dtype(args.dtype, device)
-    base, adapter = loading.find(args.model, args.adapter)
-    model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code)
+    model, tokenizer, *_ = loading.named(args)
     if args.template:
         tokenizer.chat_template = load_template(args.template)
     tokenizer.set_template_args(args.template_arg, "--template-arg")
-    arch = model.arch
-    backend = choose_backend("auto", torch.device(device), dtype, arch.softcap, arch.sinks, arch.head_dims)
+    arch, weight = model.arch, model.lm_head.weight
+    backend = choose_backend("auto", weight.device, weight.dtype, arch.softcap, arch.sinks, arch.head_dims)
     model.model.use_attention(backend)
     sources = [Source(path=path, format=args.format, split=args.split) for path in args.data]
     sets = _documents(sources, tokenizer, args.seq_len)

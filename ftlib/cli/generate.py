@@ -31,15 +31,10 @@ def main(argv: Sequence[str]) -> int:
     """`tune generate MODEL [--adapter DIR] --prompt T …`"""
     args = _parse(argv)
     rows = list(_rows(args.prompts)) if args.prompts else []
-    import torch  # here, so that a wrong option answers at once
-
-    from ftlib.cli import loading
+    from ftlib.cli import loading  # torch comes here, so that a wrong option answers at once
     from ftlib.generation import Engine
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = loading.chosen_dtype(args.dtype, device)
-    base, adapter = loading.find(args.model, args.adapter)
-    model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code, masked=True)
+    model, tokenizer, _, base, adapter = loading.named(args, masked=True)
     tokenizer.set_template_args(args.template_arg, "--template-arg")
     if not args.prompts:
         rows = [("", {"prompt": sys.stdin.read() if args.prompt[0] == "-" else args.prompt[0]})]

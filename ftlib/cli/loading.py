@@ -1,8 +1,10 @@
 """What `generate` and `merge` share: a model, its adapter and its tokenizer from what the user named. Imports torch."""
 
+import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -60,6 +62,26 @@ def find(model: str, adapter: str | None) -> tuple[Path, Path | None]:
     folder = hub.resolve(adapter)
     peft_format.read_config(folder)  # what is no adapter is found before the base is loaded
     return hub.resolve(model), folder
+
+
+class Named(NamedTuple):
+    """What a verb's options name, and the folders that it came from."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    device: str
+    base: Path
+    adapter: Path | None
+
+
+def named(args: argparse.Namespace, masked: bool = False) -> Named:
+    """By MODEL and the options --adapter, --code, --dtype and --device; on the GPU if there is one. `masked`: see
+    `load`."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = chosen_dtype(args.dtype, device)
+    base, adapter = find(args.model, args.adapter)
+    model, tokenizer = load(base, adapter, dtype=dtype, device=device, code=args.code, masked=masked)
+    return Named(model, tokenizer, device, base, adapter)
 
 
 def mask_token(base: Path, adapter: Path | None) -> str | None:

@@ -22,18 +22,13 @@ KEY = "FTLIB_API_KEY"
 def main(argv: Sequence[str]) -> int:
     """`tune serve MODEL [--adapter DIR] …`"""
     args = _parse(argv)
-    import torch  # here, so that a wrong option answers at once
-
-    from ftlib.cli import loading
+    from ftlib.cli import loading  # torch comes here, so that a wrong option answers at once
     from ftlib.generation import Engine
     from ftlib.generation.engine import token_room
     from ftlib.serving.server import Server
     from ftlib.serving.service import Service
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = loading.chosen_dtype(args.dtype, device)
-    base, adapter = loading.find(args.model, args.adapter)
-    model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code)
+    model, tokenizer, device, *_ = loading.named(args)
     context = args.context or model.arch.max_positions or 4096
     room = args.kv_tokens or token_room(model, args.max_batch * context)
     engine = Engine(model, max_batch=args.max_batch, max_tokens=room, compile=args.compile)

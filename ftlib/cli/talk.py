@@ -5,8 +5,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from ftlib.cli import loading, sampling
 from ftlib.errors import UserError
 from ftlib.generation import Engine, SamplingParams
@@ -27,10 +25,7 @@ class Talk:
     @classmethod
     def open(cls, args: argparse.Namespace) -> "Talk":
         """The model that the options of `tune chat` name."""
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = loading.chosen_dtype(args.dtype, device)
-        base, adapter = loading.find(args.model, args.adapter)
-        model, tokenizer = loading.load(base, adapter, dtype=dtype, device=device, code=args.code)
+        model, tokenizer, device, *_ = loading.named(args)
         if tokenizer.chat_template is None:
             fix = "use a model made for conversations, or `tune generate --raw`"
             raise UserError(f"{args.model} has no chat template", fix=fix)
