@@ -1,5 +1,6 @@
 """`memory.cuda_graph` on a GPU: the same losses and gradients as without, packed and whole rows, adapters and all."""
 
+import gc
 import json
 from itertools import islice
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from ftlib import build, optim
 from ftlib.data.documents import Documents
 from ftlib.layers.batch import Batch, Layout
 from ftlib.losses.language_modelling import next_token_loss
+from ftlib.models.load import base_state
 from ftlib.parallel import graphs
 from ftlib.parallel import run as processes
 from ftlib.sections import Lora, Loss, Memory, Model, Optim, Parallel, Train
@@ -52,6 +54,7 @@ def trained(folder, packed, cuda_graph, model=(), recompute="none", compile="aut
     )  # fmt: skip
     run = processes.start(cfg.parallel, cfg.seed)
     model = build.model(cfg, run)
+    fill_quantized(model)
     optimizer, found = optim.build(model, cfg.optim), []
     stream = batches(packed)
     for _ in range(STEPS):
@@ -65,6 +68,14 @@ def trained(folder, packed, cuda_graph, model=(), recompute="none", compile="aut
             model(batch)  # an evaluation in between
         found.append((loss, optim.step(optimizer, 1.0).item()))
     return torch.tensor(found, dtype=torch.float64), model
+
+
+def fill_quantized(model):
+    """A model drawn from nothing draws plain matrices only."""
+    dice = torch.Generator("cuda").manual_seed(1)
+    for held in base_state(model).values():
+        if not isinstance(held, torch.Tensor):
+            held.fill(torch.randn(held.shape, generator=dice, device="cuda", dtype=held.dtype) * 0.02)
 
 
 CASES = {
@@ -86,12 +97,13 @@ def test_a_run_is_the_same_with_graphs(case, tmp_path):
     packed, settings = CASES[case]
     (tmp_path / "config.json").write_text(json.dumps(published("qwen3-0.6b") | {"num_hidden_layers": 2}))
     torch.cuda.reset_peak_memory_stats()
-    plain, _ = trained(tmp_path, packed, False, **settings)
+    plain = trained(tmp_path, packed, False, **settings)[0]
+    gc.collect()
     most = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     found, model = trained(tmp_path, packed, True, **settings)
     blocks = model.model.blocks
     assert blocks.record.unseen > 0 and len(blocks.passes) == (2 if packed and case != "flash4" else 1)
-    assert graphs.peak(model) < 1.5 * most, "what was recorded counts once"
     torch.testing.assert_close(found[:, 0], plain[:, 0], rtol=2e-3, atol=0)
     torch.testing.assert_close(found[:, 1], plain[:, 1], rtol=3e-2, atol=0)
+    assert graphs.peak(model) < 1.5 * most, "what was recorded counts once"
