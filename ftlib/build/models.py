@@ -12,7 +12,7 @@ from ftlib.adapters.fuse import fuse
 from ftlib.build.rows import tokenizer
 from ftlib.errors import UserError, about
 from ftlib.kernels.flash4_attention import in_any_order
-from ftlib.layers.attention import choose_backend
+from ftlib.layers.attention import choose_backend, serving
 from ftlib.models import LanguageModel, heads, hub, initial, load, mtp, own, resize
 from ftlib.models.load import DTYPES
 from ftlib.optim import lisa
@@ -146,13 +146,14 @@ def _replicas(built: LanguageModel, cfg: Any, run: Run) -> replicas.Replicas | r
 def backend(cfg: Any, built: LanguageModel, device: torch.device) -> str:
     """The attention backend of a model; UserError where the one that is asked for cannot serve it."""
     arch, asked = built.arch, cfg.model.attention
-    chosen = choose_backend(asked, device, DTYPES[cfg.dtype], arch.softcap, arch.sinks, arch.head_dims)
+    given = (device, DTYPES[cfg.dtype], arch.softcap, arch.sinks, arch.head_dims)
+    if asked == "auto":
+        return next(name for name in serving(*given) if _unfit(cfg, name, device) is None)
+    chosen = choose_backend(asked, *given)
     unfit = _unfit(cfg, chosen, device)
     if unfit is None:
         return chosen
     (why, key), other = unfit, "reference" if arch.softcap or chosen == "flex" else "varlen"
-    if asked == "auto":
-        return other
     fix = f"use auto or {other}" + (", or cp_style=ulysses" if key == "parallel.cp_style" else "")
     raise UserError(f"attention backend {asked!r} {why}", where=f"model.attention, {key}", fix=fix)
 

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+# For fewer than 128 queries torch would take its kernel for decoding, and fails where that has no fitting tiles.
+KERNEL = {"BACKEND": "TRITON"}
+
 Seen = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key) -> may the query look at the key?
 
 
@@ -22,7 +25,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap
         return softcap * torch.tanh(score / softcap)
 
     attention = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
-    return attention(q, k, v, capped if softcap else None, mask, scale, enable_gqa=True)
+    return attention(q, k, v, capped if softcap else None, mask, scale, enable_gqa=True, kernel_options=KERNEL)
 
 
 @cache

@@ -21,10 +21,11 @@ def cast(x: Tensor, rows: bool, kind: torch.dtype = E4M3) -> tuple[Tensor, Tenso
     Codes lie row by row, as products want them, also where x does not: a compiler writes them so as it rounds, and no
     copy of bytes that lie the other way follows.
     """
+    size = x.float().abs()  # compiled code still has what it stores in half precision, and would have two largest
     if rows:
-        scales = x.abs().amax(1, keepdim=True).float().clamp_min(TINY) / torch.finfo(kind).max
+        scales = size.amax(1, keepdim=True).clamp_min(TINY) / torch.finfo(kind).max
     else:
-        scales = power_of_two(x.abs().amax().view(1, 1).float(), kind)
+        scales = power_of_two(size.amax().view(1, 1), kind)
     return encode(x, scales, kind).contiguous(), scales
 
 

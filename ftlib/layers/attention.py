@@ -1,7 +1,7 @@
 """Softmax attention: the layer, and `attend`, the only place that touches an attention kernel."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,7 +19,7 @@ from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import Rope, Turns, rotate
 
 PACKED = ("varlen", "flash4")  # backends that read where documents begin, and need no mask
-FAST = ("varlen", "flex")  # what `auto` tries first in half precision, on a GPU that has bf16
+FAST = ("flash4", "varlen", "flex")  # what `auto` tries first in half precision, on a GPU that has bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,25 +175,36 @@ def choose_backend(
     sinks: bool = False,
     head_dims: Collection[int] = (),
 ) -> str:
-    """The backend of every layer. `auto`: the first of `FAST` in half precision, on a GPU of compute capability 8.0 or
-    newer, else `sdpa`, that serves a model with these `head_dims`, with capped scores (`softcap`) and with `sinks`;
-    `reference` serves all.
+    """The backend of every layer; `auto`: the first that `serving` gives for this model.
 
-    `varlen` still hands rows that are one document each to SDPA, whose cuDNN kernel is faster there. An explicit choice
-    that cannot serve is a UserError that says why.
+    An explicit choice that cannot serve is a UserError that says why.
     """
     model = (softcap, sinks, head_dims)
     if requested == "auto":
-        half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-        fast = FAST if half and not without_bf16(device) else ()
-        served = (name for name in (*fast, "sdpa") if _refusal(name, device, dtype, *model) is None)
-        return next(served, "reference")
+        return next(serving(device, dtype, *model))
     refusal = _refusal(requested, device, dtype, *model)
     if refusal is None:
         return requested
     why, *fix = refusal
     others = "use auto or reference" if softcap else "use auto, sdpa or reference"
     raise UserError(f"attention backend {requested!r} {why}", where="model.attention", fix=", or ".join((*fix, others)))
+
+
+def serving(
+    device: torch.device, dtype: torch.dtype, softcap: bool, sinks: bool, head_dims: Collection[int]
+) -> Iterator[str]:
+    """What can serve a model with these `head_dims`, with capped scores (`softcap`) and with `sinks`, in the order of
+    speed: `FAST` in half precision on a GPU of compute capability 8.0 or newer, `sdpa`, and `reference`, for all.
+
+    `flash4` where it was measured, in bfloat16 on Hopper GPUs. `varlen` still hands rows that are one document each to
+    SDPA, whose cuDNN kernel is faster there.
+    """
+    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    fast = FAST if half and not without_bf16(device) else ()
+    fits = [name for name in (*fast, "sdpa") if _refusal(name, device, dtype, softcap, sinks, head_dims) is None]
+    if "flash4" in fits and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] != 9):
+        fits.remove("flash4")
+    return iter((*fits, "reference"))
 
 
 def _refusal(

@@ -13,7 +13,7 @@ from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
 from ftlib.layers.moe import ExpertLinear
 from ftlib.quant.convert import replace
-from ftlib.quant.schemes import SCHEMES
+from ftlib.quant.schemes import SCHEMES, kept
 from ftlib.sections import Qat, Rounding
 
 
@@ -40,10 +40,9 @@ class RoundedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.on:
             return super().forward(x)
-        weight = self.weight
-        if self.active is not None:
-            weight = self.adapters[self.active].merged(weight).to(weight.dtype)
-        weight = _straight(weight, lambda whole: self.scheme.weight(whole, self.group))
+        weight = self.weight if self.active is None else self.adapters[self.active].merged(self.weight)
+        weight = _straight(weight, lambda whole: self.scheme.weight(kept(whole, self.weight.dtype), self.group))
+        weight = weight.to(self.weight.dtype)
         x = x if self.scheme.inputs is None else _straight(x, self.scheme.inputs)
         return F.linear(x, weight, self.bias)
 

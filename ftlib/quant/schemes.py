@@ -24,6 +24,19 @@ class Scheme:
         return restore(*self.codes(weight, group))
 
 
+def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [...] float32 rounded to the nearest numbers of `dtype`, in `dtype`.
+
+    By integer arithmetic: compiled code leaves out a cast to bfloat16 that is followed by one back, and what is trained
+    with would not be what is stored.
+    """
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
+    bits = x.float().view(torch.int32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000  # ties to even
+    return torch.where(x.isnan(), x, nearest.view(torch.float32)).to(dtype)
+
+
 def restore(codes: Tensor, scales: Tensor) -> Tensor:
     """The matrix [out, in] that codes and scales [out, groups] stand for, in the dtype of the scales."""
     groups = codes.float().unflatten(1, (scales.shape[1], -1))
@@ -33,13 +46,13 @@ def restore(codes: Tensor, scales: Tensor) -> Tensor:
 def to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Integers from -7 to 7, the largest of each group at an end."""
     groups = weight.unflatten(1, (-1, group)).float()
-    scales = _scales(groups, 7.0).to(weight.dtype)
+    scales = kept(_scales(groups, 7.0), weight.dtype)
     return (groups / scales.float()[..., None]).round().clamp(-8, 7).to(torch.int8).flatten(1), scales
 
 
 def to_fp8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Float8 e4m3, the largest of each row at its end."""
-    scales = _scales(weight.float(), LARGEST).to(weight.dtype)[:, None]
+    scales = kept(_scales(weight.float(), LARGEST), weight.dtype)[:, None]
     return (weight.float() / scales.float()).clamp(-LARGEST, LARGEST).to(E4M3), scales
 
 

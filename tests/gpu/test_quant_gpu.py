@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ftlib.kernels import nf4
-from ftlib.kernels.fp8_linear import fp8_frozen_linear, fp8_linear, keep_in_graphs
+from ftlib.kernels.fp8_linear import E5M2, cast, fp8_frozen_linear, fp8_linear, keep_in_graphs
 from ftlib.quant import FORMATS
 from ftlib.quant.float8 import supported
 from ftlib.quant.fused import frozen_lora_project
@@ -84,3 +84,10 @@ def test_products_in_fp8(tokens, rows, compiled):
         exact = exact, *torch.autograd.grad(exact, wide[: len(inputs)], exact.detach().sin())
         # Two roundings to 3 bits of fraction, or 2 of a gradient; the inner gradient follows y's own error.
         assert max(error(o, e) for o, e in zip(ours, exact, strict=True)) < 0.1
+
+
+def test_a_compiled_cast_has_one_scale():
+    """The largest number, 7.014, is 7 in bfloat16: a power of two times the largest that float8 e5m2 has."""
+    a, b = (torch.full((8192, 256), value, device="cuda").bfloat16() for value in (1.015625, 6.90625))
+    codes, scale = torch.compile(lambda a, b: cast(a * b, False, E5M2))(a, b)
+    assert torch.equal((codes.float() * scale).unique(), torch.tensor([7.0], device="cuda"))

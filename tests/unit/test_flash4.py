@@ -261,7 +261,10 @@ def test_the_package_is_imported_when_asked_for(hopper, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     assert choose_backend("flash4", CUDA, HALF, False, True, {64, 128}) == "flash4"
     assert choose_backend("flash4", CUDA, HALF, True) == "flash4"
-    assert choose_backend("auto", CUDA, HALF, False, False, {64}) == "varlen"  # until it is measured
+    assert choose_backend("auto", CUDA, HALF, False, False, {64}) == "flash4"
+    assert choose_backend("auto", CUDA, HALF, False, False, {256}) == "varlen"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))  # where it was not measured
+    assert choose_backend("auto", CUDA, HALF, True, False, {64}) == "flex"
     flash4_attention.package.cache_clear()
 
 
@@ -276,14 +279,17 @@ def test_the_package_is_imported_when_asked_for(hopper, monkeypatch, tmp_path):
 def test_runs_it_cannot_serve(stand_in, hopper, monkeypatch, more, words):
     arch = SimpleNamespace(softcap=False, sinks=False, head_dims={64})
 
-    def chosen(**more):
-        terms = {"model": SimpleNamespace(attention="flash4"), "dtype": "bf16", "parallel": Parallel()}
+    def chosen(asked="flash4", **more):
+        terms = {"model": SimpleNamespace(attention=asked), "dtype": "bf16", "parallel": Parallel()}
         return build.backend(SimpleNamespace(**(terms | more)), SimpleNamespace(arch=arch), CUDA)
 
     assert chosen() == "flash4" and chosen(parallel=Parallel(cp=2, cp_style="allgather")) == "flash4"
     for capability in (10, 0), (9, 0):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert chosen(deterministic=True) == "flash4"
+    fits = "deterministic" in more
+    assert chosen("auto", **more) == ("flash4" if fits else "varlen")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert chosen("auto", **more) == "varlen"
     with pytest.raises(UserError, match=words):
         chosen(**more)

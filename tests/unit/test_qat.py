@@ -87,6 +87,23 @@ def folder(tmp_path_factory):
 
 
 @ALL
+def test_compiled_code_rounds_to_what_is_stored(scheme, folder):
+    """In bfloat16, with an adapter: a compiler would keep scales and the merged matrix in more bits than files do."""
+    model = models.from_pretrained(folder, dtype=torch.bfloat16).train()
+    qat.attach(model, Qat(scheme=scheme, group=GROUP.get(scheme)), "qat")
+    lora.attach(model, "all-linear", rank=4)
+    lora.reset(model, 0)
+    qat.at(1, model)
+    layer = model.model.layers[0].mlp.down_proj
+    factors, x = layer.adapters["policy"], drawn(9, layer.in_features).bfloat16()
+    with torch.no_grad():
+        factors.lora_B.copy_(drawn(*factors.lora_B.shape) / 50)
+        merged = layer.scheme.weight(factors.merged(layer.weight).bfloat16(), layer.group)
+        inputs = x if layer.scheme.inputs is None else layer.scheme.inputs(x)
+        assert relative(torch.compile(layer)(x), F.linear(inputs, merged)) < 3e-3
+
+
+@ALL
 def test_the_converted_model_is_the_one_that_was_trained(scheme, folder, tmp_path):
     """A step of training with a rounded base and adapter, merged, written, read: to the bit."""
     model = models.from_pretrained(folder, dtype=torch.float32).train()

@@ -13,6 +13,7 @@ from parity.shrink import reference, relative, shrunk
 from tiny_model import fill_bases
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ftlib import models, quant
 from ftlib.adapters import lora, peft_format
@@ -55,6 +56,15 @@ def test_every_product_is_that_of_the_rounded_operands(rows):
     )
     assert all(relative(mine, exact) < 1e-5 for mine, exact in zip(ours, wanted, strict=True))
     assert relative(rounded(x.detach(), rows), x.detach()) < 0.04  # 3 bits of fraction
+
+
+@BOTH
+def test_what_a_scale_comes_from_is_float32(rows):
+    """Compiled code has the scale twice, once from what it still holds and once from what it stored: in bfloat16 those
+    differ, and where a power of two lies between them, one product was twice what it should be."""
+    traced = make_fx(lambda x: cast(x, rows, E5M2))(drawn(8, 16).bfloat16())
+    largest = [node.meta["val"].dtype for node in traced.graph.nodes if node.target is torch.ops.aten.amax.default]
+    assert largest == [torch.float32]
 
 
 @BOTH

@@ -83,8 +83,18 @@ ROWS = (
     Row("pretrain_qwen06b_4x4096_{gpu}", 280, f"pretrain.py --shape qwen3-0.6b {TITAN} --limit 90"),
     Row("pretrain_qwen17b_4x4096_{gpu}", 320, f"pretrain.py --shape qwen3-1.7b {TITAN} --limit 99"),
     Row("packed_qwen06b_{gpu}", 280, "packed.py --recompute none --vs trl,unsloth"),
-    Row("packed_qwen06b_selective_{gpu}", 280, "packed.py --recompute selective --vs unsloth"),
+    Row(
+        "packed_qwen06b_selective_{gpu}", 130,
+        "packed.py --recompute selective --cuda-graph --attention flash4 --vs unsloth",
+    ),
     Row("packed_qwen06b_recompute_{gpu}", 280, "packed.py --recompute full --vs trl,unsloth"),
+    Row(
+        "graphs_qwen06b_lora_4x4096_selective_{gpu}", 120,
+        "sft.py --shape qwen3-0.6b --rows 4 --recompute selective --cuda-graph --vs unsloth",
+    ),
+    Row("pretrain_qwen06b_4x4096_graphs_{gpu}", 150, f"pretrain.py --shape qwen3-0.6b {FLASH} --cuda-graph --limit 60"),
+    Row("flash4_llama8b_lora_2x4096_{gpu}", 170, "sft.py --attention flash4 --vs torchtune --limit 80"),
+    Row("graphs_llama8b_lora_2x4096_{gpu}", 170, "sft.py --attention flash4 --cuda-graph --vs torchtune --limit 80"),
     *(Row(f"pretrain_qwen{size}_4x4096_flash4_{{gpu}}", 280, f"pretrain.py --shape {shape} {FLASH} --limit 90")
       for size, shape in (("06b", "qwen3-0.6b"), ("17b", "qwen3-1.7b"))),
     Row("dpo_llama8b_lora_4x1024_{gpu}", 260, "dpo.py --shape llama-3.1-8b --fp8 tensorwise --vs trl"),
