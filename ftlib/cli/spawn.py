@@ -3,9 +3,13 @@
 import argparse
 import logging
 import os
+import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +22,13 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import determine_local_world_size, get_args_parser
 from torch.distributed.run import run as torchrun
 
-from ftlib.cli import assets, recipe
+from ftlib.cli import assets, meeting, recipe
 from ftlib.errors import UserError
 from ftlib.launch import INTERRUPTED, WORKERS
 from ftlib.parallel import pulse
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PATIENCE = 3.0  # seconds in which Python hears of a signal, unless it waits in other code
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,9 +37,13 @@ def main(argv: Sequence[str]) -> int:
     path = recipe.find(args.training_script)
     args.training_script = str(path)
     args.training_script_args = recipe.with_shipped_configs(args.training_script_args)
-    if not any(word in ("-h", "--help") for word in args.training_script_args):
-        recipe.check(path, args.training_script_args, world)
+    where = meeting.address(args)
     _set_environment(local)
+    if not any(word in ("-h", "--help") for word in args.training_script_args):
+        with sharing(local), warnings.catch_warnings(action="ignore"):  # rank 0 checks again, and says them
+            recipe.check(path, args.training_script_args, world)
+    if where is not None:
+        print(f"{args.nnodes} nodes meet at {where}", flush=True)
     with tempfile.TemporaryDirectory(prefix="ftlib-workers-") as folder, _forwarding(Path(folder)):
         os.environ[WORKERS] = folder
         return _run(args, Path(folder))
@@ -67,6 +76,17 @@ def parse(verb: str, argv: Sequence[str]) -> tuple[argparse.Namespace, int, int]
         raise UserError(f"--nproc-per-node {args.nproc_per_node}: at least 1 process is needed")
     nodes = args.nnodes.partition(":")[0]  # `MIN:MAX`: it has to work with the fewest
     return args, local, local * int(nodes) if nodes.isdecimal() else local
+
+
+@contextmanager
+def sharing(local: int) -> Iterator[None]:
+    """While open, what is checked here knows how many processes this machine will have; torchrun tells each worker."""
+    before = os.environ.get("LOCAL_WORLD_SIZE")
+    os.environ["LOCAL_WORLD_SIZE"] = str(local)
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_WORLD_SIZE") if before is None else os.environ.update(LOCAL_WORLD_SIZE=before)
 
 
 def _set_environment(local: int) -> None:
@@ -116,8 +136,10 @@ def _place(folder: Path, rank: int) -> str:
 @contextmanager
 def _forwarding(folder: Path) -> Iterator[None]:
     """While open, signals go to the workers, which save and end by themselves; before there are any, they end this."""
+    heard = threading.Event()
 
     def forward(number: int, frame: FrameType | None) -> None:
+        heard.set()
         workers = [int(note.name.partition(".")[2]) for note in folder.glob("pid.*")]
         if not workers and number != signal.SIGUSR1:
             raise SystemExit(128 + number)
@@ -128,8 +150,34 @@ def _forwarding(folder: Path) -> Iterator[None]:
                 pass  # it has ended already
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    with _unheard(heard, folder):
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _unheard(heard: threading.Event, folder: Path) -> Iterator[None]:
+    """While open, end this process where Python hears no signal: it is in torch's code, which waits for other nodes."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def listen() -> None:
+        while number := reader.recv(1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM) and not heard.wait(PATIENCE):
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(128 + number[0])
+            heard.clear()
+
+    before = signal.set_wakeup_fd(writer.fileno())  # is told when a signal comes, not when Python gets to it
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        writer.close()
+        thread.join()
+        reader.close()

@@ -8,6 +8,7 @@ Every problem is reported at once; exit code 2 if there is any.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from ftlib.cli import recipe
 from ftlib.errors import UserError
@@ -19,16 +20,20 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__.strip())
         return 0
     world, argv = _take_world(argv)
+    together: AbstractContextManager[None] = nullcontext()
     if recipe.starts_processes("validate", argv):
         from ftlib.cli import spawn  # imports torch
 
         if world is not None:
             raise UserError("tune validate: --world beside options of torchrun", fix="leave --world out")
-        args, _, world = spawn.parse("validate", argv)
+        args, local, world = spawn.parse("validate", argv)
+        together = spawn.sharing(local)
         argv = [args.training_script, *args.training_script_args]
     path = recipe.find(argv[0], "validate")
     arguments = recipe.with_shipped_configs(argv[1:])
-    for line in recipe.check(path, arguments, world or 1):
+    with together:
+        found = recipe.check(path, arguments, world or 1)
+    for line in found:
         print(line)
     print(f"ok: {path} {' '.join(argv[1:])}".rstrip())
     return 0

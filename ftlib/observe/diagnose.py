@@ -10,6 +10,7 @@ from ftlib.errors import UserError
 from ftlib.parallel import pulse
 from ftlib.sections.optim import HOST
 
+TRACEBACK = "traceback.txt"
 MIB = 1 << 20
 LONG = 16_384  # tokens of a row from which feed-forward layers are worth cutting
 
@@ -116,7 +117,7 @@ def _keep_traceback(error: BaseException, cfg: Any) -> Path | None:
     if folder is None:
         return None
     try:
-        path = Path(folder) / "traceback.txt"
+        path = Path(folder) / TRACEBACK
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         return path

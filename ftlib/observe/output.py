@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ftlib import budget, config, quant
 from ftlib.errors import UserError
 from ftlib.losses import balancing
-from ftlib.observe import report, sinks
+from ftlib.observe import diagnose, report, sinks
 from ftlib.observe.environment import environment
 from ftlib.observe.flops import count_weights, device_peak, flops_per_token
 from ftlib.observe.meter import Devices, Meter
@@ -22,6 +22,7 @@ from ftlib.observe.progress import Progress
 from ftlib.observe.said import Said
 from ftlib.observe.watch import Watch
 from ftlib.parallel import graphs, pulse
+from ftlib.parallel import run as processes
 from ftlib.quant.frozen import FrozenWeight
 from ftlib.sections.steps import shares
 
@@ -42,8 +43,8 @@ class Output:
         self.must_go_back = False  # what `watch` said about the last step
         self._sinks: list[sinks.Sink] = []
         self._last = steps  # step that was done last
-        self._notes = [*attention_note(getattr(model, "model", None)), *quant.note(model), *budget.note(model)]
-        self._notes += balancing.note(model, cfg)
+        self._notes = [*processes.note(cfg.parallel, run.world), *attention_note(getattr(model, "model", None))]
+        self._notes += [*quant.note(model), *budget.note(model), *balancing.note(model, cfg)]
         mixers = [(layer.mixer.heads * layer.mixer.head_dim, layer.mixer.window) for layer in model.arch.layers]
         peak = None
         if run.device.type == "cuda":
@@ -75,6 +76,7 @@ class Output:
             again = replace(self.cfg.checkpoint, resume="auto")  # a run is started over once
             kept = config.dump(replace(self.cfg, checkpoint=again))
             (self.folder / "config.yaml").write_text(kept, encoding="utf-8")
+            (self.folder / diagnose.TRACEBACK).unlink(missing_ok=True)  # what ended the run last time
             self._sinks = sinks.open_sinks(self.cfg, self.folder, done, self.counters)
         for file in (self.metrics, self.samples):
             file.truncate_after(done if done else -1)

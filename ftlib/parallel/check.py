@@ -16,7 +16,8 @@ def check(model: nn.Module, cfg: Any, cp: int, tp: int) -> None:
             part(model, tp)
         except UserError as error:
             problems.append(str(error))
-    others = [part(cfg, cp, tp) for part in (_rows, _answers, _mtp)] + [part(model, cfg) for part in (_tiles, _keys)]
+    rows = () if problems else (_rows,)  # another tp is wanted, for which rows may do
+    others = [part(cfg, cp, tp) for part in (*rows, _answers, _mtp)] + [part(model, cfg) for part in (_tiles, _keys)]
     others += [_heads(model, cfg, cp, tp), _ring(model, cfg, cp)]
     problems += [str(error) for error in others if error]
     if problems:

@@ -96,6 +96,13 @@ def sizes(cfg: Parallel, world: int) -> tuple[int, int, int, int]:
     return cfg.dp_replicate, shard, cfg.cp, cfg.tp
 
 
+def note(cfg: Parallel, world: int) -> list[str]:
+    """How many processes there are and what they share, for the user; nothing of one."""
+    axes = zip(("dp_replicate", "dp_shard", "cp", "tp"), sizes(cfg, world), strict=True)
+    shared = " x ".join(f"{name} {size}" for name, size in axes if size > 1)
+    return [f"processes: {world} ({shared})"] if world > 1 else []
+
+
 def start(cfg: Parallel, seed: int, deterministic: bool | str = False) -> Run:
     """Join the process group, pick the device, build the meshes, seed the generators (see `Run.stream`)."""
     world, rank = world_size(), launched.rank()

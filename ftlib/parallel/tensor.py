@@ -10,6 +10,7 @@ In a mixture of experts each process routes all tokens, alike, and has a slice o
 an output, and to the gradient of a routing weight, is a part of a sum as in a dense layer.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -62,7 +63,7 @@ def apply(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def check(model: nn.Module, tp: int, cp: int = 1) -> None:
     """UserError when a model has parts that `tp` processes cannot share, naming the keys of its config.json."""
-    wrong, where = [], "parallel.tp, config.json"
+    wrong, unplanned, where = [], "", "parallel.tp, config.json"
     arch = model.arch
     sizes = {"vocab_size": {arch.vocab}}
     for layer in arch.layers:
@@ -78,10 +79,14 @@ def check(model: nn.Module, tp: int, cp: int = 1) -> None:
         if ".adapters" in name or not _computes(module) or isinstance(module, nn.Identity):
             continue
         if leaf not in PLAN:
-            wrong.append(f"{name} ({type(module).__name__}) has no tensor-parallel plan")
+            unplanned = f"{name} ({type(module).__name__}) has no tensor-parallel plan"
+            wrong.append(unplanned)
             break
     if wrong:
-        raise UserError("; ".join(wrong), where=where, fix="set parallel.tp=1, or one that divides these sizes")
+        common = 1 if unplanned else math.gcd(*(value for values in sizes.values() for value in values))
+        fits = max(ways for ways in range(1, tp) if common % ways == 0)
+        why = f", the largest below {tp} that divides these sizes" if fits > 1 else ""
+        raise UserError("; ".join(wrong), where=where, fix=f"set parallel.tp={fits}{why}")
 
 
 def check_base(model: nn.Module, tp: int) -> None:

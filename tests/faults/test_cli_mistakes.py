@@ -95,6 +95,10 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("run", "--nproc", "0", RECIPE): "--nproc-per-node 0: at least 1 process",
     ("run", "--nproc-per-node", "2", "nope.py"): "nope.py: no such recipe",
     ("run", "--nproc-per-node", "2", RECIPE, "--config", "c.yaml", "batch.rows=4"): "is no multiple of",
+    ("run", "--nnodes", "2", RECIPE, "--config", "c.yaml"): "--nnodes 2, and no address at which the nodes meet",
+    ("run", "--nnodes=1:2", "--rdzv-backend=c10d", "--rdzv-endpoint=no.such.host.invalid:29500", RECIPE):
+        "no machine is called 'no.such.host.invalid' here",
+    ("run", "--nnodes", "2", "--master-addr", "no.such.host.invalid", RECIPE): "where: --master-addr",
     ("run", "c.yaml"): "tune run RECIPE --config c.yaml",
     ("validate", "c.yaml"): "is no recipe but a config\n  fix: the recipe comes first: tune validate RECIPE",
     ("preview", "c.yaml"): "tune preview RECIPE --config c.yaml",

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from parallel.processes import rows, wait_for_rows
@@ -80,3 +81,21 @@ def test_two_nodes_stop_before_the_limit_are_queued_again_and_go_on(cluster, con
     found = rows(out)
     assert found[0]["eval_loss"] == pytest.approx(alone[0]["eval_loss"], rel=1e-5), "evaluated with shared matrices"
     assert steps(found)[:1] == pytest.approx(steps(alone)[:1], rel=1e-5)
+
+
+def test_a_launcher_that_nobody_meets_ends_when_it_is_told(config):
+    """It waits inside torch, where Python hears no signal."""
+    with socket.socket() as deaf:  # takes connections and never answers
+        deaf.bind(("127.0.0.2", 0))
+        deaf.listen()
+        words = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-conf", "is_host=false", "--rdzv-id", "nobody"]
+        words += ["--rdzv-endpoint", f"127.0.0.2:{deaf.getsockname()[1]}", "recipes/full_sft.py", "--config", config]
+        job = subprocess.Popen(
+            [sys.executable, "-m", "ftlib", "run", *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert "2 nodes meet at 127.0.0.2:" in job.stdout.readline()
+        deaf.accept()
+        time.sleep(1)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=20) == 128 + signal.SIGTERM
+        job.stdout.close()

@@ -41,6 +41,7 @@ def settings(seq_len=64, exact_match=0, **parallel):
     "changes,sections,words",
     [
         ({}, {"tp": 3}, ("num_attention_heads 4", "parallel.tp 3", "vocab_size 160")),
+        ({"num_key_value_heads": 4}, {"tp": 3}, ("fix: set parallel.tp=2, the largest below 3 that divides",)),
         ({"num_key_value_heads": 1}, {"tp": 2}, ("num_key_value_heads 1", "parallel.tp 2")),
         ({"moe_intermediate_size": 42}, {"tp": 4}, ("moe_intermediate_size 42", "parallel.tp 4")),
         ({}, {"tp": 2, "seq_len": 63}, ("data.seq_len 63", "data.seq_len=64")),
@@ -56,6 +57,7 @@ def test_what_does_not_fit_is_named_by_its_keys(changes, sections, words):
     with pytest.raises(UserError) as caught:
         check.check(model, cfg, cfg.parallel.cp, cfg.parallel.tp)
     assert all(word in str(caught.value) for word in words), caught.value
+    assert ("seq_len" in str(caught.value)) == any("seq_len" in word for word in (*sections, *words))
 
 
 @pytest.mark.parametrize("name", ["mistral-7b-v0.1", "gpt-oss-20b", "gemma-2-2b"])
@@ -63,6 +65,11 @@ def test_a_ring_is_for_plain_attention(name):
     cfg = settings(cp=2, cp_style="ring")
     with pytest.raises(UserError, match=r"has a window[\s\S]*parallel.cp_style=allgather"):
         check.check(on_meta(shrunk(name)), cfg, 2, 1)
+
+
+def test_what_a_run_says_of_its_processes():
+    assert processes.note(Parallel(tp=2), 8) == ["processes: 8 (dp_shard 4 x tp 2)"]
+    assert processes.note(Parallel(), 1) == []
 
 
 def test_a_product_that_is_not_the_number_of_processes():

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_model import ROOT
+from tiny_model import ROOT, write_config, write_model, write_rows
 
-from ftlib import preflight, quant
+from ftlib import cli, preflight, quant
 from ftlib.adapters import lora
 from ftlib.models import load
 from ftlib.sections import Batch, Data, Memory, Optim, Parallel, Source
@@ -126,3 +126,12 @@ def test_capped_scores_are_kept_only_where_they_are_formed(monkeypatch):
     found = planned("gemma-2-2b", 1, KEPT["none"], 1, {"full": True})
     heads = sum(layer.mixer.heads for layer in model.arch.layers)
     assert plain.kept - found.kept == 5 * heads * 4096 * 4096 * 2
+
+
+def test_processes_of_this_machine_are_counted_before_they_start(tmp_path, monkeypatch):
+    file = write_config(tmp_path / "c.yaml", write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20))
+    sharing = []
+    monkeypatch.setattr(preflight, "_memory", lambda least: sharing.append(preflight.available()[2]))
+    for words in (["--nproc-per-node", "2"], []):
+        assert cli.main(["validate", *words, "recipes/lora_sft.py", "--config", str(file), "batch.micro_rows=2"]) == 0
+    assert sharing == [2, 1]
