@@ -97,15 +97,15 @@ def note(model: nn.Module) -> list[str]:
     return [model.memory_note] if hasattr(model, "memory_note") else []
 
 
-def ladder(model: nn.Module, cfg: Any) -> list[Rung]:
-    """From the fastest to the leanest."""
+def ladder(model: nn.Module, cfg: Any, shards: int = 1) -> list[Rung]:
+    """From the fastest to the leanest, where `shards` processes share the weights."""
     changes = [{"recompute": name} for name in ("none", "selective", "except_attention", "full")]
     changes.append({"recompute": "full", "offload": True})
     dense = all(hasattr(getattr(block, "mlp", None), "tile") for block in model.model.layers)
     if dense and cfg.batch.micro_rows * cfg.data.seq_len >= 2 * TILE:
         changes.append({"recompute": "full", "offload": True, "tiled_mlp": TILE})
     settings = [replace(cfg.memory, budget_gib=None, **change) for change in changes]
-    return [Rung(memory, preflight.need(model, _with(cfg, memory), 1).about) for memory in settings]
+    return [Rung(memory, preflight.need(model, _with(cfg, memory), shards).about) for memory in settings]
 
 
 def choose(rungs: Sequence[Rung], measure: Callable[[Memory], int | None], budget: int) -> tuple[int, int]:

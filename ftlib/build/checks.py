@@ -69,6 +69,17 @@ def check_model(cfg: Any) -> LanguageModel:
     return built
 
 
+def outline(cfg: Any) -> LanguageModel:
+    """The model on meta as a run on a GPU would train it, from its config.json alone."""
+    _, built = shapes(cfg)
+    flex = built.arch.softcap and not built.arch.sinks and cfg.dtype == "bf16"
+    built.model.use_attention("flex" if flex else "sdpa")
+    quant.attach(built, cfg)
+    trained, _ = new_tokens(cfg, built)
+    attach(built, cfg, trained)
+    return built
+
+
 def _check_trained(cfg: Any, built: LanguageModel, fresh: tuple[int, ...]) -> None:
     """UserError where rows for new tokens would stay as they began. An adapter has rows of its own for them."""
     adapted = getattr(cfg, "lora", None) is not None

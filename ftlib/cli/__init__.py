@@ -15,6 +15,7 @@ VERBS = {
     "init": "write a config for a file of rows and a model",
     "run": "run a recipe, on one device or on many",
     "validate": "check a recipe and its config without training",
+    "plan": "say what a run would take of each GPU, which settings fit, and how many GPUs it needs",
     "ls": "list the recipes and configs that ship with ftlib",
     "cp": "copy a recipe or a config, to edit it",
     "diff": "compare a copy with the version that ships now",

@@ -1,0 +1,132 @@
+"""What a run would take of each GPU, before there is one: which settings fit, and how many GPUs it needs.
+
+    tune plan RECIPE --config FILE [--gpus N] [--gib G] [key=value …]
+
+Nothing is loaded: of the model its config.json is read, of the data nothing. Memory of the training steps, estimated
+as `memory.budget_gib` does (within some percent of what was measured on H100s and H200s); what draws answers or holds
+a second model (GRPO, distillation, DPO of every weight) comes on top. --gib: of one GPU; 80 where none is here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ftlib.cli import recipe
+from ftlib.errors import UserError, about
+
+MANY = 4096  # GPUs, and rows of a forward, beyond which nobody looks
+
+
+def main(argv: Sequence[str]) -> int:
+    """`tune plan RECIPE --config F [--gpus N] [--gib G] [k=v]`"""
+    if any(word in ("-h", "--help") for word in argv):
+        print(__doc__.strip())
+        return 0
+    gpus, argv = _take("--gpus", list(argv), 1)
+    gib, argv = _take("--gib", argv, None)
+    if recipe.starts_processes("plan", argv):
+        raise UserError(f"tune plan: the recipe comes before {argv[0]}", fix="tune plan RECIPE --config FILE --gpus N")
+    path = recipe.find(argv[0], "plan")
+    from ftlib import config  # what follows imports torch
+
+    cfg, places = config.read(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
+    if not all(hasattr(cfg, name) for name in ("model", "batch", "memory", "parallel", "optim")):
+        raise UserError(f"{path}: its config has no training step to plan")
+    with places.told():
+        print("\n".join(lines(_without_weights(cfg), gpus, gib)))
+    return 0
+
+
+def _without_weights(cfg: Any) -> Any:
+    """The config with a model of the Hub replaced by its files but the weights."""
+    from ftlib.models import hub, remote
+
+    name = str(cfg.model.path)
+    if not hub.HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
+        return cfg
+    with about("model.path"):
+        return replace(cfg, model=replace(cfg.model, path=str(remote.fetch(name, weights=False))))
+
+
+def lines(cfg: Any, gpus: int, gib: int | None) -> list[str]:
+    """The table of settings and what follows from it, as Markdown."""
+    from ftlib import budget, build, preflight
+    from ftlib.models.remote import size
+    from ftlib.parallel import check
+    from ftlib.parallel import run as processes
+
+    budget_bytes = gib << 30 if gib else _of_a_gpu()
+    replicas, shard, cp, tp = processes.sizes(cfg.parallel, gpus)
+    own, ways = cfg.batch.micro_rows, shard * cp * tp
+    model = build.outline(cfg)
+    check.check(model, cfg, cp, tp)
+
+    def need(memory: Any, micro_rows: int = own, ways: int = ways) -> preflight.Need:
+        batch = replace(cfg.batch, micro_rows=micro_rows)
+        return preflight.need(model, SimpleNamespace(**vars(cfg) | {"memory": memory, "batch": batch}), ways)
+
+    def fits(memory: Any, micro_rows: int = own, ways: int = ways) -> bool:
+        return need(memory, micro_rows, ways).about <= budget_bytes
+
+    mesh = processes.note(cfg.parallel, gpus)
+    found = [f"{gpus} GPU{'s' * (gpus > 1)} of {size(budget_bytes)}; a forward of each: {cfg.batch.micro_rows} x "
+             f"{cfg.data.seq_len:,} tokens (batch.micro_rows x data.seq_len)", *mesh, ""]
+    parts = ("weights", "gradients", "optimizer", "activations")
+    found += [f"| GiB of each GPU | {' | '.join(parts)} | other | in all | fits | micro_rows up to |", "|---" * 8 + "|"]
+    rungs = [rung.memory for rung in budget.ladder(model, cfg, ways)]
+    asked = replace(cfg.memory, budget_gib=None)
+    for memory in rungs if asked in rungs else [asked, *rungs]:
+        taken = need(memory)
+        at_peak = taken.moments[taken.peak]
+        cells = [at_peak.get(part, 0) for part in parts]
+        cells += [taken.about - sum(cells), taken.about]
+        most = max((rows for rows in _doubling() if fits(memory, rows)), default=0)
+        this = " (this config)" if memory == asked and cfg.memory.budget_gib is None else ""
+        found.append(f"| {_name(memory)}{this} | {' | '.join(f'{cell / 2**30:.1f}' for cell in cells)} | "
+                     f"{'yes' if taken.about <= budget_bytes else 'no'} | {most or '-'} |")
+    taken = need(asked)
+    found += ["", f"on disk: a checkpoint {size(taken.checkpoint)}, the result {size(taken.final)}"
+              + f"; in host memory of each process: {size(taken.host)}" * bool(taken.host)]
+    if not any(map(fits, rungs)):
+        found.append(_enough(lambda ways: fits(rungs[-1], 1, ways), replicas, cp * tp))
+    return found
+
+
+def _enough(fits: Any, replicas: int, together: int) -> str:
+    """The smallest number of GPUs that would do, with the leanest setting and one row each."""
+    ways = next((together * n for n in _doubling() if fits(together * n)), None)
+    if ways is None:
+        return "does not fit on any number of GPUs: a shorter data.seq_len, model.quantize=nf4, LoRA, optim.states=int8"
+    many = f"{ways * replicas} GPU{'s' * (ways * replicas > 1)}"
+    return f"the leanest of these settings fits on {many} with batch.micro_rows=1"
+
+
+def _doubling() -> list[int]:
+    return [1 << n for n in range(MANY.bit_length())]
+
+
+def _name(memory: Any) -> str:
+    words = [f"recompute {memory.recompute}", *["offload"] * memory.offload]
+    return ", ".join(words + [f"tiled_mlp {memory.tiled_mlp}"] * bool(memory.tiled_mlp))
+
+
+def _of_a_gpu() -> int:
+    """Bytes of the GPU here; 80 GiB where there is none."""
+    from ftlib import preflight
+
+    where, have, _ = preflight.available()
+    return have if where == "the GPU" else 80 << 30
+
+
+def _take(option: str, argv: list[str], default: Any) -> tuple[Any, list[str]]:
+    """The number that an option names, and the other words."""
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == option:
+            text = value if equals else "".join(argv[i + 1 : i + 2])
+            if not text.isdecimal() or int(text) < 1:
+                raise UserError(f"tune plan: {option} needs a whole number from 1, got {text!r}")
+            return int(text), argv[:i] + argv[i + (1 if equals else 2) :]
+    return default, argv
