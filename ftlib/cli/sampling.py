@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from ftlib.tokenizers import Tokenizer
 
 TALKING, ANSWERING = 0.7, 0.0  # temperatures where neither the command line nor the model's folder says one
-READ = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json, where its do_sample is true
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,14 @@ def params(args: argparse.Namespace, tokenizer: "Tokenizer", temperature: float)
     As transformers has it, the file's numbers count where its `do_sample` is true. Its `eos_token_id` always does
     (`Tokenizer.stop_ids`).
     """
-    from ftlib.generation import SamplingParams
+    from ftlib.generation.params import READ, SamplingParams, listed
 
-    listed = tokenizer.files.generation
-    listed = listed if listed.get("do_sample") else {}
-    own = {key: listed[key] for key in READ if isinstance(listed.get(key), int | float)}
+    own = listed(tokenizer.files.generation)
     asked = {key: getattr(args, key) for key in READ if getattr(args, key) is not None}
     if taken := ", ".join(f"{key}={value}" for key, value in own.items() if key not in asked):
         print(f"sampling as generation_config.json says: {taken}", file=sys.stderr)
-    how = {"temperature": 1.0 if listed else temperature, **own, **asked}
+    usual = 1.0 if tokenizer.files.generation.get("do_sample") else temperature
+    how = {"temperature": usual, **own, **asked}
     return SamplingParams(args.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=args.seed, logprobs=False, **how)
 
 

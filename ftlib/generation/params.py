@@ -1,10 +1,20 @@
 """What every generation engine takes and returns."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ftlib.errors import UserError
+
+READ = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
+
+
+def listed(generation_config: Mapping[str, Any]) -> dict[str, float]:
+    """How a model's folder says that it is sampled; as in transformers, only where its `do_sample` is true."""
+    if not generation_config.get("do_sample"):
+        return {}
+    return {key: generation_config[key] for key in READ if isinstance(generation_config.get(key), int | float)}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlib.errors import UserError, did_you_mean
-from ftlib.generation.params import SamplingParams
+from ftlib.generation.params import SamplingParams, listed
 from ftlib.tokenizers import Tokenizer
 
 COMMON = ("model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "logprobs")
@@ -100,13 +100,16 @@ def _params(given: dict, chat: bool, tokenizer: Tokenizer, room: int) -> Samplin
     if limit > room:
         raise ApiError(f"{limit} tokens are asked for, the prompt leaves room for {room}", key)
     seed = _number(given, "seed", secrets.randbits(62), int, lambda x: True, "")
+    own = listed(tokenizer.files.generation)
     rules = {
         "temperature": (1.0, lambda x: 0 <= x <= 10, "from 0 to 10"),
         "top_p": (1.0, lambda x: 0 < x <= 1, "above 0, at most 1"),
         "min_p": (0.0, lambda x: 0 <= x <= 1, "from 0 to 1"),
     }
-    found = {name: _number(given, name, usual, float, fits, say) for name, (usual, fits, say) in rules.items()}
-    top_k = _number(given, "top_k", 0, int, lambda x: x >= -1, "at least 0")
+    found = {
+        name: _number(given, name, own.get(name, usual), float, fits, say) for name, (usual, fits, say) in rules.items()
+    }
+    top_k = _number(given, "top_k", own.get("top_k", 0), int, lambda x: x >= -1, "at least 0")
     return SamplingParams(limit, top_k=max(0, top_k), seed=seed, stop_ids=tokenizer.stop_ids, **found)
 
 

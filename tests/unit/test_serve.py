@@ -17,6 +17,7 @@ from ftlib.cli import serve
 from ftlib.errors import UserError
 from ftlib.generation import Engine, SamplingParams
 from ftlib.models import hub
+from ftlib.serving import requests
 from ftlib.serving.server import Server
 from ftlib.serving.service import Service
 from ftlib.serving.text import GrowingText
@@ -163,6 +164,22 @@ def test_an_answer_ends_before_a_stop_text(served):
     pieces = stream(served, "/v1/chat/completions", {**body, "stop": stop})
     assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == cut
     assert pieces[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_what_a_request_leaves_out_is_as_the_models_folder_says(monkeypatch):
+    tokenizer = tokenizers.from_pretrained(hub.resolve(MODEL))
+
+    def sampled(**more):
+        params = requests.read({"prompt": "a", **more}, False, tokenizer, "demo", 400).params
+        return params.temperature, params.top_p, params.top_k, params.min_p
+
+    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    monkeypatch.setattr(tokenizer.files, "generation", {})
+    assert sampled() == (1.0, 1.0, 0, 0.0)
+    monkeypatch.setattr(tokenizer.files, "generation", own)
+    assert sampled() == (0.6, 0.95, 20, 0.0) and sampled(temperature=0, top_k=-1, min_p=0.1) == (0.0, 0.95, 0, 0.1)
+    monkeypatch.setattr(tokenizer.files, "generation", own | {"do_sample": False})
+    assert sampled() == (1.0, 1.0, 0, 0.0)
 
 
 def test_models_and_health(served):
