@@ -139,3 +139,9 @@ def test_every_row_of_the_readmes_loads(folder, count, tmp_path):
         wanted = data.Wanted(LOADS[kind(shape.format)])
         found = data.load(Data(sources=(source,), seq_len=256), tokenizer, seed=0, wanted=wanted)
         assert len(found.train) == 2 and not any("dropped" in line for line in found.report.lines()), text
+
+
+def test_tables_of_losses_and_algorithms_are_up_to_date():
+    tool = plugins.load_file(ROOT / "tools/method_tables.py")
+    for file, text in tool.texts().items():
+        assert file.read_text() == text, f"{file} is out of date: python tools/method_tables.py"
