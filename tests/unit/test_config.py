@@ -234,6 +234,8 @@ THEIRS = {  # what others call it -> how each kind of recipe does, null: it has 
     "gradient_accumulation_steps": ("batch.rows", "batch.rows", "rollout.prompts"),
     "assistant_only_loss": ("data.train_on", "data.train_on", None),
     "neftune_noise_alpha": ("neftune", None, None),
+    "parallel.dp": ("parallel.dp_shard",) * 3,
+    "parallel.tensor_parallel_size": ("parallel.tp",) * 3,
     "beta": ("optim.betas", "dpo.beta", "algorithm.kl_coef"),
     "loss_type": ("loss", "dpo.loss", "algorithm.preset"),
     "rpo_alpha": (None, "dpo.sft", None),
