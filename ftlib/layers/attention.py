@@ -19,6 +19,7 @@ from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import Rope, Turns, rotate
 
 PACKED = ("varlen", "flash4")  # backends that read where documents begin, and need no mask
+TRIED = {64, 128}  # channels of a head with which `flash4` has run
 FAST = ("flash4", "varlen", "flex")  # what `auto` tries first in half precision, on a GPU that has bf16
 
 
@@ -196,14 +197,16 @@ def serving(
     """What can serve a model with these `head_dims`, with capped scores (`softcap`) and with `sinks`, in the order of
     speed: `FAST` in half precision on a GPU of compute capability 8.0 or newer, `sdpa`, and `reference`, for all.
 
-    `flash4` where it was measured, in bfloat16 on Hopper GPUs. `varlen` still hands rows that are one document each to
+    `flash4` where it was measured, heads of `TRIED` in bfloat16 on Hopper GPUs. `varlen` still hands rows that are one document each to
     SDPA, whose cuDNN kernel is faster there.
     """
     half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     fast = FAST if half and not without_bf16(device) else ()
     fits = [name for name in (*fast, "sdpa") if _refusal(name, device, dtype, softcap, sinks, head_dims) is None]
-    if "flash4" in fits and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] != 9):
-        fits.remove("flash4")
+    if "flash4" in fits:
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
+        if not (hopper and dtype == torch.bfloat16 and set(head_dims) <= TRIED):
+            fits.remove("flash4")
     return iter((*fits, "reference"))
 
 
