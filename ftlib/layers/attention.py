@@ -197,8 +197,8 @@ def serving(
     """What can serve a model with these `head_dims`, with capped scores (`softcap`) and with `sinks`, in the order of
     speed: `FAST` in half precision on a GPU of compute capability 8.0 or newer, `sdpa`, and `reference`, for all.
 
-    `flash4` where it was measured, heads of `TRIED` in bfloat16 on Hopper GPUs. `varlen` still hands rows that are one document each to
-    SDPA, whose cuDNN kernel is faster there.
+    `flash4` where it was measured: heads of `TRIED`, in bfloat16, on Hopper GPUs. `varlen` still hands rows that are
+    one document each to SDPA, whose cuDNN kernel is faster there.
     """
     half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     fast = FAST if half and not without_bf16(device) else ()
