@@ -172,7 +172,7 @@ def block_elements(arch: Arch, layer: Layer, seq_len: int, tile: float = 1.0, tp
     query, key = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     inner = int(tile * 3 * ffn.hidden)
     if isinstance(ffn, Moe):
-        inner = ffn.top_k * (3 * ffn.hidden + 2 * arch.dim)
+        inner = ffn.top_k * (3 * ffn.hidden + 2 * arch.dim) + (3 * ffn.shared.hidden if ffn.shared else 0)
     scores = 5 * attention.heads * seq_len if attention.softcap is not None else 0
     return 2 * arch.dim + (2 * arch.dim + 2 * (query + 2 * key) + query + inner + scores) // tp
 

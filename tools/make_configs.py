@@ -85,6 +85,15 @@ PLANS = (
     Plan("SmolLM3 3B", "smollm3-3b", "HuggingFaceTB/SmolLM3-3B"),
     Plan("GLM-4 9B", "glm-4-9b", "zai-org/GLM-4-9B-0414"),
     Plan("GLM-4 32B", "glm-4-32b", "zai-org/GLM-4-32B-0414", gpus=2),
+    Plan("Qwen1.5-MoE A2.7B", "qwen1.5-moe-a2.7b", "Qwen/Qwen1.5-MoE-A2.7B-Chat", targets=ATTENTION),
+    Plan("OLMoE 1B-7B", "olmoe-1b-7b", "allenai/OLMoE-1B-7B-0924-Instruct", targets=ATTENTION),
+    Plan("GLM-4.5-Air 106B-A12B", "glm-4.5-air", "zai-org/GLM-4.5-Air", gpus=4, micro_rows=1, targets=ATTENTION),
+    Plan("Seed-OSS 36B", "seed-oss-36b", "ByteDance-Seed/Seed-OSS-36B-Instruct", gpus=2),
+    Plan("ERNIE 4.5 0.3B", "ernie-4.5-0.3b", "baidu/ERNIE-4.5-0.3B-PT", micro_rows=4),
+    Plan("Hunyuan 1.8B", "hunyuan-1.8b", "tencent/Hunyuan-1.8B-Instruct", micro_rows=4),
+    Plan("EXAONE 4.0 1.2B", "exaone-4.0-1.2b", "LGAI-EXAONE/EXAONE-4.0-1.2B", micro_rows=4),
+    Plan("EXAONE 4.0 32B", "exaone-4.0-32b", "LGAI-EXAONE/EXAONE-4.0-32B", gpus=2),
+    Plan("AFM 4.5B", "afm-4.5b", "arcee-ai/AFM-4.5B"),
 )
 
 

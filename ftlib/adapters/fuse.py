@@ -10,7 +10,7 @@ from ftlib.kernels.fp8_linear import fp8_frozen_linear
 from ftlib.kernels.lora_linear import gated, lora_project
 from ftlib.layers.attention import Attention
 from ftlib.layers.linear import Linear
-from ftlib.layers.mlp import GatedMlp
+from ftlib.layers.mlp import GatedMlp, PlainMlp
 from ftlib.quant import QuantizedLinear
 from ftlib.quant.float8 import Float8Frozen
 from ftlib.quant.fused import frozen_lora_project
@@ -134,6 +134,8 @@ def fuse(model: nn.Module, name: str = "policy") -> int:
             groups += [[module.q_proj, module.k_proj, module.v_proj], [module.o_proj]]
         elif isinstance(module, GatedMlp):
             groups += [[module.gate_proj, module.up_proj], [module.down_proj]]
+        elif isinstance(module, PlainMlp):
+            groups += [[module.up_proj], [module.down_proj]]
     groups = [linears for linears in groups if _fits(linears, name)]
     kinds = {Float8Frozen: FusedFloat8, QuantizedLinear: FusedQuantized}
     gate = Gate(name, next(model.parameters()).device)

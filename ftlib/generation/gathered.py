@@ -23,11 +23,13 @@ class Gathered:
             made = LanguageModel(source.arch, source.table, source.config, _plain(type(source.model)))
         made.model.use_attention(source.model.backend)
         device = source.lm_head.weight.device
+        plain = dict(made.named_modules())
         for key, module in self._modules():
-            if module._buffers:
+            if key not in plain or module._buffers.keys() != plain[key]._buffers.keys():
                 what, fix = f"{key} holds more than parameters", "set parallel.dp_replicate instead of dp_shard"
                 raise UserError(f"a sharded model is drawn from where all is plain weights: {what}", fix=fix)
-            target = made.get_submodule(key)
+            target = plain[key]
+            target._buffers.update(module._buffers)  # whole on every process, and never changed
             for own, value in module._parameters.items():
                 copy = None if value is None else torch.empty(value.shape, dtype=value.dtype, device=device)
                 target._parameters[own] = copy if copy is None else nn.Parameter(copy, requires_grad=False)

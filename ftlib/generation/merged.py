@@ -31,6 +31,7 @@ class Merged:
                 continue
             target = made.get_submodule(key)
             target._parameters.update(module._parameters)
+            target._buffers.update(module._buffers)
             if key in layers:
                 own = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
                 target.weight = nn.Parameter(own, requires_grad=False)

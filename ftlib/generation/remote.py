@@ -1,13 +1,14 @@
 """An engine in a process of its own, on another device: it draws while the process that asked computes."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ftlib.generation.engine import Engine
 from ftlib.generation.merged import Merged
@@ -30,7 +31,7 @@ class RemoteEngine:
     def load(self) -> None:
         """Hand the weights over as they are now."""
         self.merged.refresh()
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.merged.model.named_parameters()}
+        weights = {name: t.detach().cpu().contiguous() for name, t in _tensors(self.merged.model)}
         with passing(sum(weight.nbytes for weight in weights.values())) as folder:
             file = Path(folder) / "weights.safetensors"
             save_file(weights, file)
@@ -60,11 +61,17 @@ def start(
     return {"load": partial(_load, engine), "generate": engine.generate}
 
 
+def _tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """All that a model computes with, by name, each once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
 @torch.no_grad()
 def _load(engine: Engine, file: str) -> None:
     weights = load_file(file)
-    for name, parameter in engine.model.named_parameters():
-        parameter.copy_(weights[name])
+    for name, tensor in _tensors(engine.model):
+        tensor.copy_(weights[name])
     engine.refresh()
 
 

@@ -34,6 +34,7 @@ class Attn:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of query and key: of each head, or over all heads
+    norm_after_rope: bool = False  # `qk_norm` of each head sees queries and keys that have turned
     window: int | None = None  # a query sees itself and the window - 1 tokens before it
     scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # scores z become softcap * tanh(z / softcap)
@@ -252,12 +253,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         # -1 heads: under tensor parallelism a rank holds only its own.
         q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in (q, k, v))
-        if spec.qk_norm == "head":
+        if spec.qk_norm == "head" and not spec.norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (rotate(t, rope.cos, rope.sin, spec.rope.interleaved) for t in (q, k))
-            if rope.query is not None:
-                q = q * self.query_scale(rope.query)[..., None].to(q.dtype)
+        if spec.norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None and rope.query is not None:  # a norm after it would undo it
+            q = q * self.query_scale(rope.query)[..., None].to(q.dtype)
         k, v = layout.extend(self.layer, k, v)
         terms = {"scale": spec.scale, "softcap": spec.softcap, "sinks": self.sinks if spec.sinks else None}
         y = attend(q, k, v, layout, backend=self.backend, window=spec.window, **terms)

@@ -1,5 +1,6 @@
 """Mixture of experts: a router picks a few of many feed-forward layers for each token."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlib.kernels.grouped_linear import grouped_linear
-from ftlib.layers.mlp import ACTIVATIONS
+from ftlib.layers.mlp import ACTIVATIONS, GatedMlp, Mlp
+from ftlib.layers.shared_experts import Shared, SharedGate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +21,14 @@ class Moe:
     experts: int
     top_k: int
     act: str = "silu"
-    # A softmax over all experts of which the best count, or over the best alone.
-    score: Literal["softmax", "softmax_of_top"] = "softmax"
-    renormalize: bool = True  # `softmax`: the chosen weights are scaled to sum to 1
+    # A softmax over all experts of which the best count, or over the best alone; or a sigmoid of each logit, and those
+    # count that are best with a correction added, as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+    score: Literal["softmax", "softmax_of_top", "sigmoid"] = "softmax"
+    renormalize: bool = True  # `softmax`, `sigmoid`: the chosen weights are scaled to sum to 1
+    scale: float = 1.0  # `sigmoid`: times the chosen weights
+    groups: int = 1  # `sigmoid`: experts come in as many groups, and a token goes to the best `top_groups` alone
+    top_groups: int = 1
+    shared: Shared | None = None  # what every token goes through besides
     clamp: float | None = None  # gpt-oss: gate at most this, up within it either way, x * sigmoid(1.702 x) * (up + 1)
     bias: bool = False  # on router and experts
     transposed: bool = False  # stacks are kept as [experts, in, out], as gpt-oss publishes them
@@ -34,15 +41,23 @@ class Moe:
 
 
 class Router(nn.Module):
-    """Tokens [N, D] -> (experts int64 [N, k], weights [N, k], logits [N, E], the scores of each expert)."""
+    """Tokens [N, D] -> (experts int64 [N, k], weights [N, k], logits [N, E], the scores of each expert).
+
+    `e_score_correction_bias` [E] (`sigmoid`) decides who is chosen and takes no part in the weights, hence has no
+    gradient. It is float32 in a model of any dtype: scores differ by less than bf16 can tell apart.
+    """
 
     def __init__(self, spec: Moe, dim: int) -> None:
         super().__init__()
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(spec.experts, dim))
         self.bias = nn.Parameter(torch.empty(spec.experts)) if spec.bias else None
+        if spec.score == "sigmoid":
+            self.register_buffer("e_score_correction_bias", torch.zeros(spec.experts, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.spec.score == "sigmoid":
+            return self.by_sigmoid(x)
         logits = F.linear(x, self.weight, self.bias)
         if self.spec.score == "softmax_of_top":
             best, chosen = logits.topk(self.spec.top_k, -1)
@@ -51,6 +66,32 @@ class Router(nn.Module):
         if self.spec.renormalize:
             best = best / best.sum(-1, keepdim=True)
         return chosen, best.to(x.dtype), logits
+
+    def by_sigmoid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(x.to(_wide(x)), self.weight.to(_wide(x)))
+        scores = logits.sigmoid()
+        chosen = self.in_groups(scores.detach() + self.e_score_correction_bias).topk(self.spec.top_k, -1).indices
+        weights = scores.gather(1, chosen)
+        if self.spec.renormalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, (self.spec.scale * weights).to(x.dtype), logits
+
+    def in_groups(self, scores: Tensor) -> Tensor:
+        """Scores [N, E], -inf outside each token's `top_groups`: those whose two best experts score most together."""
+        if self.spec.groups == 1:
+            return scores
+        grouped = scores.unflatten(1, (self.spec.groups, -1))
+        best = grouped.topk(2, -1).values.sum(-1).topk(self.spec.top_groups, -1).indices
+        closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        return grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Moved as any module, but a change of dtype leaves the correction as it is."""
+        before = self._buffers.get("e_score_correction_bias")
+        super()._apply(fn, recurse)
+        if before is not None and self.e_score_correction_bias.dtype != before.dtype:
+            self.e_score_correction_bias = before.to(self.e_score_correction_bias.device)
+        return self
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -130,6 +171,10 @@ class MoeMlp(nn.Module):
         self.spec = spec
         self.add_module(spec.router, Router(spec, dim))
         self.experts = Experts(spec, dim)
+        if spec.shared is not None:
+            self.add_module(spec.shared.name, GatedMlp(Mlp(hidden=spec.shared.hidden, act=spec.act), dim))
+            if spec.shared.gated:
+                self.shared_expert_gate = SharedGate(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.routed(x)[0]
@@ -138,4 +183,12 @@ class MoeMlp(nn.Module):
         """The same with the router's logits [B * T, E]."""
         flat = x.flatten(0, -2)
         chosen, weights, logits = self.get_submodule(self.spec.router)(flat)
-        return self.experts(flat, chosen, weights).view_as(x), logits
+        y = self.experts(flat, chosen, weights)
+        if self.spec.shared is not None:
+            y = y + self.for_all(flat)
+        return y.view_as(x), logits
+
+    def for_all(self, x: Tensor) -> Tensor:
+        """What the shared expert adds, [N, D]."""
+        y = self.get_submodule(self.spec.shared.name)(x)
+        return self.shared_expert_gate(x) * y if self.spec.shared.gated else y

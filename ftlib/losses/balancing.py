@@ -84,6 +84,13 @@ def check(model: LanguageModel, cfg: Any) -> None:
     if not _routers(model):
         what = "there are no experts to balance in this model" + " (or model.code hides them)" * bool(cfg.model.code)
         raise UserError(what, where="loss.router_aux, model.path", fix="set loss.router_aux=0")
+    if any(block.mlp.spec.score == "sigmoid" for block in _routers(model)):
+        raise UserError(
+            "the routers of this model score each expert by a sigmoid and have no probabilities to balance; their "
+            "e_score_correction_bias keeps experts even, and stays as it is",
+            where="loss.router_aux, model.path",
+            fix="set loss.router_aux=0",
+        )
     if cfg.parallel.tp * cfg.parallel.cp > 1:
         raise UserError(
             "how evenly experts are used is counted over a whole micro-batch, and here processes share its tokens",

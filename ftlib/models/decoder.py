@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ftlib.layers.attention import Attention, AttentionLayout
 from ftlib.layers.batch import Batch
-from ftlib.layers.mlp import GatedMlp
+from ftlib.layers.mlp import feed_forward
 from ftlib.layers.moe import Moe, MoeMlp
 from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import Rope, Turns
@@ -38,7 +38,7 @@ class Block(nn.Module):
         self.attn_pre, self.attn_post = norm("attn_pre"), norm("attn_post")
         self.mlp_pre, self.mlp_post = norm("mlp_pre"), norm("mlp_post")
         self.self_attn = Attention(layer.mixer, arch.dim, arch.norm_eps, index, arch.zero_centered_norms)
-        self.mlp = (MoeMlp if isinstance(layer.ffn, Moe) else GatedMlp)(layer.ffn, arch.dim)
+        self.mlp = (MoeMlp if isinstance(layer.ffn, Moe) else feed_forward)(layer.ffn, arch.dim)
         self.scale = layer.residual_scale
 
     def forward(self, x: Tensor, rope: Turns | None, layout: AttentionLayout) -> Tensor | tuple[Tensor, Tensor]:
@@ -134,3 +134,11 @@ def init_parameters(
             # Drawn whole, whatever part is kept: the same weights on every mesh.
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=generator.device)
             fill(parameter, whole.normal_(0.0, std * scale, generator=generator))
+    level_experts(module)
+
+
+def level_experts(module: nn.Module) -> None:
+    """No expert is preferred to another: corrections of their scores (ftlib.layers.moe) are 0."""
+    for name, buffer in module.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.zero_()

@@ -18,6 +18,7 @@ MODULES = (
     "ftlib.layers.rope",
     "ftlib.layers.norms",
     "ftlib.layers.mlp",
+    "ftlib.layers.shared_experts",
     "ftlib.layers.moe",
     "ftlib.layers.attention",
     "ftlib.models.arch",

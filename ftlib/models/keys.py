@@ -44,7 +44,10 @@ class Stack:
 
 
 Row = Rename | Part | Stack
-BIASES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}  # flag of config.json: where its biases are
+# Flag of config.json: where its biases are.
+BIASES = {
+    "attention_bias": ".self_attn.", "attention_out_bias": ".o_proj.", "mlp_bias": ".mlp.", "use_bias": "_proj.",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

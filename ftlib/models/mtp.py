@@ -13,7 +13,7 @@ from ftlib.layers.batch import Batch, Layout
 from ftlib.layers.linear import Linear
 from ftlib.layers.norms import RMSNorm
 from ftlib.models.arch import Arch
-from ftlib.models.decoder import init_parameters
+from ftlib.models.decoder import init_parameters, level_experts
 from ftlib.models.initial import STD
 from ftlib.models.language_model import LanguageModel
 from ftlib.models.shards import local_index, whole
@@ -70,6 +70,7 @@ def attach(model: LanguageModel, cfg: Mtp) -> None:
 @torch.no_grad()
 def fill(model: LanguageModel, source: Path | None, seed: int, std: float | None = None) -> None:
     """Weights of `model.mtp`: those saved with the model in `source`, else drawn from `seed`, the same on any mesh."""
+    level_experts(model.mtp)  # which no training moves, so that they are not saved
     if source is not None and (source / FOLDER).is_dir():
         _load(model, source / FOLDER)
         return

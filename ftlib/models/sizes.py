@@ -15,6 +15,7 @@ from ftlib.models.hub import read_config
 from ftlib.models.mtp import FOLDER as MTP
 from ftlib.sections.sizes import Context, Sizes
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how many there are, by families' names for it
 ROUND = 64  # a width that is derived is a multiple of this
 
 
@@ -41,7 +42,7 @@ def resized(config: dict, sizes: Sizes) -> dict:
         new["query_pre_attn_scalar"] = head
     if "head_dim" in config or head * heads != dim:
         new["head_dim"] = head
-    for key in ("intermediate_size", "moe_intermediate_size"):
+    for key in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
         if key in config:
             new[key] = sizes.hidden or _in_proportion(config[key], dim, old_dim)
     if sizes.vocab:
@@ -65,7 +66,7 @@ def note(config: dict, sizes: Sizes) -> list[str]:
 def _experts(config: dict, sizes: Sizes) -> dict:
     if not (sizes.experts or sizes.experts_per_token):
         return config
-    where, keys = "sizes.experts, sizes.experts_per_token", ("num_experts", "num_local_experts")
+    where, keys = "sizes.experts, sizes.experts_per_token", EXPERTS
     if not (keys := [key for key in keys if config.get(key)]):
         raise UserError("the model has no experts", where=where, fix="leave them out, or name a mixture in model.path")
     experts = sizes.experts or config[keys[0]]

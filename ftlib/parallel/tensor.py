@@ -39,6 +39,7 @@ PLAN = {
     "q_norm": SAME, "k_norm": SAME,  # one weight for all heads: each process norms its own heads
     "self_attn": COLUMN,  # what attention itself has for each head: sinks, factors of scalable softmax
     "gate": SAME, "router": SAME, "gate_up_proj": COLUMN,  # of experts, whose down_proj is a row as any other
+    "shared_expert_gate": SAME,  # each process's part of the shared expert is multiplied with the whole gate
 }  # fmt: skip
 HEAD_NORMS = ("q_norm", "k_norm")  # over all heads in some families: then each process has its heads' weights
 EDGES = ("self_attn", "mlp")  # their input and output is a hidden state
@@ -72,6 +73,9 @@ def check(model: nn.Module, tp: int, cp: int = 1) -> None:
         width = "moe_intermediate_size" if isinstance(layer.ffn, Moe) else "intermediate_size"
         width = width if width in model.config else "intermediate_size"
         sizes.setdefault(width, set()).add(getattr(layer.ffn, "hidden", tp))
+        if shared := getattr(layer.ffn, "shared", None):
+            width = "shared_expert_intermediate_size" if shared.gated else width
+            sizes.setdefault(width, set()).add(shared.hidden)
     for key, values in sizes.items():
         wrong += [f"{key} {value} is no multiple of parallel.tp {tp}" for value in sorted(values) if value % tp]
     for name, module in model.named_modules():
@@ -186,7 +190,7 @@ def _sharded(module: nn.Module) -> list[str]:
 def _distribute(module: nn.Module, placements: dict[str, Placement], mesh: DeviceMesh) -> None:
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
-            if tensor is None:
+            if tensor is None or name == "e_score_correction_bias":  # alike on every process, and no parameter
                 continue
             # src_data_rank=None: every process has the same values, so nothing needs to be sent.
             part = distribute_tensor(tensor.detach(), mesh, [placements[name]], src_data_rank=None)

@@ -14,7 +14,9 @@ class Case:
     style: str = "ulysses"
     kind: str = "full"  # full, lora, dora, loftq, attention (LoRA on nothing else) or saved (with whole modules beside)
     # tied, norms on heads; qwen2: untied, biases; olmo2: norms over all heads, scalable softmax; llama: all biases;
-    # mixtral, qwen3_moe: experts, some without a token; gpt_oss: with biases too, transposed, and sinks; wide: for NF4
+    # mixtral, qwen3_moe: experts, some without a token; gpt_oss: with biases too, transposed, and sinks; wide: for NF4;
+    # glm4_moe: experts chosen with a correction, and one for all; qwen2_moe: that behind a gate; olmoe: norms over all
+    # heads beside experts; hunyuan: norms on heads that have turned; exaone4: a window, and a layer that turns nothing
     model: str = "qwen3"
     quantize: str = ""
     fp8: str = ""
@@ -67,6 +69,11 @@ SHORT = [
     Case(tp=2, model="mixtral"),
     Case(tp=2, model="gpt_oss", recompute="full", micro_rows=2),
     Case(tp=2, kind="lora", model="qwen3_moe"),
+    Case(tp=2, model="glm4_moe", micro_rows=2),
+    Case(tp=2, model="qwen2_moe"),
+    Case(tp=2, kind="lora", model="qwen2_moe", recompute="full"),
+    Case(tp=2, model="olmoe"),
+    Case(tp=2, model="hunyuan"),
     Case(replicate=2, weighted=True, elastic=True, dtype="fp32"),
     Case(tp=2, weighted=True),
     Case(cp=2, style=GATHER, weighted=True),
@@ -77,6 +84,8 @@ SHORT = [
     Case(tp=2, kind="attention", model="qwen3_moe", quantize="int8"),
     Case(shard=2, kind="loftq", model="wide", quantize="nf4", recompute="full", dtype="fp32"),
     Case(shard=2, kind="lora", model="qwen3_moe", quantize="fp8"),
+    Case(tp=2, kind="lora", model="glm4_moe", quantize="int8"),
+    Case(shard=2, model="glm4_moe", recompute="full"),
     Case(shard=2, model="wide", fp8="tensorwise", recompute="full"),
     Case(shard=2, model="wide", fp8="rowwise", micro_rows=2),
     Case(shard=2, kind="lora", model="wide", fp8="tensorwise"),
@@ -86,6 +95,7 @@ SHORT = [
     Case(cp=2, kind="lora", model="wide", qat="int8_int4"),
     Case(shard=2, tp=2, kind="loftq", model="wide", quantize="nf4"),
     Case(cp=2),
+    Case(cp=2, model="exaone4"),
     Case(cp=2, style=GATHER, model="qwen2"),
     Case(cp=2, style=RING),
     Case(cp=2, style=RING, kind="lora", model="qwen2", recompute="full", micro_rows=2),

@@ -6,17 +6,17 @@ CP2 ulysses 7e-1, allgather 2; a late piece of a row taken for an early one: CP2
 processes: FSDP2 and CP2 5e-1; copies of the model not summed: DDP2 (norm 3e-1); sums in the order of arrival: DDP2
 elastic 1e-7; DoRA's lengths from one process's inputs: TP2 dora 1; a bias added by each process of a row-split matrix:
 TP2 llama 9e-1; of experts' gate and up one process's slice taken for the other's: TP2 mixtral 2, qwen3_moe 1; a
-router's gradients not summed: TP2 mixtral 5e-1, gpt_oss 8e-1; an adapter's rows cut through gate and up: TP2 lora
-qwen3_moe 2; experts' biases added by each: TP2 gpt_oss 1; keys of a ring taken for another process's: CP4 ring 1; their
-gradients left on the way: CP2 ring 1; documents not kept apart between pieces: CP2 ring 2; every process keeps the
-first's piece of a quantized matrix: TP2 nf4, int8 2; its piece with the first's scales: TP2 nf4 1 (and
-tests/unit/test_quant.py); a quantized layer without an adapter computed whole by every process: TP2 attention on nf4 1,
-on int8 experts 5e-2; FSDP2 spreads the first's part of the codes: FSDP2 nf4 2; weights of tokens left behind, or
-taken from other columns, where rows are shared: CP2 weighted 7e-1 and 1; weights in fp8 gathered with each process's
-own scale: FSDP2 tensorwise 3, with another weight's: 3; gathered so though a layer has scales by row: FSDP2 rowwise
-3e-1; of a rounded matrix each process rounds its rows alone, or the first process alone rounds: FSDP2, DDP2 and CP2
-qat 7e-1 to 3; with the largest of its rows as the scale: FSDP2 qat fp8 2; one scale for all tokens that it holds: CP2
-qat 9e-1.
+router's gradients not summed: TP2 mixtral 5e-1, gpt_oss 8e-1, glm4_moe 8e-1; a shared expert's gate's: TP2 qwen2_moe 1;
+an adapter's rows cut through gate and up: TP2 lora qwen3_moe 2; experts' biases added by each: TP2 gpt_oss 1; keys of a
+ring taken for another process's: CP4 ring 1; their gradients left on the way: CP2 ring 1; documents not kept apart
+between pieces: CP2 ring 2; every process keeps the first's piece of a quantized matrix: TP2 nf4, int8 2; its piece with
+the first's scales: TP2 nf4 1 (and tests/unit/test_quant.py); a quantized layer without an adapter computed whole by
+every process: TP2 attention on nf4 1, on int8 experts 5e-2; FSDP2 spreads the first's part of the codes: FSDP2 nf4 2;
+weights of tokens left behind, or taken from other columns, where rows are shared: CP2 weighted 7e-1 and 1; weights in
+fp8 gathered with each process's own scale: FSDP2 tensorwise 3, with another weight's: 3; gathered so though a layer has
+scales by row: FSDP2 rowwise 3e-1; of a rounded matrix each process rounds its rows alone, or the first process alone
+rounds: FSDP2, DDP2 and CP2 qat 7e-1 to 3; with the largest of its rows as the scale: FSDP2 qat fp8 2; one scale for all
+tokens that it holds: CP2 qat 9e-1.
 """
 
 import pytest

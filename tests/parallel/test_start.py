@@ -44,6 +44,7 @@ def settings(seq_len=64, exact_match=0, **parallel):
         ({"num_key_value_heads": 4}, {"tp": 3}, ("fix: set parallel.tp=2, the largest below 3 that divides",)),
         ({"num_key_value_heads": 1}, {"tp": 2}, ("num_key_value_heads 1", "parallel.tp 2")),
         ({"moe_intermediate_size": 42}, {"tp": 4}, ("moe_intermediate_size 42", "parallel.tp 4")),
+        ({"shared_expert_intermediate_size": 42}, {"tp": 4}, ("shared_expert_intermediate_size 42", "parallel.tp 4")),
         ({}, {"tp": 2, "seq_len": 63}, ("data.seq_len 63", "data.seq_len=64")),
         ({}, {"cp": 4, "cp_style": "allgather", "seq_len": 60}, ("multiple of 8", "early and a late")),
         ({}, {"cp": 4, "cp_style": "ring", "seq_len": 60}, ("multiple of 8", "ring gives each process an early")),
@@ -52,7 +53,8 @@ def settings(seq_len=64, exact_match=0, **parallel):
     ],
 )
 def test_what_does_not_fit_is_named_by_its_keys(changes, sections, words):
-    model = on_meta(shrunk("qwen3-30b-a3b" if "moe_intermediate_size" in changes else "llama-3.2-1b", **changes))
+    mixtures = {"moe_intermediate_size": "qwen3-30b-a3b", "shared_expert_intermediate_size": "qwen1.5-moe-a2.7b"}
+    model = on_meta(shrunk(mixtures.get(next(iter(changes), ""), "llama-3.2-1b"), **changes))
     cfg = settings(**sections)
     with pytest.raises(UserError) as caught:
         check.check(model, cfg, cfg.parallel.cp, cfg.parallel.tp)

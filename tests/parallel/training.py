@@ -30,6 +30,8 @@ SEQ_LEN, ROWS, STEPS, SEED = 32, 8, 2, 7
 NAMES = {
     "qwen3": "qwen3-0.6b", "qwen2": "qwen2.5-7b", "olmo2": "olmo-2-1b", "llama": "llama-3.1-8b",
     "mixtral": "mixtral-8x7b", "qwen3_moe": "qwen3-30b-a3b", "gpt_oss": "gpt-oss-20b", "wide": "llama-3.1-8b",
+    "glm4_moe": "glm-4.5-air", "qwen2_moe": "qwen1.5-moe-a2.7b", "olmoe": "olmoe-1b-7b",
+    "hunyuan": "hunyuan-1.8b", "exaone4": "exaone-4.0-32b",
 }  # fmt: skip
 DTYPES["fp64"] = torch.float64
 
@@ -43,6 +45,7 @@ def write_models(folder: Path) -> None:
     for name, source in NAMES.items():
         more = {"tie_word_embeddings": name == "qwen3"}
         more |= {"attention_bias": True, "mlp_bias": True} if name == "llama" else {}
+        more |= {"layer_types": ["sliding_attention", "full_attention"]} if name == "exaone4" else {}
         sizes = {"num_hidden_layers": 2, "intermediate_size": 64}
         if name == "wide":  # whole blocks of NF4 on each process, and six of them a row: groups of scales are cut
             sizes |= {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384}

@@ -43,7 +43,7 @@ def shrunk(name: str, **changes: object) -> dict:
 
 def _layers(config: dict) -> None:
     """Three layers, or as many as show every kind of layer."""
-    count = {"gemma3_text": 7, "smollm3": 4, "olmo3": 4, "gpt_oss": 2}.get(config["model_type"], 3)
+    count = {"gemma3_text": 7, "smollm3": 4, "olmo3": 4, "gpt_oss": 2, "exaone4": 4}.get(config["model_type"], 3)
     config["num_hidden_layers"] = count
     for key in ("layer_types", "no_rope_layers"):
         if config.get(key):
@@ -55,7 +55,7 @@ def _layers(config: dict) -> None:
 
 
 def _experts(config: dict) -> None:
-    for key in ("num_experts", "num_local_experts"):
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if key in config:
             config[key] = 12
     for key in ("num_experts_per_tok", "experts_per_token"):
@@ -63,6 +63,8 @@ def _experts(config: dict) -> None:
             config[key] = min(config[key], 4)
     if "moe_intermediate_size" in config:
         config["moe_intermediate_size"] = 48
+    if "shared_expert_intermediate_size" in config:
+        config["shared_expert_intermediate_size"] = 80
 
 
 def _rope(config: dict) -> None:
@@ -95,7 +97,7 @@ def reference(config: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -
             center = 1.0 if "norm" in name else 0.0
             parameter.copy_(center + torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.08))
         for module in theirs.modules():
-            if type(module).__name__.endswith("TopKRouter"):
+            if type(module).__name__.endswith(("TopKRouter", "TopkRouter")):
                 skew(module)
     theirs.tie_weights()
     return theirs.eval()
@@ -112,6 +114,9 @@ def skew(router: nn.Module) -> None:
     weight[2 * k :] = 0
     if getattr(router, "bias", None) is not None:
         router.bias.zero_()
+    if (correction := getattr(router, "e_score_correction_bias", None)) is not None:
+        correction.copy_(0.1 * torch.randn_like(correction))  # scores go from 0 to 1: both decide who is chosen
+        correction[2 * k :] = -1
 
 
 @torch.no_grad()

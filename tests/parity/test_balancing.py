@@ -14,11 +14,12 @@ from ftlib.errors import UserError
 from ftlib.layers.batch import from_documents
 from ftlib.losses.balancing import Balance, check, load_balancing_loss, note, with_targets
 from ftlib.losses.language_modelling import next_token_loss
-from ftlib.models import keys
+from ftlib.models import keys, load
 from ftlib.parallel import recompute
 from ftlib.sections import Loss, Memory, Parallel
 
 NAMES = {"mixtral": "mixtral-8x7b", "qwen3_moe": "qwen3-30b-a3b", "gpt_oss": "gpt-oss-20b"}
+NAMES |= {"qwen2_moe": "qwen1.5-moe-a2.7b", "olmoe": "olmoe-1b-7b"}
 MIXED = {"mlp_only_layers": [1], "norm_topk_prob": False}  # a dense layer between
 LENGTHS, ROOM = (24, 15), 24  # the second row is padded
 RULE = Loss(router_aux=0.5)
@@ -63,7 +64,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name,changes", [("mixtral", {}), ("qwen3_moe", {}), ("qwen3_moe", MIXED), ("gpt_oss", {})])
+@pytest.mark.parametrize("name,changes", [*((name, {}) for name in NAMES), ("qwen3_moe", MIXED), ("qwen2_moe", MIXED)])
 def test_loss_and_gradients_are_transformers(name, changes, dtype, tmp_path):
     theirs, folder = folder_of(name, tmp_path, **changes)
     theirs = theirs.to(dtype)
@@ -183,6 +184,10 @@ def test_what_is_refused(folder, experts, tiny_dense, tmp_path):
         with pytest.raises(UserError, match="processes share its tokens"):
             check(model, SimpleNamespace(loss=RULE, parallel=mesh, model=SimpleNamespace(code=None)))
     check(model, SimpleNamespace(loss=RULE, parallel=Parallel(dp_shard=2), model=SimpleNamespace(code=None)))
+    (tmp_path / "config.json").write_text(json.dumps(shrunk("glm-4.5-air")))
+    sigmoid, cfg = load.build(tmp_path, torch.float32), SimpleNamespace(loss=RULE, parallel=Parallel())
+    with pytest.raises(UserError, match=r"e_score_correction_bias keeps experts even[\s\S]*loss.router_aux=0"):
+        check(sigmoid, cfg)
     with pytest.raises(ValueError, match="must not be negative"):
         Loss(router_aux=-1)
 

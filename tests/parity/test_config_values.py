@@ -40,6 +40,13 @@ def refused(folder, name: str, **changes: object) -> str:
         ("gemma-2-2b", {"wobble": "sideways"}),
         ("qwen3-8b", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2]}}),
         ("qwen3-8b", {"rope_scaling": {"factor": 2.0}}),
+        ("seed-oss-36b", {"residual_dropout": 0.2}),
+        ("hunyuan-1.8b", {"use_qk_norm": False}),
+        ("hunyuan-1.8b", {"use_cla": True}),
+        ("exaone-4.0-32b", {"reorder_qk_norm": False}),
+        ("glm-4.5-air", {"scoring_func": "softmax"}),
+        ("qwen1.5-moe-a2.7b", {"use_sliding_window": True}),
+        ("olmoe-1b-7b", {"clip_qkv": 8.0}),
     ],
 )
 def test_a_key_that_no_one_reads_is_refused(tmp_path, name, changes):
@@ -144,6 +151,13 @@ def test_a_key_left_out_or_null_means_what_it_means_to_transformers(model_type, 
         ("olmo-3-7b", {"rope_parameters": {"full_attention": {}, "wobbly": {}}}, "no place for 'wobbly'"),
         ("olmo-3-7b", {"rope_parameters": {"full_attention": {}}}, "rope_parameters speaks of full_attention alone"),
         ("qwen3-8b", {"rope_scaling": {"rope_type": ["yarn"]}}, "is not supported"),
+        ("hunyuan-1.8b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ("hunyuan-1.8b", {"rope_scaling": {"type": "dynamic", "alpha": "9"}}, "alpha and rope_theta must be positive"),
+        ("hunyuan-1.8b", {"rope_scaling": {"type": "dynamic", "alpha": 9, "wobble": 1}}, "no setting 'wobble'"),
+        ("qwen3-8b", {"rope_scaling": {"rope_type": "dynamic", "alpha": 9.0}}, "rope type 'dynamic' is not supported"),
+        ("ernie-4.5-0.3b", {"use_bias": "no"}, "use_bias must be true or false"),
+        ("exaone-4.0-32b", {"layer_types": None}, "sliding_window_pattern must be a positive whole number"),
+        ("exaone-4.0-32b", {"sliding_window": None}, "sliding_window is missing"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_kind_is_one_message(tmp_path, name, changes, words):

@@ -22,6 +22,9 @@ COUNTS = {
     "mixtral-8x7b": 46_702_792_704, "gemma-2-2b": 2_614_341_888, "gemma-3-1b": 999_885_952,
     "mistral-nemo-12b": 12_247_782_400, "phi-4": 14_659_507_200, "phi-4-mini": 3_836_021_760,
     "olmo-2-7b": 7_298_617_344, "gpt-oss-20b": 20_914_757_184, "smollm3-3b": 3_075_098_624,
+    "seed-oss-36b": 36_151_104_512,
+    "qwen1.5-moe-a2.7b": 14_315_784_192, "olmoe-1b-7b": 6_919_161_856,
+    "glm-4.5-air": 106_852_251_264,  # of 110,468,824,832: without its layer for multi-token prediction
 }
 
 
@@ -34,7 +37,7 @@ def built(name, folder, **changes):
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_are_as_many_as_published(name, tmp_path):
     model = built(name, tmp_path)
-    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
+    assert sum(p.numel() for p in (*model.parameters(), *model.buffers())) == COUNTS[name]
     assert all(p.device.type == "meta" for p in model.parameters())
 
 
@@ -57,7 +60,7 @@ def test_every_family_has_a_config():
     ("change", "words"),
     [
         ({"model_type": "lama"}, "'lama' is not supported (did you mean 'llama'?)"),
-        ({"hidden_act": "relu2"}, "activation 'relu2'"),
+        ({"hidden_act": "relu9"}, "activation 'relu9'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "wobble": 1}}, "no setting 'wobble'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "needs 'low_freq_factor'"),
@@ -72,7 +75,7 @@ def test_what_changes_the_maths_is_refused(tmp_path, change, words):
     with pytest.raises(UserError) as error:
         built("llama-3.1-8b", tmp_path, **change)
     assert words in str(error.value) and "config.json" in str(error.value)
-    if "did you mean" in words or "type 'dynamic'" in words or "relu2" in words:
+    if "did you mean" in words or "type 'dynamic'" in words or "relu9" in words:
         assert "supported: " in str(error.value)
     if "model_type" in change:
         assert "model.code" in str(error.value) and "tools/new_family.py" in str(error.value)

@@ -21,6 +21,9 @@ SHAPES = {
     "qwen3": "qwen3-8b", "qwen3_moe": "qwen3-30b-a3b", "mixtral": "mixtral-8x7b", "gpt_oss": "gpt-oss-20b",
     "gemma2": "gemma-2-2b", "gemma3_text": "gemma-3-1b", "phi3": "phi-4-mini", "olmo2": "olmo-2-1b",
     "olmo3": "olmo-3-7b", "glm4": "glm-4-9b", "smollm3": "smollm3-3b", "granite": "granite-3.3-8b",
+    "seed_oss": "seed-oss-36b", "ernie4_5": "ernie-4.5-0.3b", "hunyuan_v1_dense": "hunyuan-1.8b",
+    "exaone4": "exaone-4.0-32b", "arcee": "afm-4.5b",
+    "glm4_moe": "glm-4.5-air", "qwen2_moe": "qwen1.5-moe-a2.7b", "olmoe": "olmoe-1b-7b",
 }
 OFTEN = ("qwen3", "gpt_oss", "phi3")
 

@@ -21,7 +21,13 @@ CASES = {
     "llama-2-7b": {}, "llama-3.1-8b": {}, "mistral-7b-v0.1": {}, "mistral-nemo-12b": {}, "qwen2.5-0.5b": {},
     "qwen3-8b": {}, "mixtral-8x7b": {}, "qwen3-30b-a3b": {}, "gemma-2-2b": {}, "gemma-3-1b": {}, "phi-4-mini": {},
     "olmo-2-1b": {}, "olmo-3-7b": {}, "glm-4-9b": {}, "smollm3-3b": {}, "granite-3.3-8b": {}, "gpt-oss-20b": {},
+    "seed-oss-36b": {}, "ernie-4.5-0.3b": {}, "hunyuan-1.8b": {}, "exaone-4.0-32b": {}, "afm-4.5b": {},
     "ministral-3-3b": {}, "qwen3-8b sliding": {"use_sliding_window": True, "sliding_window": 8},
+    "glm-4.5-air": {}, "qwen1.5-moe-a2.7b": {}, "olmoe-1b-7b": {},
+    "glm-4.5-air groups": {
+        "n_group": 6, "topk_group": 3, "routed_scaling_factor": 2.5, "use_qk_norm": True, "n_shared_experts": 2,
+        "attention_bias": False,
+    },
 }
 # Other sizes and options of the same families.
 MORE = {
@@ -33,7 +39,14 @@ MORE = {
     "llama-2-7b linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
     "qwen3-30b-a3b mixed": {"mlp_only_layers": [1], "norm_topk_prob": False},
     "mixtral-8x7b sliding": {"sliding_window": 8},
+    "qwen1.5-moe-a2.7b mixed": {"mlp_only_layers": [0], "norm_topk_prob": True, "qkv_bias": False},
+    "qwen1.5-moe-a2.7b sparse": {"decoder_sparse_step": 2},
+    "olmoe-1b-7b biases": {"attention_bias": True, "norm_topk_prob": True, "num_key_value_heads": 2},
     "smollm3-3b sliding": {"use_sliding_window": True, "sliding_window": 8, "layer_types": None},
+    "exaone-4.0-1.2b": {}, "exaone-4.0-32b pattern": {"layer_types": None, "sliding_window_pattern": 2},
+    "afm-4.5b biases": {"attention_bias": True, "mlp_bias": True, "rope_scaling": None},
+    "hunyuan-1.8b plain": {"rope_scaling": None, "attention_bias": True, "tie_word_embeddings": False},
+    "seed-oss-36b biases": {"attention_out_bias": True, "mlp_bias": True}, "ernie-4.5-0.3b biases": {"use_bias": True},
 }
 LENGTH = 40
 

@@ -10,7 +10,10 @@ from ftlib import models
 from ftlib.generation import Engine, SamplingParams
 
 LENGTH = 2100
-NAMES = ("mistral-7b-v0.1", "gemma-2-2b", "gemma-3-1b", "gpt-oss-20b", "olmo-3-7b", "qwen3-30b-a3b", "mixtral-8x7b")
+NAMES = (
+    "mistral-7b-v0.1", "gemma-2-2b", "gemma-3-1b", "gpt-oss-20b", "olmo-3-7b", "qwen3-30b-a3b", "mixtral-8x7b",
+    "exaone-4.0-32b",
+)  # fmt: skip
 
 
 @pytest.mark.slow

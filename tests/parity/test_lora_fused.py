@@ -18,6 +18,9 @@ CASES = [
     ("mixtral-8x7b", "all-linear"), ("qwen3-30b-a3b", "all-linear"), ("qwen3-30b-a3b", ("experts.down_proj",)),
     ("gpt-oss-20b", "all-linear"), ("gpt-oss-20b", ("gate_up_proj", "q_proj")), ("gemma-3-1b", "all-linear"),
     ("qwen3-30b-a3b mixed", "all-linear"), ("qwen3-30b-a3b mixed", ("gate_proj", "down_proj")),
+    ("glm-4.5-air", "all-linear"), ("glm-4.5-air", ("up_proj", "experts.gate_up_proj")),
+    ("qwen1.5-moe-a2.7b", "all-linear"), ("qwen1.5-moe-a2.7b", ("shared_expert.down_proj",)),
+    ("olmoe-1b-7b", "all-linear"),
 ]
 MIXED = {"mlp_only_layers": [1]}  # a dense layer among those with experts
 OPTIONS = {

@@ -26,6 +26,18 @@ def test_frequencies(name):
     assert rope.scaling.gain == pytest.approx(gain)
 
 
+def test_frequencies_of_a_rope_with_an_alpha():
+    from transformers.models.hunyuan_v1_dense import modeling_hunyuan_v1_dense as hunyuan
+
+    config = published("hunyuan-1.8b")
+    rope = families.read(config)[0].layers[0].mixer.rope
+    fields = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+    theirs = hunyuan.HunYuanDenseV1RotaryEmbedding(hunyuan.HunYuanDenseV1Config(**fields))
+    ours = rope.table(torch.tensor([[0, 1, 200_000]]))
+    cos, sin = theirs(torch.zeros(1), torch.tensor([[0, 1, 200_000]]))
+    assert torch.equal(ours.cos, cos[..., :64]) and torch.equal(ours.sin, sin[..., :64])
+
+
 def test_clamped_activation():
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 

@@ -255,7 +255,8 @@ def test_refreshing_while_requests_run(model):
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3-0.6b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma-2-2b", "smollm3-3b"))]
+    "name",
+    ["qwen3-0.6b", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma-2-2b", "smollm3-3b", "hunyuan-1.8b"))],
 )
 def test_the_compiled_step_is_the_plain_one_and_compiled_once(name, monkeypatch):
     """What a GPU captures, traced on the CPU: one code for all layers that are alike, whatever the number of rows."""

@@ -156,9 +156,9 @@ def test_switched_off_while_another_adapter_is_on(tmp_path):
             assert torch.equal(model.logits(x), merged)
 
 
-@pytest.mark.parametrize("form", [None, "nf4"])
-def test_a_fused_model_equals_the_plain_one(form, tmp_path):
-    config = shrunk("qwen3-0.6b", intermediate_size=128, head_dim=16)
+@pytest.mark.parametrize(("form", "name"), [(None, "qwen3-0.6b"), ("nf4", "qwen3-0.6b"), (None, "afm-4.5b")])
+def test_a_fused_model_equals_the_plain_one(form, name, tmp_path):
+    config = shrunk(name, intermediate_size=128, head_dim=16)
     reference(config).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     x = torch.randint(3, 160, (2, 20), generator=torch.Generator().manual_seed(0))

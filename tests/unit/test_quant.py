@@ -216,13 +216,17 @@ def test_operator_of_stacks_is_sound():
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [("mixtral-8x7b", "nf4"), ("gpt-oss-20b", "int8"), ("qwen3-30b-a3b", "nf4")]
-)
-def test_stacked_experts(name, form, tmp_path):
+    ("name", "form", "matrices"),
+    [("mixtral-8x7b", "nf4", 3 * 6), ("gpt-oss-20b", "int8", 2 * 6), ("qwen3-30b-a3b", "nf4", 3 * 6),
+     ("glm-4.5-air", "nf4", 7 + 2 * 9), ("qwen1.5-moe-a2.7b", "nf4", 3 * 9), ("olmoe-1b-7b", "int8", 3 * 6)],
+)  # fmt: skip
+def test_stacked_experts(name, form, matrices, tmp_path):
     """Loaded into few bits they compute, forward and backward, as the plain stacks they stand for."""
     config = shrunk(name, intermediate_size=64)
     if "moe_intermediate_size" in config:
         config["moe_intermediate_size"] = 64
+    if "shared_expert_intermediate_size" in config:
+        config["shared_expert_intermediate_size"] = 128
     if "head_dim" in config:
         config["head_dim"] = 16
     reference(config).save_pretrained(tmp_path)
@@ -237,8 +241,8 @@ def test_stacked_experts(name, form, tmp_path):
         model.tie()
         load.load_weights(model, weights)
         lora.reset(model, 0)
-        if quantized:  # q, k, v, o, and two stacks
-            assert count == 6 * len(model.model.layers) and f"{count} matrices in {form}" in note(model)[0]
+        if quantized:  # q, k, v, o, and two stacks, three matrices of a shared expert; or three of a dense layer
+            assert count == matrices and f"{count} matrices in {form}" in note(model)[0]
         else:
             plain = model.logits(ids).detach()
             round_through(model, form)

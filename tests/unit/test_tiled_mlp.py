@@ -22,11 +22,14 @@ from ftlib.sections import Batch, Data, Memory, Parallel, Source
 IDS = torch.randint(3, 160, (2, 24), generator=torch.Generator().manual_seed(2))
 
 
+def write(path, name):
+    (path / "config.json").write_text(json.dumps(shrunk(name, num_hidden_layers=2, tie_word_embeddings=True)))
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("shape")
-    (path / "config.json").write_text(json.dumps(shrunk("qwen3-0.6b", num_hidden_layers=2)))
-    return path
+    return write(tmp_path_factory.mktemp("shape"), "qwen3-0.6b")
 
 
 def step(folder, memory, adapters):
@@ -49,8 +52,9 @@ def step(folder, memory, adapters):
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["all", "adapters"])
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_loss_and_gradients_are_the_same(folder, recompute, adapters):
+@pytest.mark.parametrize(("recompute", "name"), [("none", "qwen3-0.6b"), ("full", "qwen3-0.6b"), ("none", "afm-4.5b")])
+def test_loss_and_gradients_are_the_same(tmp_path, recompute, name, adapters):
+    folder = write(tmp_path, name)
     whole = step(folder, Memory(recompute="none"), adapters)
     tiled = step(folder, Memory(recompute=recompute, tiled_mlp=7), adapters)
     assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-13) for a, b in zip(tiled, whole, strict=True))

@@ -6,18 +6,26 @@ from ftlib.errors import UserError, did_you_mean
 from ftlib.models import ssmax
 from ftlib.models.arch import Arch
 from ftlib.models.families import (
+    arcee,
+    ernie4_5,
+    exaone4,
     gemma,
     glm4,
+    glm4_moe,
     gpt_oss,
     granite,
+    hunyuan,
     llama,
     mistral,
     mixtral,
     olmo,
+    olmoe,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
 )
 from ftlib.models.families.common import Family
@@ -25,7 +33,10 @@ from ftlib.models.families.flags import check_flags
 from ftlib.models.families.watched import Watched
 from ftlib.models.keys import Table
 
-MODULES = (glm4, gpt_oss, granite, llama, mistral, mixtral, olmo, phi3, qwen2, qwen3, qwen3_moe, smollm3)
+MODULES = (
+    arcee, ernie4_5, exaone4, glm4, glm4_moe, gpt_oss, granite, hunyuan, llama, mistral, mixtral, olmo, olmoe, phi3,
+    qwen2, qwen2_moe, qwen3, qwen3_moe, seed_oss, smollm3,
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
     model_type: family
     for family in (*(module.FAMILY for module in MODULES), *gemma.FAMILIES, mistral.MINISTRAL3_FAMILY)
@@ -36,7 +47,8 @@ WRAPPED = ("gemma3", "mistral3")
 AROUND = Table(prefix="language_model.", keep=(r"vision_tower\..*", r"multi_modal_projector\..*"))
 NAME = "config.json"
 NEW = "; of another, model.code: tools/new_family.py drafts a file for it (ftlib/models/README.md: own a family)"
-NULL_SAYS = ("num_key_value_heads", "sliding_window")  # as many as heads, and none: not the same as left out
+# As many as heads, the hidden size over the heads, and none: not the same as left out.
+NULL_SAYS = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
 def read(config: dict, where: str = NAME, own: Family | None = None) -> tuple[Arch, Table]:

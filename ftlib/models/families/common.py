@@ -11,6 +11,7 @@ from ftlib.models.families.ropes import rope
 from ftlib.models.keys import Part, Rename, Row, Stack, Table
 
 L = "model.layers.{i}."
+PUBLISHED_DROPOUT = (0, 0.1)  # of the makers' own training, in some files: here it is not applied
 
 
 def norm_keys(**slots: str) -> tuple[Row, ...]:
@@ -63,6 +64,17 @@ def top_k(config: dict, experts: int) -> int:
         what = f"num_experts_per_tok is {count}, and the model has {experts} experts"
         raise UserError(what, where="config.json", fix=f"at most {experts}, as the published file has it")
     return count
+
+
+def expert_groups(config: dict, experts: int) -> tuple[int, int]:
+    """How many groups `experts` come in, and how many of them are open to a token. UserError where groups are unequal
+    or have one expert, or where those that are open have too few."""
+    count, top = number(config, "n_group"), number(config, "topk_group")
+    size, wanted = experts // count, number(config, "num_experts_per_tok")
+    if count > 1 and (experts % count or size < 2 or top > count or size * top < wanted):
+        what = f"n_group {count} and topk_group {top} do not fit {experts} experts, {wanted} for a token"
+        raise UserError(what, where="config.json", fix="take them from the published file")
+    return count, top
 
 
 def per_layer(config: dict, key: str) -> list | None:
@@ -135,6 +147,13 @@ def late_windows(config: dict) -> list[int | None]:
     first = config.get("max_window_layers", 28)
     types = layer_types(config, ["sliding_attention" if i >= first else "full_attention" for i in range(count)])
     return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def sparse_layers(config: dict) -> list[bool]:
+    """Qwen's rule of which layers have experts: every `decoder_sparse_step`-th, but none of `mlp_only_layers`."""
+    dense, count = config.get("mlp_only_layers") or (), number(config, "num_hidden_layers")
+    every = number(config, "decoder_sparse_step") if "decoder_sparse_step" in config else 1
+    return [i not in dense and (i + 1) % every == 0 for i in range(count)]
 
 
 def fused_rows(hf: str, **parts: int) -> tuple[Row, ...]:

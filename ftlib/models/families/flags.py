@@ -24,7 +24,8 @@ NEUTRAL: dict[str, tuple] = {
     "altup_num_inputs": (), "kv_lora_rank": (), "hidden_activation": (), "is_causal": (True,),
     "scoring_func": ("softmax",), "topk_method": ("greedy",), "routed_scaling_factor": (1.0,), "n_group": (1,),
     "topk_group": (1,), "full_attn_mod": (1,), "interpolate_factor": (1,), "num_nextn_predict_layers": (0,),
-    "hidden_dropout_prob": (0, 0.0), "attention_probs_dropout_prob": (0, 0.0),
+    "hidden_dropout_prob": (0, 0.0), "attention_probs_dropout_prob": (0, 0.0), "residual_dropout": (0, 0.0),
+    "use_bias": (False,),
 }  # fmt: skip
 # Keys that no family has to read, as they change nothing that the model computes from its tokens.
 HARMLESS = frozenset({
@@ -43,12 +44,15 @@ HARMLESS = frozenset({
     "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "num_return_sequences", "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values",
     "exponential_decay_length_penalty", "chunk_size_feed_forward",
+    # Tokens by other names, and pooling for a classifier (Hunyuan).
+    "pad_id", "im_start_id", "im_end_id", "im_newline_id", "mask_init_id", "text_start_id", "text_end_id",
+    "org_vocab_size", "class_num", "pool_type", "dense_list", "cla_share_factor",
     # Training: the recipes say it.
     "initializer_range", "output_router_logits", "router_aux_loss_coef", "embedding_initializer_range",
     # Sizes, which the files' shapes show, and what stands beside the one that is read.
-    "vocab_size", "intermediate_size", "head_dim", "hidden_act", "max_window_layers", "max_position_embeddings",
-    "original_max_position_embeddings", "initial_context_length", "max_sequence_length", "model_max_length",
-    "seq_length", "experts_per_token", "layer_types", "rope_theta", "text_config", "vision_config",
+    "vocab_size", "intermediate_size", "head_dim", "attention_head_dim", "hidden_act", "max_window_layers",
+    "max_position_embeddings", "original_max_position_embeddings", "initial_context_length", "max_sequence_length",
+    "model_max_length", "seq_length", "experts_per_token", "layer_types", "rope_theta", "text_config", "vision_config",
 })  # fmt: skip
 OWN = "what changes the maths needs a family of your own that reads it: model.code"
 ENDS = ("_token_id", "_token_ids", "_token_index")

@@ -12,6 +12,7 @@ from ftlib.models.families.common import (
     late_windows,
     mlp,
     number,
+    sparse_layers,
     supported,
     top_k,
 )
@@ -31,11 +32,9 @@ def qwen3_moe(config: dict) -> Arch:
         act=activation(config),
         renormalize=config.get("norm_topk_prob", False),
     )
-    bias, dense = config.get("attention_bias", False), config.get("mlp_only_layers") or ()
-    every = number(config, "decoder_sparse_step") if "decoder_sparse_step" in config else 1
+    bias = config.get("attention_bias", False)
     layers = []
-    for i, window in enumerate(late_windows(config)):
-        sparse = i not in dense and (i + 1) % every == 0
+    for window, sparse in zip(late_windows(config), sparse_layers(config), strict=True):
         mixer = attn(config, qk_norm="head", qkv_bias=bias, out_bias=bias, window=window)
         layers.append(Layer(mixer=mixer, ffn=moe if sparse else mlp(config)))
     return arch(config, layers)

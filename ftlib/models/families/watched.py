@@ -7,7 +7,8 @@ COUNTS = frozenset({
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "head_dim",
     "num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts", "num_experts_per_tok",
     "max_position_embeddings", "original_max_position_embeddings", "sliding_window", "sliding_window_pattern",
-    "decoder_sparse_step", "no_rope_layer_interval",
+    "decoder_sparse_step", "no_rope_layer_interval", "n_routed_experts", "n_shared_experts", "n_group", "topk_group",
+    "shared_expert_intermediate_size",
 })  # fmt: skip
 # What may be null: then it is as if it were not there.
 OPTIONAL = frozenset({
@@ -15,9 +16,12 @@ OPTIONAL = frozenset({
 })  # fmt: skip
 NUMBERS = OPTIONAL | {
     "rms_norm_eps", "query_pre_attn_scalar", "attention_multiplier", "embedding_multiplier", "residual_multiplier",
-    "logits_scaling",
+    "logits_scaling", "routed_scaling_factor",
 }  # fmt: skip
-SWITCHES = frozenset({"attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob"})
+SWITCHES = frozenset({
+    "attention_bias", "attention_out_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob",
+    "qkv_bias", "use_qk_norm", "use_bias",
+})  # fmt: skip
 
 
 class Watched(dict):
