@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from ftlib.cli.arguments import Parser  # noqa: E402
 from ftlib.errors import UserError  # noqa: E402
+from ftlib.models import hub  # noqa: E402
 from ftlib.models.weights import Weights, open_folder  # noqa: E402
 
 SHARD_BYTES = 5 * 1024**3
@@ -89,6 +90,7 @@ def merge(out: Path, folders: Sequence[Path], args: argparse.Namespace) -> None:
     for folder in [base, *folders]:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder", fix="name a model's folder; tune download ID DIR makes one")
+        hub.check_plain(Path(folder))
     opened = [open_folder(folder) for folder in [base, *folders]]
     wanted = opened[0].shapes
     for folder, weights in zip(folders, opened[1:], strict=True):
@@ -145,7 +147,8 @@ def _merged(key: str, tensors: list[Tensor], args: argparse.Namespace) -> Tensor
     elif args.method == "ties":
         found = ties(base, others, args.weights, args.density)
     else:
-        seed = (args.seed << 32) + zlib.crc32(key.encode())  # of the name: the order of tensors does not matter
+        # Of the name: the order of tensors does not matter. 32 bits: a generator on the CPU reads no more of a seed.
+        seed = zlib.crc32(f"{args.seed}:{key}".encode())
         found = dare(base, others, args.weights, args.density, torch.Generator().manual_seed(seed))
     return found.to(dtype)
 

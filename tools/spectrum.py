@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < args.share <= 1:
         parser.error("--share: above 0, at most 1")
     try:
-        found = ratios(open_folder(hub.resolve(args.model)), [kind for kind in args.kinds.split(",") if kind])
+        folder = hub.resolve(args.model)
+        hub.check_plain(folder)
+        found = ratios(open_folder(folder), [kind for kind in args.kinds.split(",") if kind])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -74,8 +74,8 @@ class LoraFactors(nn.Module):
             return y + low
         without = y if linear.bias is None else y - linear.bias
         base = F.linear(x, linear.weight) if dropping else without
-        stretch = (self.magnitude / self.lengths(linear.weight)).to(x.dtype)
-        return y + (stretch - 1) * base + stretch * low
+        stretch = self.magnitude / self.lengths(linear.weight)  # near 1, where half precision has steps of 0.4 %
+        return (y + (stretch - 1) * base + stretch * low).to(y.dtype)
 
     @torch.no_grad()
     def lengths(self, weight: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """How far a student's distributions are from a teacher's, tile by tile: neither's logits ever exist all at once."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ def divergence(teacher: Tensor, student: Tensor, kind: str, beta: float = 0.5) -
     if kind == "reverse_kl":
         return (student.exp() * (student - teacher)).sum(-1)
     p, q = teacher.exp(), student.exp()
-    log_m = (beta * p + (1 - beta) * q).log()
+    log_m = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))  # not of p and q: both may be 0
     return (beta * p * (teacher - log_m) + (1 - beta) * q * (student - log_m)).sum(-1)
 
 

@@ -43,6 +43,19 @@ def origin(path: str | Path) -> tuple[str, str | None]:
     return str(resolve(path).absolute()), None
 
 
+def packed(config: dict) -> dict | None:
+    """The `quantization_config` of a config.json, of its language part too: weights are codes in fewer bits."""
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+
+
+def check_plain(folder: Path) -> None:
+    """UserError for a model whose tensors are codes, where they are to be taken as numbers."""
+    file = folder / "config.json"
+    if file.is_file() and (form := packed(read_config(folder))):
+        what = f"{folder} is kept in {form.get('quant_method', 'few bits')}, whose tensors are codes"
+        raise UserError(what, where=str(file), fix="take the model as it was before it was rounded")
+
+
 def read_config(folder: Path) -> dict:
     """config.json of a model folder."""
     file = folder / "config.json"

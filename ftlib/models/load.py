@@ -38,8 +38,7 @@ def build(
 
 def open_weights(model: LanguageModel, folder: Path) -> Weights:
     """The weight files of the folder a model was built from, read as plain numbers whatever they are kept in."""
-    packed = model.config.get("quantization_config") or model.config.get("text_config", {}).get("quantization_config")
-    return dequantized(open_folder(folder), packed, folder)
+    return dequantized(open_folder(folder), hub.packed(model.config), folder)
 
 
 def check_weights(model: LanguageModel, folder: Path) -> Weights:

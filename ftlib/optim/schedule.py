@@ -15,6 +15,7 @@ def learning_rate(cfg: Schedule, peak: float, step: int, steps: int, restarts: R
     - constant: peak
     - cosine, linear: peak * (m + (1 - m) f(d)), d = (t - w) / (T - w), f = (1 + cos(pi d)) / 2 or 1 - d
     - wsd: peak, and over the last `decay_steps` as linear (warm-up, stable, decay: MiniCPM, arXiv 2404.06395)
+      (all three: a way down of one step, which would train at 0, is none)
     - inverse_sqrt: peak * max(m, sqrt(w / t)), without warm-up sqrt(s / (t + s)), s = 10,000; it knows no last step
 
     After each of its merges `restarts` brings the rate back from 0 linearly (arXiv 2307.05695, "jagged cosine").
@@ -32,7 +33,7 @@ def learning_rate(cfg: Schedule, peak: float, step: int, steps: int, restarts: R
         scale = warmup or TIMESCALE
         return peak * max(cfg.min_ratio, math.sqrt(scale / (step - warmup + scale)))
     start = max(warmup, steps - in_steps(cfg.decay, steps)) if cfg.name == "wsd" else warmup
-    done = max(0, step - start) / max(1, steps - start)
+    done = max(0, step - start) / (steps - start) if steps - start > 1 else 0.0
     shape = (1 + math.cos(math.pi * done)) / 2 if cfg.name == "cosine" else 1 - done
     return peak * (cfg.min_ratio + (1 - cfg.min_ratio) * shape)
 

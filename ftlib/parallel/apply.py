@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from ftlib.parallel import gather8, recompute, tensor
 from ftlib.parallel.run import Run
 from ftlib.quant import FrozenWeight
+from ftlib.quant.qat import RoundedLinear
 from ftlib.sections import Memory
 
 
@@ -41,6 +42,14 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def _gathered_in(block: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
+    """What a block's weights become as they are gathered; None: they stay what they are, where an adapter's factors are
+    not only multiplied with activations: rounded with their matrix (`qat`), or divided by its lengths (DoRA)."""
+    whole = any(isinstance(m, RoundedLinear) or getattr(m, "magnitude", None) is not None for m in block.modules())
+    trained = {p.dtype for p in block.parameters() if p.requires_grad}
+    return None if whole and len(trained) == 1 else dtype  # FSDP2 wants one dtype of what trains in a unit
+
+
 def _shard(model: nn.Module, run: Run, dtype: torch.dtype) -> None:
     """FSDP2: a unit per block; norm, head and a tied embedding together, kept whole after forward."""
     replicated = run.dense["dp_replicate"].size() > 1
@@ -51,7 +60,8 @@ def _shard(model: nn.Module, run: Run, dtype: torch.dtype) -> None:
             module.spread()
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce)}
     for block in model.model.layers:
-        gather8.use(fully_shard(block, **options))
+        policy = MixedPrecisionPolicy(param_dtype=_gathered_in(block, dtype), reduce_dtype=reduce)
+        gather8.use(fully_shard(block, mesh=mesh, mp_policy=policy))
     if model.arch.tied:
         fully_shard([model.model.embed_tokens, model.model.norm, model.lm_head], reshard_after_forward=False, **options)
     else:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ftlib.quant import QuantizedLinear
+from ftlib.quant.qat import RoundedLinear
 from ftlib.sections import Memory
 
 ATTENTION = re.compile("attention|attn")  # in the names of operations
@@ -54,10 +55,12 @@ def _compile(layers: list[nn.Module], recompute: str) -> None:
     partitioner.aggressive_recomputation = recompute == "except_attention" and kept is None
     partitioner.activation_memory_budget = 0.0 if recompute == "full" else 1.0
     keep = partial(checkpoint, use_reentrant=False, context_fn=partial(_contexts, kept))
+    rounds = any(isinstance(module, RoundedLinear) for block in layers for module in block.modules())
+    exact = {"options": {"eager_numerics.division_rounding": True}} if rounds else {}  # codes as files have them
     for block in layers:
         block.__dict__.pop("compute", None)  # what an earlier setting compiled
         compute = block.compute if kept is None else partial(keep, block.compute)
-        block.compute = torch.compile(compute, fullgraph=True)  # in place: parameter names do not change
+        block.compute = torch.compile(compute, fullgraph=True, **exact)  # in place: parameter names do not change
 
 
 def _trains(block: nn.Module) -> bool:

@@ -46,30 +46,30 @@ def restore(codes: Tensor, scales: Tensor) -> Tensor:
 def to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Integers from -7 to 7, the largest of each group at an end."""
     groups = weight.unflatten(1, (-1, group)).float()
-    scales = kept(_scales(groups, 7.0), weight.dtype)
+    scales = kept(_largest(groups) * (1 / 7.0), weight.dtype)  # as a compiler writes a division by a constant
     return (groups / scales.float()[..., None]).round().clamp(-8, 7).to(torch.int8).flatten(1), scales
 
 
 def to_fp8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Float8 e4m3, the largest of each row at its end."""
-    scales = kept(_scales(weight.float(), LARGEST), weight.dtype)[:, None]
+    scales = kept(_largest(weight.float()) * (1 / LARGEST), weight.dtype)[:, None]
     return (weight.float() / scales.float()).clamp(-LARGEST, LARGEST).to(E4M3), scales
 
 
 def int8_tokens(x: Tensor) -> Tensor:
     """x [..., in] with each token rounded to 255 steps between its largest magnitude and minus it."""
-    scales = _scales(x.float(), 127.5)[..., None]
+    scales = _largest(x.float())[..., None] / 127.5
     return ((x.float() / scales).round().clamp(-128, 127) * scales).to(x.dtype)
 
 
 def fp8_tokens(x: Tensor) -> Tensor:
     """x [..., in] with each token in e4m3, its largest magnitude at the end."""
-    scales = _scales(x.float(), LARGEST)[..., None]
+    scales = _largest(x.float())[..., None] / LARGEST
     return ((x.float() / scales).clamp(-LARGEST, LARGEST).to(E4M3).float() * scales).to(x.dtype)
 
 
-def _scales(x: Tensor, largest: float) -> Tensor:
-    return x.abs().amax(-1).clamp_min(1e-30) / largest
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().amax(-1).clamp_min(1e-30)
 
 
 SCHEMES = {

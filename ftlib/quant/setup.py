@@ -11,6 +11,7 @@ from torch import nn
 from ftlib import config
 from ftlib.errors import UserError
 from ftlib.layers.linear import Linear
+from ftlib.models import hub
 from ftlib.quant import convert, float8, qat
 from ftlib.quant.formats import FORMATS
 from ftlib.sections import Model
@@ -60,7 +61,7 @@ def check(cfg: Any, kept: dict) -> None:
             fix = "leave it out: to.scheme says what is rounded here"
         what = "only the frozen matrices below an adapter can be quantized"
         raise UserError(what, where="model.quantize", fix=fix)
-    packed = kept.get("quantization_config") or (kept.get("text_config") or {}).get("quantization_config")
+    packed = hub.packed(kept)
     if section.quantize and packed:
         what = f"model.path is kept in {packed.get('quant_method', 'few bits')} already"
         warnings.warn(f"{what}: model.quantize={section.quantize} rounds those weights a second time", stacklevel=2)

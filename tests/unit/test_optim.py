@@ -75,6 +75,11 @@ def test_short_runs_reach_the_peak_early_and_never_train_at_zero(steps):
     assert max(r) == 1.0 and min(r) > 0
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_a_run_of_one_step_trains(name):
+    assert rates(1, name=name) == [1.0] and rates(2, name=name, warmup_steps=0)[0] > 0
+
+
 def test_a_warmup_that_leaves_no_step_is_warned_of_when_a_run_is_planned():
     planned = lambda warmup, steps: loop.check(SimpleNamespace(steps=steps, schedule=Schedule(warmup_steps=warmup)))  # noqa: E731
     for warmup, steps in ((100, 50), (50, 50)):
