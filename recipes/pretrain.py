@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -79,8 +80,9 @@ class Config:
     output_dir: OutputDir = Path("output/pretrain")  # config.yaml, metrics.jsonl, checkpoints/ and final/ go here
 
 
-def shaped(cfg: Config) -> Config:
-    """The same config on a model folder with the sizes and range asked for; the tokenizer stays where it was."""
+def shaped(cfg: Config, below: Path | None = None) -> Config:
+    """The same config on a model folder with the sizes and range asked for, made in output_dir, or elsewhere `below`;
+    the tokenizer stays where it was."""
     if not (cfg.sizes.changed or cfg.context.changed):
         return cfg
     fresh = [key for key, on in {"sizes": cfg.sizes.changed, "context.ssmax": cfg.context.ssmax}.items() if on]
@@ -93,7 +95,7 @@ def shaped(cfg: Config) -> Config:
         code = own.find(cfg.model.code)
     with about("output_dir"):
         preflight.check_folder(cfg.output_dir)
-        folder = sizes.write(source, cfg.output_dir, cfg.sizes, cfg.context, not cfg.from_scratch, code)
+        folder = sizes.write(source, below or cfg.output_dir, cfg.sizes, cfg.context, not cfg.from_scratch, code)
     tokenizer = replace(cfg.tokenizer, path=cfg.tokenizer.path or cfg.model.path)
     return replace(cfg, model=replace(cfg.model, path=str(folder)), tokenizer=tokenizer)
 
@@ -115,7 +117,8 @@ def columns(cfg: Config, model: models.LanguageModel, batch: Step | StreamStep, 
 
 def check(cfg: Config, world: int = 1) -> None:
     """What can be known before anything is loaded."""
-    build.check(shaped(cfg), world)
+    with TemporaryDirectory() as scratch:
+        build.check(shaped(cfg, Path(scratch)), world)
     copies, shards, cp, _ = processes.sizes(cfg.parallel, world)
     elastic = cfg.deterministic == "elastic"
     if cfg.log.statistics and (elastic or (copies > 1 and shards * cp == 1)):
@@ -180,7 +183,7 @@ def main(cfg: Config) -> list[dict]:
                 tokenizer.save(folder)
         saver.finish(steps)
         output.finish(
-            f"tune generate {cfg.output_dir}/final --prompt '…'",
+            f"tune generate {cfg.output_dir}/final --raw --prompt '…'",
             f"tune run {script(__file__)} --config {cfg.output_dir}/config.yaml steps={2 * steps}",
         )
     return output.rows()

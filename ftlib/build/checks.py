@@ -122,17 +122,22 @@ def _check_parallel(cfg: Any, world: int) -> int:
         raise UserError("offload needs a GPU to offload from", where="memory.offload", fix="set memory.offload=false")
     budget.check(cfg, world)
     graphs.check(cfg, world)
-    per_forward = cfg.batch.micro_rows * replicate * shard
+    check_rows(cfg, replicate * shard)
+    in_backward.check(cfg, cfg.batch.micro_rows * replicate * shard, shape)
+    lisa.check(cfg, shape)
+    return shard * cp * tp
+
+
+def check_rows(cfg: Any, processes: int) -> None:
+    """UserError where the rows of a step do not come out even on so many data-parallel processes."""
+    per_forward = cfg.batch.micro_rows * processes
     if getattr(cfg.batch, "rows", per_forward) % per_forward:
         raise UserError(
             f"batch.rows {cfg.batch.rows} is no multiple of batch.micro_rows {cfg.batch.micro_rows} x "
-            f"{replicate * shard} data-parallel processes (parallel.dp_replicate x parallel.dp_shard)",
+            f"{processes} data-parallel processes (parallel.dp_replicate x parallel.dp_shard)",
             where="batch.rows, batch.micro_rows",
-            fix=_rows_fix(cfg.batch.rows, cfg.batch.micro_rows, replicate * shard),
+            fix=_rows_fix(cfg.batch.rows, cfg.batch.micro_rows, processes),
         )
-    in_backward.check(cfg, per_forward, shape)
-    lisa.check(cfg, shape)
-    return shard * cp * tp
 
 
 def _rows_fix(rows: int, micro_rows: int, processes: int) -> str:

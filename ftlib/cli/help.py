@@ -33,6 +33,10 @@ def main(argv: Sequence[str]) -> int:
         cli.module(argv[0]).main(["--help"])
     elif "." in argv[0] and len(argv) <= 2:
         print(_recipe(argv[1], argv[0]) if len(argv) == 2 else _key(argv[0]))
+    elif len(argv) == 1 and argv[0] in _words():
+        print(_key(argv[0]))
+    elif len(argv) == 1 and argv[0] == "schema":
+        raise UserError("tune help schema: of which recipe?", fix="tune help schema lora_sft")
     else:
         topics = [*cli.VERBS, "config", "schema"]
         raise UserError(f"tune help: unknown topic {' '.join(argv)!r}{did_you_mean(argv[0], topics)}",
@@ -71,6 +75,14 @@ def _key(key: str) -> str:
         everything = {doc.key: doc for every in docs.values() for doc in every}
         raise UserError(f"{key}: {_unknown(key, list(everything.values()))}", fix="tune help config RECIPE")
     return "\n\n".join(f"{', '.join(names)}:\n{table}" for table, names in tables.items())
+
+
+def _words() -> set[str]:
+    """Keys and sections of the recipes that ship, without what is below them."""
+    from ftlib.cli import assets
+
+    keys = [doc.key for path in assets.shipped("recipes").values() for doc in _docs(path.stem)]
+    return {key.partition(".")[0].removesuffix("[]") for key in keys}
 
 
 def _docs(name: str) -> list["KeyDoc"]:  # noqa: F821

@@ -4,18 +4,22 @@
 
 Nothing is loaded: of the model its config.json is read, of the data nothing. Memory of the training steps, estimated
 as `memory.budget_gib` does (within some percent of what was measured on H100s and H200s); what draws answers or holds
-a second model (GRPO, distillation, DPO of every weight) comes on top. --gib: of one GPU; 80 where none is here.
+a second model (GRPO, distillation, DPO of every weight) comes on top. Weights and what trains them are in `dtype`
+(bf16 throughout, unless optim.states says otherwise); gradients hold the head's in float32 too until the loss is known;
+`other` is logits and what other GPUs' weights take while they are here. --gib: of one GPU; 80 where none is here.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 from ftlib.cli import recipe
 from ftlib.errors import UserError, about
 
+TIGHT = 0.95  # of a GPU's memory: the estimate may be some percent off, and the allocator leaves gaps
 MANY = 4096  # GPUs, and rows of a forward, beyond which nobody looks
 
 
@@ -31,11 +35,14 @@ def main(argv: Sequence[str]) -> int:
     path = recipe.find(argv[0], "plan")
     from ftlib import config  # what follows imports torch
 
-    cfg, places = config.read(recipe.load(path).Config, recipe.with_shipped_configs(argv[1:]))
+    module = recipe.load(path)
+    cfg, places = config.read(module.Config, recipe.with_shipped_configs(argv[1:]))
     if not all(hasattr(cfg, name) for name in ("model", "batch", "memory", "parallel", "optim")):
         raise UserError(f"{path}: its config has no training step to plan")
-    with places.told():
-        print("\n".join(lines(_without_weights(cfg), gpus, gib)))
+    with places.told(), TemporaryDirectory() as scratch:
+        cfg = _without_weights(cfg)
+        cfg = module.shaped(cfg, Path(scratch)) if hasattr(module, "shaped") else cfg  # other sizes than its model's
+        print("\n".join(lines(cfg, gpus, gib)))
     return 0
 
 
@@ -60,6 +67,8 @@ def lines(cfg: Any, gpus: int, gib: int | None) -> list[str]:
     budget_bytes = gib << 30 if gib else _of_a_gpu()
     replicas, shard, cp, tp = processes.sizes(cfg.parallel, gpus)
     own, ways = cfg.batch.micro_rows, shard * cp * tp
+    step = getattr(cfg.batch, "rows", MANY)
+    build.check_rows(cfg, replicas * shard)
     model = build.outline(cfg)
     check.check(model, cfg, cp, tp)
 
@@ -82,16 +91,20 @@ def lines(cfg: Any, gpus: int, gib: int | None) -> list[str]:
         at_peak = taken.moments[taken.peak]
         cells = [at_peak.get(part, 0) for part in parts]
         cells += [taken.about - sum(cells), taken.about]
-        most = max((rows for rows in _doubling() if fits(memory, rows)), default=0)
+        most = max((rows for rows in _doubling() if rows * replicas * shard <= step and fits(memory, rows)), default=0)
         this = " (this config)" if memory == asked and cfg.memory.budget_gib is None else ""
         found.append(f"| {_name(memory)}{this} | {' | '.join(f'{cell / 2**30:.1f}' for cell in cells)} | "
-                     f"{'yes' if taken.about <= budget_bytes else 'no'} | {most or '-'} |")
+                     f"{_verdict(taken.about / budget_bytes)} | {most or '-'} |")
     taken = need(asked)
     found += ["", f"on disk: a checkpoint {size(taken.checkpoint)}, the result {size(taken.final)}"
               + f"; in host memory of each process: {size(taken.host)}" * bool(taken.host)]
     if not any(map(fits, rungs)):
         found.append(_enough(lambda ways: fits(rungs[-1], 1, ways), replicas, cp * tp))
     return found
+
+
+def _verdict(share: float) -> str:
+    return "no" if share > 1 else "tight" if share > TIGHT else "yes"
 
 
 def _enough(fits: Any, replicas: int, together: int) -> str:

@@ -303,8 +303,8 @@ class Lane:
 
 
 def _too_small(source: StreamSource, lanes: int) -> UserError:
-    what = f"source {source.name!r} has no row to train on for each of the {lanes} rows of a step"
-    fix = "a source this small needs no stream: remove the `stream` section, or lower batch.rows"
+    what = f"source {source.name!r} has no row to train on for each of the {lanes} rows of a step: too little text"
+    fix = "look at it with tune doctor; so small a source needs no stream: remove the section, or lower batch.rows"
     if not source.skip:
         return UserError(what, where="data.sources, batch.rows", fix=fix)
     what += f" behind the first {source.skip:,}, which are held out"

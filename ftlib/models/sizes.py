@@ -33,6 +33,9 @@ def resized(config: dict, sizes: Sizes) -> dict:
         if dim % heads:
             raise UserError(f"dim {dim} is no multiple of {heads} heads", where="sizes", fix="set sizes.heads")
         head = dim // heads
+    if head % 2:
+        what = f"{heads} heads of dim {dim} have {head} channels each, which cannot turn in pairs"
+        raise UserError(what, where="sizes", fix="set sizes.dim, sizes.heads or sizes.head_dim so that it is even")
     ratio = old_heads // (config.get("num_key_value_heads") or old_heads)
     kv_heads = sizes.kv_heads or max(1, heads // ratio)
     if heads % kv_heads:
@@ -135,7 +138,7 @@ def write(
     new = new if context.ssmax is None else ssmax.configured(new, context.ssmax)
     families.read(new, "sizes", getattr(decoder, "family", None))
     text = json.dumps(new, indent=2) + "\n"
-    made = folder / f"shape-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    made = folder.absolute() / f"shape-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if not (made / "config.json").is_file():
         made.mkdir(parents=True, exist_ok=True)
         part = made / f".{os.getpid()}"

@@ -26,7 +26,7 @@ class Stream:
     workers: int = 2  # processes that read and tokenise for each device; 0: a thread
     max_documents: int = 64  # of a packed row; a row of more, shorter ones is closed early
     cache_gib: float = 16.0  # room on each machine for pieces of remote files (in $FTLIB_CACHE), read as they come
-    mix: tuple[Mix, ...] = ()  # how the shares of the sources change over training
+    mix: tuple[Mix, ...] = ()  # shares at some steps, from the sources' weights on; between them a straight line
 
     def __post_init__(self) -> None:
         if self.buffer < 1 or self.max_documents < 1:

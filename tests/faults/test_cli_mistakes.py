@@ -20,7 +20,7 @@ MISTAKES = {  # the words after `tune`, and what the one message must say
     ("help", "config", "nope.py"): "nope.py: no such recipe",
     ("help", "config", "lora_sft", "optim.lrr"): "did you mean 'optim.lr'?",
     ("help", "config", "lora_sft", "a", "b"): "unknown topic",
-    ("help", "schema"): "unknown topic 'schema'",
+    ("help", "schema"): "tune help schema: of which recipe?",
     ("help", "schema", "rows.jsonl"): "rows.jsonl: is no recipe",
     ("help", "run", "more"): "unknown topic 'run more'",
     ("completion",): "required: SHELL",

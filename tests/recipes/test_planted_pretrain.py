@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from tiny_model import losses, train
+from tiny_model import ROOT, losses, train
+
+from ftlib import cli
 
 SECTIONS = {"steps": 3, "schedule": {"name": "linear", "warmup_steps": 0}, "from_scratch": False}
 
@@ -50,3 +52,16 @@ def test_the_norm_is_limited_and_told_as_it_was(runs):
 
 def test_rates_are_those_of_the_steps_from_one(runs):
     assert [row["lr"] / 1e-2 for row in runs[1] if "lr" in row] == pytest.approx([2 / 3, 1 / 3, 0])
+
+
+def test_a_run_with_sizes_of_its_own_is_repeated_by_its_config(tiny, tmp_path, monkeypatch):
+    """Its config.yaml, read from where it lies; and a check leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    sections = SECTIONS | {"from_scratch": True, "data": {"sources": [{"path": str(tiny.rows)}], "seq_len": 64}}
+    file = tiny.config(tmp_path, **sections, output_dir="out", sizes={"layers": 2, "dim": 32})
+    assert cli.main(["validate", str(ROOT / "recipes/pretrain.py"), "--config", str(file), "output_dir=out"]) == 0
+    assert not (tmp_path / "out").exists()
+    first = train("pretrain", "--config", file, "output_dir=out")
+    again = train("pretrain", "--config", tmp_path / "out" / "config.yaml", f"output_dir={tmp_path / 'again'}")
+    assert losses(again) == losses(first)

@@ -40,7 +40,7 @@ def test_settings_side_by_side(config, capsys):
     assert took == sorted(took, reverse=True) and all(row[6] == "yes" for row in rows.values())
     assert all(sum(map(float, row[:5])) == pytest.approx(float(row[5]), abs=0.3) for row in rows.values())
     most = [int(row[7]) for row in rows.values()]
-    assert most == sorted(most) and most[0] == 2  # four would take 93 GiB
+    assert most == sorted(most) and most[0] == 2 and most[-1] == 16  # four would take 93 GiB; the step has 16
 
 
 def test_what_does_not_fit_is_told_how_many_gpus_it_takes(config, capsys):
@@ -73,8 +73,22 @@ def test_a_model_of_the_hub_is_asked_for_all_but_its_weights(config, capsys, mon
         (("quantize", "--config", "demo_quantize"), "has no training step to plan"),
         (("lora_sft", "--config", "CONFIG", "--gpus=3", "parallel.tp=2"), "but there are 3 processes"),
         (("lora_sft", "--config", "CONFIG", "--gpus=3", "parallel.tp=3"), "num_attention_heads 32 is no multiple"),
+        (("lora_sft", "--config", "CONFIG", "--gpus=3"), "is no multiple of batch.micro_rows 2 x 3"),
+        (("pretrain", "--config", "CONFIG", "sizes.dim=65", "sizes.heads=1"), "cannot turn in pairs"),
     ],
 )
 def test_mistakes(config, capsys, words, told):
     assert cli.main(["plan", *(str(config) if word == "CONFIG" else word for word in words)]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_sizes_are_those_of_the_run(config, capsys):
+    words = ("pretrain", "--config", config, "sizes.layers=4", "sizes.dim=512")
+    lines, rows = planned(capsys, *words)
+    assert float(rows["recompute full"][0]) < 1 and "a checkpoint 830 MiB" in lines[-1]
+    assert not list((config.parent / "out").glob("shape-*"))
+
+
+def test_what_just_fits_is_tight(config, capsys):
+    took = float(planned(capsys, "lora_sft", "--config", config)[1]["recompute none"][5])
+    assert planned(capsys, "lora_sft", "--config", config, "--gib", round(took) + 1)[1]["recompute none"][6] == "tight"
