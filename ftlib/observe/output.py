@@ -24,6 +24,7 @@ from ftlib.observe.watch import Watch
 from ftlib.parallel import graphs, pulse
 from ftlib.parallel import run as processes
 from ftlib.quant.frozen import FrozenWeight
+from ftlib.sections import Loss, Mtp
 from ftlib.sections.steps import shares
 
 
@@ -44,7 +45,7 @@ class Output:
         self._sinks: list[sinks.Sink] = []
         self._last = steps  # step that was done last
         self._notes = [*processes.note(cfg.parallel, run.world), *attention_note(getattr(model, "model", None))]
-        self._notes += [*quant.note(model), *budget.note(model), *balancing.note(model, cfg)]
+        self._notes += [*quant.note(model), *budget.note(model), *balancing.note(model, cfg), *loss_note(cfg)]
         mixers = [(layer.mixer.heads * layer.mixer.head_dim, layer.mixer.window) for layer in model.arch.layers]
         peak = None
         if run.device.type == "cuda":
@@ -211,6 +212,25 @@ def attention_note(decoder: nn.Module | None) -> list[str]:
     if backend == "reference" and getattr(arch, "softcap", False):
         return ["attention: reference, slow and with every score in memory: scores are capped softly"]
     return [f"attention: {backend}"] if backend else []
+
+
+def loss_note(cfg: Any) -> list[str]:
+    """What a run's loss is besides cross-entropy, for the user: the numbers of two such runs are no comparison."""
+    rule, ahead = getattr(cfg, "loss", None) or Loss(), getattr(cfg, "mtp", None) or Mtp()
+    terms = {
+        f"weights of {rule.name}": rule.name != Loss.name,
+        f"z_loss {rule.z_loss:g}": rule.z_loss,
+        f"router_aux {rule.router_aux:g}": rule.router_aux,
+        f"mtp of depth {ahead.depth}": ahead.depth,
+        f"neftune {getattr(cfg, 'neftune', 0):g}": getattr(cfg, "neftune", 0),
+    }
+    found = [term for term, on in terms.items() if on]
+    lines = [f"loss: with {', '.join(found)}; held-out losses are plain cross-entropy"] if found else []
+    teacher = getattr(cfg, "distill", None)
+    if teacher is not None:
+        kept = f", by what is kept in {teacher.stored}" if teacher.stored else ""
+        lines.append(f"teacher: {teacher.teacher}, {teacher.divergence}{kept}")
+    return lines
 
 
 def trained_share(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +21,9 @@ from ftlib.observe import (
     environment,
     flops_per_token,
 )
+from ftlib.observe.output import loss_note
 from ftlib.observe.progress import duration
-from ftlib.sections import Checkpoint, Dpo, Eval, Reward, Source, Stream
+from ftlib.sections import Checkpoint, Distill, Dpo, Eval, Loss, Mtp, Reward, Source, Stream
 
 
 class Clock:
@@ -242,3 +244,14 @@ def test_the_score_that_eval_metric_names_is_one_that_evaluations_give():
         with pytest.raises(UserError, match=f"an evaluation here has no '{wrong}'") as error:
             check(wrong)
         assert error.value.where == "eval.metric" and "one of eval_loss, eval_loss_*" in error.value.fix
+
+
+def test_a_loss_that_is_not_plain_is_told():
+    plain = SimpleNamespace(loss=Loss(), mtp=Mtp(), neftune=0)
+    assert loss_note(plain) == loss_note(SimpleNamespace()) == []
+    told = loss_note(SimpleNamespace(loss=Loss(name="dft", z_loss=1e-4), mtp=Mtp(depth=1), neftune=5.0))
+    assert told == [
+        "loss: with weights of dft, z_loss 0.0001, mtp of depth 1, neftune 5; held-out losses are plain cross-entropy"
+    ]
+    stored = Distill(teacher="big", divergence="js", stored=Path("kept"))
+    assert loss_note(SimpleNamespace(distill=stored)) == ["teacher: big, js, by what is kept in kept"]
