@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ftlib.cli import recipe
+from ftlib.cli.preview import take_number
 from ftlib.errors import UserError, about
 
 TIGHT = 0.95  # of a GPU's memory: the estimate may be some percent off, and the allocator leaves gaps
@@ -28,8 +29,8 @@ def main(argv: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(__doc__.strip())
         return 0
-    gpus, argv = _take("--gpus", list(argv), 1)
-    gib, argv = _take("--gib", argv, None)
+    gpus, argv = take_number(argv, "plan", "--gpus", 1)
+    gib, argv = take_number(argv, "plan", "--gib", _of_a_gpu())
     if recipe.starts_processes("plan", argv):
         raise UserError(f"tune plan: the recipe comes before {argv[0]}", fix="tune plan RECIPE --config FILE --gpus N")
     path = recipe.find(argv[0], "plan")
@@ -57,14 +58,14 @@ def _without_weights(cfg: Any) -> Any:
         return replace(cfg, model=replace(cfg.model, path=str(remote.fetch(name, weights=False))))
 
 
-def lines(cfg: Any, gpus: int, gib: int | None) -> list[str]:
+def lines(cfg: Any, gpus: int, gib: int) -> list[str]:
     """The table of settings and what follows from it, as Markdown."""
     from ftlib import budget, build, preflight
     from ftlib.models.remote import size
     from ftlib.parallel import check
     from ftlib.parallel import run as processes
 
-    budget_bytes = gib << 30 if gib else _of_a_gpu()
+    budget_bytes = gib << 30
     replicas, shard, cp, tp = processes.sizes(cfg.parallel, gpus)
     own, ways = cfg.batch.micro_rows, shard * cp * tp
     step = getattr(cfg.batch, "rows", MANY)
@@ -126,20 +127,8 @@ def _name(memory: Any) -> str:
 
 
 def _of_a_gpu() -> int:
-    """Bytes of the GPU here; 80 GiB where there is none."""
+    """GiB of the GPU here; 80 where there is none."""
     from ftlib import preflight
 
     where, have, _ = preflight.available()
-    return have if where == "the GPU" else 80 << 30
-
-
-def _take(option: str, argv: list[str], default: Any) -> tuple[Any, list[str]]:
-    """The number that an option names, and the other words."""
-    for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name == option:
-            text = value if equals else "".join(argv[i + 1 : i + 2])
-            if not text.isdecimal() or int(text) < 1:
-                raise UserError(f"tune plan: {option} needs a whole number from 1, got {text!r}")
-            return int(text), argv[:i] + argv[i + (1 if equals else 2) :]
-    return default, argv
+    return have >> 30 if where == "the GPU" else 80

@@ -163,7 +163,8 @@ def _mend(reports: list[SourceReport], cfg: Data) -> str:
     """What brings back rows that were dropped."""
     fixes, reasons = [], {reason for report in reports for reason in report.dropped}
     if any("data.seq_len" in reason or "truncation" in reason for reason in reasons):
-        fixes.append(f"raise data.seq_len (now {cfg.seq_len:,})")
+        split = ", or cut them: data.overlong=split" if cfg.overlong == "drop" else ""
+        fixes.append(f"raise data.seq_len (now {cfg.seq_len:,}){split}")
     if UNTRAINED in reasons:
         roles = f"data.train_on ({', '.join(cfg.train_on)})"
         fixes.append(f"give messages of {roles} a text, and no `train: false` or weight of 0 to all of them")

@@ -36,7 +36,7 @@ class Data:
     """Training rows, held-out rows, and how they are laid out."""
 
     sources: tuple[Source, ...]
-    eval: tuple[Source, ...] | float | None = None  # held out: sources, a fraction (0.05) or a number of rows (200)
+    eval: tuple[Source, ...] | float | None = None  # held out: sources, a share (0.05) or rows (200; a stream: of each)
     seq_len: int = 2048  # tokens of one packed row
     pack: bool = True  # several documents share a row and never see each other; false: one a row, which is then shorter
     template: MaybeFile | None = None  # chat template: a built-in name, a .jinja file; null: the tokenizer's own

@@ -157,7 +157,7 @@ def test_what_nobody_can_train_on_says_what_would_help(tmp_path):
     message = mistake(file)
     assert "1 no trained token" in message and "data.seq_len" not in message and "`train: false`" in message
     file.write_text(json.dumps({"text": "a" * 99}))
-    assert "fix: raise data.seq_len (now 64)\n" in mistake(file) + "\n"
+    assert "fix: raise data.seq_len (now 64), or cut them: data.overlong=split\n" in mistake(file) + "\n"
 
 
 @pytest.mark.parametrize("name,mark", [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", ","), ("a.tsv", ";")])

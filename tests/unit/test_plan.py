@@ -68,7 +68,7 @@ def test_a_model_of_the_hub_is_asked_for_all_but_its_weights(config, capsys, mon
     ("words", "told"),
     [
         ((), "the recipe comes before --config"),
-        (("lora_sft", "--gpus", "none"), "--gpus needs a whole number from 1, got 'none'"),
+        (("lora_sft", "--gpus", "none"), "--gpus needs a number of at least 1, got 'none'"),
         (("--nproc-per-node", "2", "lora_sft"), "the recipe comes before --nproc-per-node"),
         (("quantize", "--config", "demo_quantize"), "has no training step to plan"),
         (("lora_sft", "--config", "CONFIG", "--gpus=3", "parallel.tp=2"), "but there are 3 processes"),
