@@ -115,6 +115,11 @@ def columns(cfg: Config, model: models.LanguageModel, batch: Step | StreamStep, 
     return more
 
 
+def whence(cfg: Config, done: int) -> str:
+    """Where the weights come from that a run begins or goes on with."""
+    return f"step {done:,}'s" if done else "fresh" if cfg.from_scratch else "loaded"
+
+
 def check(cfg: Config, world: int = 1) -> None:
     """What can be known before anything is loaded."""
     with TemporaryDirectory() as scratch:
@@ -153,7 +158,7 @@ def main(cfg: Config) -> list[dict]:
     with output.begin(done, rows.report.lines()), Boundary(cfg, run, steps, evaluate, output, saver, state) as boundary:
         if done == 0:
             boundary.score(0)
-        output.say(f"{'fresh' if cfg.from_scratch else 'loaded'} weights: {trained_share(model)}")
+        output.say(f"{whence(cfg, done)} weights: {trained_share(model)}")
 
         for step in range(done + 1, steps + 1):
             with output.waiting():
