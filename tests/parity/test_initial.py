@@ -44,7 +44,8 @@ def test_spread_of_every_parameter_is_the_familys(name):
         if tensor.numel() >= 1000:
             assert ours.std() == pytest.approx(tensor.float().std().item(), rel=0.1), key
         if not key.endswith(("sinks", "router.bias")):  # theirs are drawn, ours begin at 0
-            assert abs(ours.mean() - tensor.float().mean()) < 0.01, key
+            bound = 0.005 + 5 * 0.03 * (2 / tensor.numel()) ** 0.5  # theirs are drawn anew each time
+            assert abs(ours.mean() - tensor.float().mean()) < bound, key
 
 
 def test_scaled_matrices_write_less_to_the_residual_stream_and_heads_are_drawn():
