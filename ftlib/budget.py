@@ -74,14 +74,18 @@ def settle(model: nn.Module, cfg: Any, run: Run) -> None:
     at, peak = choose(rungs, measure, budget)
     memory = rungs[at].memory
     put(model, memory, run.device)
-    words = [f"recompute {memory.recompute}", *["offload"] * memory.offload]
-    words += [f"tiled_mlp {memory.tiled_mlp}"] * bool(memory.tiled_mlp)
-    model.memory_note = f"memory: {', '.join(words)}: measured {size(peak)} of {size(budget)}"
+    model.memory_note = f"memory: {words(memory)}: measured {size(peak)} of {size(budget)}"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {"asked": asked, "memory": asdict(memory), "note": model.memory_note}
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def words(memory: Memory) -> str:
+    """A setting, for people."""
+    found = [f"recompute {memory.recompute}", *["offload"] * memory.offload]
+    return ", ".join(found + [f"tiled_mlp {memory.tiled_mlp}"] * bool(memory.tiled_mlp))
 
 
 def _found(path: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def lines(cfg: Any, gpus: int, gib: int) -> list[str]:
         cells += [taken.about - sum(cells), taken.about]
         most = max((rows for rows in _doubling() if rows * replicas * shard <= step and fits(memory, rows)), default=0)
         this = " (this config)" if memory == asked and cfg.memory.budget_gib is None else ""
-        found.append(f"| {_name(memory)}{this} | {' | '.join(f'{cell / 2**30:.1f}' for cell in cells)} | "
+        found.append(f"| {budget.words(memory)}{this} | {' | '.join(f'{cell / 2**30:.1f}' for cell in cells)} | "
                      f"{_verdict(taken.about / budget_bytes)} | {most or '-'} |")
     taken = need(asked)
     found += ["", f"on disk: a checkpoint {size(taken.checkpoint)}, the result {size(taken.final)}"
@@ -119,11 +119,6 @@ def _enough(fits: Any, replicas: int, together: int) -> str:
 
 def _doubling() -> list[int]:
     return [1 << n for n in range(MANY.bit_length())]
-
-
-def _name(memory: Any) -> str:
-    words = [f"recompute {memory.recompute}", *["offload"] * memory.offload]
-    return ", ".join(words + [f"tiled_mlp {memory.tiled_mlp}"] * bool(memory.tiled_mlp))
 
 
 def _of_a_gpu() -> int:

@@ -21,17 +21,10 @@ from ftlib.checkpoint.format import remove
 from ftlib.errors import UserError
 from ftlib.sections import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 PROGRAM = Path(__file__).with_name("tiny_training.py")
 STEPS = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    started = not dist.is_initialized()
-    one_process()
-    yield
-    if started:
-        dist.destroy_process_group()
 
 
 def start(out, steps=STEPS, every=1, pause=0.0):

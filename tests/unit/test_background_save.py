@@ -5,21 +5,13 @@ import threading
 
 import pytest
 import torch
-import torch.distributed as dist
 from faults.tiny_training import fresh, one_process, train_step
 
 from ftlib.checkpoint import Saver, tensors, verify
 from ftlib.errors import UserError
 from ftlib.sections import Checkpoint
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    started = not dist.is_initialized()
-    one_process()
-    yield
-    if started:
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def make(out, background=True, **cfg):

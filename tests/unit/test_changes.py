@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch.distributed as dist
 from faults.tiny_training import fresh, one_process
 
 from ftlib import plugins
@@ -14,16 +13,9 @@ from ftlib.config.types import known_keys
 from ftlib.errors import UserError
 from ftlib.sections import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 RECIPES = {path.stem: path for path in assets.shipped("recipes").values()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    started = not dist.is_initialized()
-    one_process()
-    yield
-    if started:
-        dist.destroy_process_group()
 
 
 def make_saver(out, fingerprint, say=lambda text: None):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from faults import two_ranks
 from faults.tiny_training import Loader, fresh, one_process, train_step
 from safetensors import safe_open
@@ -25,16 +24,9 @@ from ftlib.checkpoint.agree import together
 from ftlib.errors import UserError
 from ftlib.sections import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    started = not dist.is_initialized()
-    one_process()
-    yield
-    if started:
-        dist.destroy_process_group()
 
 
 def make_saver(out, fingerprint=None, say=lambda text: None, **cfg):
