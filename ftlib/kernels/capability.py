@@ -3,6 +3,7 @@
 import torch
 
 BF16 = (8, 0)  # Ampere: the first with bf16 and FlashAttention-2; a T4 has 7.5, a V100 7.0
+FP8 = (8, 9)  # Ada: the first with 8-bit floats
 
 
 def without_bf16(device: torch.device | int) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ftlib.errors import UserError
+from ftlib.kernels.capability import FP8
 from ftlib.optim.base import Group, Update
 from ftlib.optim.lowbit import KINDS, SMALLEST, block_size, book, decode, encode
 from ftlib.optim.pieces import local, local_gradient, piece
@@ -189,5 +190,5 @@ def check(model: nn.Module, cfg: Optim) -> None:
             where="optim.rounding, dtype",
             fix="set optim.rounding=nearest, or train the weights themselves in bf16 (recipes/full_sft.py, dtype=bf16)",
         )
-    if cfg.states == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+    if cfg.states == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8:
         raise UserError("this GPU has no fp8", where="optim.states", fix="set optim.states=int8, which is as small")

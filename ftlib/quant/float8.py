@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ftlib.kernels.capability import FP8
 from ftlib.kernels.fp8_linear import MULTIPLE, fp8_frozen_linear, fp8_linear, keep_in_graphs
 from ftlib.layers.linear import Linear
 from ftlib.quant.convert import replace
@@ -56,4 +57,4 @@ def compute_in_fp8(model: nn.Module, rows: bool, smallest: int, frozen: bool, tu
 
 def supported(device: torch.device) -> bool:
     """Whether the device has these products; a CPU computes what they give."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8

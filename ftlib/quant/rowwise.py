@@ -1,10 +1,12 @@
 """One scale a row: int8 integers, or float8 with 4 bits of exponent and 3 of fraction."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from ftlib.kernels.capability import FP8
 from ftlib.kernels.nf4 import Piece
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -61,5 +63,20 @@ def dequantize_turned(
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The matrix [out, in] that the parts stand for, computed in float32; into `out`, if there is one."""
-    whole = (codes.to(torch.float32) * scales[:, None]).to(dtype)
+    if codes.device.type == "cuda" and _one_pass(codes.dtype, codes.device):
+        from ftlib.kernels.rowwise_triton import dequantize_rows  # Triton is there where there is a GPU
+
+        return dequantize_rows(codes, scales, dtype, out)
+    whole = dequantize_reference(codes, scales, dtype)
     return whole if out is None else out.copy_(whole)
+
+
+@cache
+def _one_pass(kind: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton reads such codes on this GPU."""
+    return kind is torch.int8 or torch.cuda.get_device_capability(device) >= FP8
+
+
+def dequantize_reference(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in PyTorch operations: the oracle."""
+    return (codes.to(torch.float32) * scales[:, None]).to(dtype)

@@ -5,7 +5,7 @@ import torch
 
 from ftlib.kernels import nf4
 from ftlib.kernels.fp8_linear import E5M2, cast, fp8_frozen_linear, fp8_linear, keep_in_graphs
-from ftlib.quant import FORMATS
+from ftlib.quant import FORMATS, rowwise
 from ftlib.quant.float8 import supported
 from ftlib.quant.fused import frozen_lora_project
 
@@ -31,6 +31,18 @@ def test_nf4_equals_its_reference(shape):
         wider = torch.zeros(shape[0], shape[1] + 48, dtype=dtype, device="cuda")
         nf4.dequantize(*parts, dtype, out=wider[:, : shape[1]])
         assert torch.equal(wider[:, : shape[1]], found) and not wider[:, shape[1] :].any()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(3, 48), (1000, 4096), (4096, 14336)])
+def test_rowwise_codes_equal_their_reference(shape, kind):
+    codes, scales = rowwise.quantize(normal(*shape).bfloat16(), kind).values()
+    for dtype in (torch.bfloat16, torch.float32):
+        exact = rowwise.dequantize_reference(codes, scales, dtype)
+        assert torch.equal(rowwise.dequantize(codes, scales, dtype), exact)
+        wider = torch.zeros(shape[0], shape[1] + 48, dtype=dtype, device="cuda")
+        rowwise.dequantize(codes, scales, dtype, out=wider[:, : shape[1]])
+        assert torch.equal(wider[:, : shape[1]], exact) and not wider[:, shape[1] :].any()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

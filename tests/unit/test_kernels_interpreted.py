@@ -121,3 +121,25 @@ def test_nf4():
                 assert torch.equal(kernel(*piece, dtype), nf4.dequantize_reference(*piece, dtype)), shape
         """
     )
+
+
+def test_codes_with_a_scale_a_row():
+    interpreted(
+        """
+        import torch
+        from ftlib.kernels.rowwise_triton import dequantize_rows
+        from ftlib.quant.rowwise import dequantize_reference, quantize
+        for kind in (torch.int8, torch.float8_e4m3fn):
+            for shape in ((1, 16), (7, 130), (9, 2048)):
+                for dtype in (torch.float32, torch.float16):
+                    weight = torch.randn(*shape) * torch.logspace(-3, 1, shape[0])[:, None]
+                    codes, scales = quantize(weight, kind).values()
+                    exact = dequantize_reference(codes, scales, dtype)
+                    assert torch.equal(dequantize_rows(codes, scales, dtype), exact), (kind, shape, dtype)
+                    wider = torch.zeros(shape[0] + 2, shape[1] + 6, dtype=dtype)
+                    dequantize_rows(codes, scales, dtype, out=wider[1:-1, 2:-4])
+                    assert torch.equal(wider[1:-1, 2:-4], exact) and wider.count_nonzero() == exact.count_nonzero()
+                    half = slice(shape[1] // 2, None)
+                    assert torch.equal(dequantize_rows(codes[:, half], scales, dtype), exact[:, half]), shape
+        """
+    )

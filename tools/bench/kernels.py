@@ -3,9 +3,11 @@
     python tools/bench/kernels.py --peer-path /folder/with/liger --out tools/bench/results/kernels_h100.json
     python tools/bench/kernels.py --tiny          # small shapes, on a CPU too: does it run, and is it right
 
-Times are medians, the operands out of the cache where a GPU's is larger than they are; `forward` keeps what backward
-needs, as in training. `peak` is what a call takes beside its operands, results and gradients included. An error is the
-norm of the difference from float64 over the norm of the truth, the largest of outputs or gradients.
+Times are medians, the operands out of the cache where a GPU's is larger than they are, and a GPU's alone: its kernels
+are recorded and launched at once, as between other blocks of a model (`*`: a call that waits for the device midway,
+with the host's time in it). `forward` keeps what backward needs, as in training. `peak` is what a call takes beside
+its operands, results and gradients included. An error is the norm of the difference from float64 over the norm of the
+truth, the largest of outputs or gradients.
 """
 
 import argparse
@@ -106,15 +108,16 @@ def figures(call: Function, case: Case, device: torch.device, exact: tuple[list[
     kept = [t.detach().clone() for t in outputs]  # a contender may write over what it is given
     grads = gradients(outputs, leaves)
     row = {"error": largest(kept, exact[0]), "gradient_error": largest(grads, exact[1]) if leaves else None}
+    weights = drawn(outputs)
     del outputs, kept, grads
     operands = case.operands(Maker(device))
     leaves = [t for t in operands if t.requires_grad]
 
     def both() -> None:
-        gradients(listed(call(*operands)), leaves)
+        gradients(listed(call(*operands)), leaves, weights)
 
-    row["forward_ms"] = milliseconds(lambda: call(*operands), device)
-    row["both_ms"] = milliseconds(both, device) if leaves else None
+    row["forward_ms"], row["recorded"] = milliseconds(lambda: call(*operands), device)
+    row["both_ms"] = milliseconds(both, device)[0] if leaves else None
     row["peak_mib"] = peak(both if leaves else lambda: call(*operands), device)
     return row
 
@@ -123,16 +126,19 @@ def listed(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else list(found)
 
 
-def gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """Of a fixed weighted sum of the outputs; the weights are drawn in bf16, so that all contenders have the same."""
-    if not leaves:
-        return []
+def gradients(outputs: list[Tensor], leaves: list[Tensor], weights: list[Tensor] | None = None) -> list[Tensor]:
+    """Of a sum of the outputs with these weights, or `drawn`."""
+    return list(torch.autograd.grad(outputs, leaves, weights or drawn(outputs))) if leaves else []
+
+
+def drawn(outputs: list[Tensor]) -> list[Tensor]:
+    """A weight for each number, drawn in bf16, so that all contenders have the same."""
     weights = []
     for output in outputs:
         generator = torch.Generator(output.device).manual_seed(1)
-        drawn = torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.bfloat16)
-        weights.append(drawn.to(output.dtype) if output.ndim else torch.ones_like(output))
-    return list(torch.autograd.grad(outputs, leaves, weights))
+        weight = torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.bfloat16)
+        weights.append(weight.to(output.dtype) if output.ndim else torch.ones_like(output))
+    return weights
 
 
 def largest(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -140,15 +146,35 @@ def largest(found: list[Tensor], exact: list[Tensor]) -> float:
     return max(float((ours.double() - right).norm() / right.norm()) for ours, right in pairs)
 
 
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median over as many calls as SECONDS allow, at least 3."""
+def milliseconds(call: Callable[[], object], device: torch.device) -> tuple[float, bool]:
+    """Median over as many calls as SECONDS allow, at least 3; and whether it is the device's time alone."""
     for _ in range(2):
         call()
     if device.type != "cuda":
-        return 1e3 * sorted(clocked(call) for _ in range(3))[1]
+        return 1e3 * sorted(clocked(call) for _ in range(3))[1], False
     from triton.testing import do_bench  # clears the cache between calls
 
-    return do_bench(call, warmup=20, rep=int(1e3 * SECONDS), return_mode="median")
+    replay = recorded(call)
+    return do_bench(replay or call, warmup=20, rep=int(1e3 * SECONDS), return_mode="median"), replay is not None
+
+
+def recorded(call: Callable[[], object]) -> Callable[[], None] | None:
+    """The kernels of a call as a CUDA graph, which are launched at once; None of a call that waits for the device."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            call()
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def clocked(call: Callable[[], object]) -> float:
@@ -176,7 +202,8 @@ def line(row: dict) -> str:
     def cell(key: str, form: str) -> str:
         return "       -" if row[key] is None else format(row[key], form)
 
-    times = f"forward {cell('forward_ms', '8.3f')} ms  both {cell('both_ms', '8.3f')} ms"
+    star = " " if row["recorded"] else "*"
+    times = f"forward {cell('forward_ms', '8.3f')} ms  both {cell('both_ms', '8.3f')} ms{star}"
     errors = f"error {cell('error', '.1e')} gradients {cell('gradient_error', '.1e')}"
     return f"{name} {times}  peak {cell('peak_mib', '8.0f')} MiB  {errors}  {row['sizes']}"
 
