@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from ftlib.adapters import relora
 from ftlib.errors import UserError
 from ftlib.optim import lisa
+from ftlib.optim.base import Update
 
 FILE_BYTES = 512 << 20  # of one file: each is built in host memory before it is written, and checked in parallel
 STATE = "optim.state."
@@ -178,6 +179,8 @@ def _plain(name: str) -> str:
 def _named_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, dict[str, Any]]]:
     names = {parameter: _plain(name) for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
+        if isinstance(optimizer, Update):
+            optimizer.settle()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in optimizer.state:

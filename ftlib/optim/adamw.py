@@ -30,8 +30,12 @@ class AdamW(Update):
     `states`: fp32, bf16, or one of `lowbit.KINDS` for matrices of `lowbit.SMALLEST` numbers or more whose rows can be
     cut into blocks, and float32 for the rest; None: torch's own AdamW with states in the parameter's dtype. With
     `stochastic`, bfloat16 parameters are rounded stochastically. Each process has the states of its part of a
-    parameter, in blocks that are the same on every mesh. On a GPU each parameter's step is compiled.
+    parameter, in blocks that are the same on every mesh. On a GPU each parameter's step is compiled, and nobody waits
+    for the norm of the gradients: `gate`, set before `step`, is what they are multiplied by, and 1, or 0 where the step
+    must change nothing; float [2] on their device.
     """
+
+    gate: Tensor | None = None
 
     def __init__(
         self, groups: Iterable[Group], *, states: str | None = None, stochastic: bool = False, **defaults: Any
@@ -42,9 +46,29 @@ class AdamW(Update):
         self._number = {p: i for i, p in enumerate(parameters)}
         self._packed = 2 if states == "int4" else 1  # codes in a byte
         self._known: dict[tuple, Tensor] = {}  # scalars of this step, on their device
+        self._judged: Tensor | None = None  # the gate of the last step, until somebody has looked at it
+        self._counted: list[Tensor] = []  # parameters whose steps went up with it
+
+    @property
+    def gated(self) -> bool:
+        """Whether steps look at `gate`."""
+        return self.states is not None or self.stochastic
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        self.settle()
+        loss = super().step(closure)
+        self._judged, self.gate = self.gate, None
+        return loss
+
+    def settle(self) -> None:
+        if self._judged is not None and not self._judged[1]:
+            for state in filter(None, map(self.state.get, self._counted)):
+                state["step"] -= 1
+        self._judged = None
+        self._counted.clear()
 
     def update(self, group: Group) -> None:
-        if self.states is None and not self.stochastic:
+        if not self.gated:
             self.adamw(group)
             return
         for p in self.stepped(group):
@@ -55,6 +79,8 @@ class AdamW(Update):
         if not state:
             state |= self._start(p, block)
         state["step"] += 1
+        if self.gate is not None:
+            self._counted.append(p)
         part = local(p.detach())
         if part.numel() == 0:
             return
@@ -69,7 +95,9 @@ class AdamW(Update):
         shapes = [(-1, block), (-1, block // self._packed), (-1,)] if kind else [plain] * 3
         slots = [x.view(shapes[1 + i % 2]) for i, x in enumerate(slots)]
         grad = local_gradient(p).reshape(shapes[0])
-        move(part.view(shapes[0]), grad, slots, books, self._terms(group, state["step"], p), where)
+        terms = self._terms(group, state["step"], p)
+        gate = self._open(terms) if self.gate is None else self.gate.to(terms)
+        move(part.view(shapes[0]), grad, slots, books, terms, gate, where)
 
     def _block(self, p: Tensor) -> int:
         """Numbers in a block of this parameter's states; 0 where they are kept wide."""
@@ -110,6 +138,13 @@ class AdamW(Update):
             self._known[key] = torch.tensor(terms, dtype=dtype).to(p.device, non_blocking=True)
         return self._known[key]
 
+    def _open(self, terms: Tensor) -> Tensor:
+        """A gate that lets everything through, as it is."""
+        key = (terms.device, terms.dtype)
+        if key not in self._known:
+            self._known[key] = terms.new_ones(2)
+        return self._known[key]
+
     def _where(self, p: Tensor, step: int) -> list[Tensor]:
         """What rounding depends on, int32 scalars: the place of the local part in the whole, and parameter and step."""
         first, stride = 0, 1
@@ -121,18 +156,20 @@ class AdamW(Update):
 
 @cache
 def mover(kind: str, block: int, stochastic: bool, compiled: bool) -> Callable[..., None]:
-    """One step of AdamW in place on p and gradient [blocks, block]: `move(p, gradient, slots, books, terms, where)`.
+    """One step of AdamW, in place: `move(p, gradient, slots, books, terms, gate, where)`.
 
-    `slots` are codes and scales of each moment, for `kind` "" the moments themselves, in the shape of p; `AdamW` makes
-    the other arguments.
+    p and gradient [blocks, block]. `slots` are codes and scales of each moment, for `kind` "" the moments themselves,
+    in the shape of p; `AdamW` makes the other arguments.
     """
 
     def move(
-        p: Tensor, grad: Tensor, slots: list[Tensor], books: list[Tensor], terms: Tensor, where: list[Tensor]
-    ) -> None:
+        p: Tensor, grad: Tensor, slots: list[Tensor], books: list[Tensor], terms: Tensor, gate: Tensor,
+        where: list[Tensor],
+    ) -> None:  # fmt: skip
         fresh, keep, fresh_sq, eps, shrink, length, bias = terms.unbind()
         wide = torch.promote_types(p.dtype, torch.float32)
-        g = grad.to(wide)
+        scale, goes = gate[0], gate[1] > 0
+        g = grad.to(wide) * scale
         if kind:
             m, v = decode(*slots[:2], kind, books[0]), decode(*slots[2:], kind, books[1])
         else:
@@ -142,8 +179,8 @@ def mover(kind: str, block: int, stochastic: bool, compiled: bool) -> Callable[.
         moved = p.to(wide) * shrink - length * m / (v.sqrt() / bias + eps)
         kept = (*encode(m, kind, True, books[0]), *encode(v, kind, False, books[1])) if kind else (m, v)
         for slot, value in zip(slots, kept, strict=True):
-            slot.copy_(value)
-        p.copy_(to_bfloat16(moved, noise(where[0], p.shape, where[1])) if stochastic else moved)
+            _replace(slot, value, goes)
+        _replace(p, to_bfloat16(moved, noise(where[0], p.shape, where[1])) if stochastic else moved, goes)
 
     if not compiled:
         return move
@@ -157,6 +194,14 @@ def mover(kind: str, block: int, stochastic: bool, compiled: bool) -> Callable[.
         fused(p, grad, slots, *rest)
 
     return run
+
+
+def _replace(x: Tensor, value: Tensor, goes: Tensor) -> None:
+    """`value` into `x` where `goes`, else nothing."""
+    value = value.to(x.dtype)
+    if x.dtype == torch.float8_e4m3fn:  # as bytes: there is no choice between such numbers
+        x, value = x.view(torch.uint8), value.view(torch.uint8)
+    x.copy_(torch.where(goes, value, x))
 
 
 def _placed(part: Tensor, p: Tensor) -> Tensor:

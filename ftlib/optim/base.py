@@ -36,6 +36,9 @@ class Update(Optimizer, ABC):
             self.host.end()
         return loss
 
+    def settle(self) -> None:
+        """Before somebody reads the numbers of the state: bring them up to date."""
+
     def move(self, group: Group) -> None:
         """`update`, wherever state waits. After the last of a step, `host.end`."""
         if self.host is None:

@@ -37,6 +37,10 @@ def step(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tenso
         optimizer.grad_scale = None if max_grad_norm is None else 1 / _factor(norm, max_grad_norm)
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
+    elif getattr(optimizer, "gated", False):
+        scale = torch.ones_like(norm) if max_grad_norm is None else _factor(norm, max_grad_norm)
+        optimizer.gate = torch.stack((scale, norm.isfinite().to(norm)))
+        optimizer.step()
     elif norm.isfinite():
         if max_grad_norm is not None:
             torch._foreach_mul_([local(grad) for grad in grads], _factor(norm, max_grad_norm))

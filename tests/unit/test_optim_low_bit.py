@@ -369,20 +369,19 @@ def test_compiled_for_a_gpu_it_is_the_same(kind):
     """The function that a GPU runs, here through the compiler's C++, for matrices of several sizes."""
     block = lowbit.block_size(512, kind)
     books = [lowbit.book(kind, signed, CPU) for signed in (True, False)]
-    terms, where = (
-        torch.tensor((0.1, 0.95, 0.05, 1e-8, 0.999, 1e-2, 0.3)),
-        [torch.tensor(n, dtype=torch.int32) for n in (0, 7)],
-    )
-    for rows in (8, 20):
+    terms = torch.tensor((0.1, 0.95, 0.05, 1e-8, 0.999, 1e-2, 0.3))
+    where = [torch.tensor(n, dtype=torch.int32) for n in (0, 7)]
+    for rows, goes in ((8, 1.0), (20, 1.0), (12, 0.0)):
         torch.manual_seed(rows)
         p, g, m = (torch.randn(rows * 512 // block, block) for _ in range(3))
         slots = [*lowbit.encode(m, kind, True, books[0]), *lowbit.encode(m.square(), kind, False, books[1])]
         found = []
         for compiled in (False, True):
             mine = [p.bfloat16(), g.bfloat16(), [x.clone() for x in slots]]
-            mover(kind, block, True, compiled)(*mine, books, terms, where)
+            mover(kind, block, True, compiled)(*mine, books, terms, torch.tensor((0.5, goes)), where)
             found.append([mine[0], *mine[2]])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert goes or all(torch.equal(a, b) for a, b in zip((p.bfloat16(), *slots), found[0], strict=True))
 
 
 def test_blocks_of_many_lengths_are_compiled(monkeypatch):
@@ -394,7 +393,8 @@ def test_blocks_of_many_lengths_are_compiled(monkeypatch):
             for block in range(16, 34, 2):
                 p, m = torch.ones(5, block), torch.zeros(5, block)
                 slots = [x for signed in books for x in lowbit.encode(m, "int8", signed, books[signed])]
-                mover("int8", block, False, True)(p, p.clone(), slots, [*books.values()], torch.full((7,), 0.5), [])
+                given = [*books.values()], torch.full((7,), 0.5), torch.ones(2), []
+                mover("int8", block, False, True)(p, p.clone(), slots, *given)
                 assert (p < 1).all()
     finally:
         mover.cache_clear()
