@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ftlib.quant  # noqa: F401 - registers torch.ops.ftlib.frozen_linear
 from ftlib.kernels import nf4
 from ftlib.kernels.grouped_linear import grouped_linear, grouped_linear_reference
 from ftlib.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -23,6 +22,7 @@ from ftlib.kernels.paged_attention import paged_attention, paged_attention_refer
 from ftlib.kernels.varlen_attention import varlen_attention
 from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import rotate
+from ftlib.quant import rowwise  # and torch.ops.ftlib.frozen_linear with it
 
 RANK, PAGE, EPS = 16, 16, 1e-6
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -198,7 +198,7 @@ def lora(name: str, dim: int, outs: tuple[int, ...], tokens: int) -> Case:
 
 
 def quantized(dim: int, inner: int, tokens: int) -> Iterator[Case]:
-    """An NF4 matrix made whole, and multiplied with."""
+    """An NF4 matrix made whole, and multiplied with; one of 8-bit codes made whole."""
 
     def parts(make: Maker) -> list[Tensor]:
         return list(nf4.quantize(make.normal(inner, dim, scale=dim**-0.5)).values())
@@ -206,12 +206,18 @@ def quantized(dim: int, inner: int, tokens: int) -> Iterator[Case]:
     def operands(make: Maker) -> list[Tensor]:
         return [make.normal(tokens, dim, grad=True), *parts(make)]
 
+    def exact(scales: Tensor) -> torch.dtype:
+        return torch.float64 if scales.dtype == torch.float64 else torch.bfloat16
+
     def whole(codes: Tensor, scales: Tensor, steps: Tensor, mean: Tensor) -> Tensor:
-        dtype = torch.float64 if mean.dtype == torch.float64 else torch.bfloat16
-        return nf4.dequantize_reference(codes, scales, steps, mean, dtype)
+        return nf4.dequantize_reference(codes, scales, steps, mean, exact(mean))
 
     yield Case("NF4 to weights", f"{inner} x {dim}", parts, whole,
                lambda *parts: nf4.dequantize(*parts, torch.bfloat16))  # fmt: skip
+    yield Case("fp8 codes to weights", f"{inner} x {dim}",
+               lambda make: [*rowwise.quantize(make.normal(inner, dim), torch.float8_e4m3fn).values()],
+               lambda codes, scales: rowwise.dequantize_reference(codes, scales, exact(scales)),
+               lambda *parts: rowwise.dequantize(*parts, torch.bfloat16))  # fmt: skip
     yield Case("NF4 linear", f"{tokens} x {dim} x {inner}", operands,
                lambda x, *parts: F.linear(x, whole(*parts)),
                lambda x, *parts: torch.ops.ftlib.frozen_linear(x, list(parts), "nf4"))  # fmt: skip
