@@ -42,7 +42,7 @@ def fill(model: LanguageModel, folder: Path) -> bool:
     """
     if problem := verify(folder):
         raise UserError(f"{folder} is damaged: {problem}", fix="take another step's, or a copy of it")
-    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    saved = _saved(folder)
     names = {name: name.removeprefix(PREFIX) for name in saved if name.startswith(PREFIX)}
     names = {name: ours for name, ours in names.items() if not ours.startswith(BESIDE)}
     has_adapter = any(".adapters." in name for name in names)
@@ -65,6 +65,15 @@ def fill(model: LanguageModel, folder: Path) -> bool:
     for name, ours in names.items():
         state[ours].copy_(read[name])
     return has_adapter
+
+
+def predicts_ahead(folder: Path) -> bool:
+    """Whether a folder is a checkpoint with modules that predict further tokens, which `fill` leaves out."""
+    return is_checkpoint(folder) and any(name.startswith(PREFIX + BESIDE) for name in _saved(folder))
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
 def tokenizer(folder: Path, base: Path) -> Tokenizer:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     from ftlib.adapters import merge, peft_format
     from ftlib.checkpoint.final import publish, staging
     from ftlib.cli import checkpoints, loading
-    from ftlib.models import hub, own
+    from ftlib.models import hub, mtp, own
 
     checkpoint, about = Path(os.path.expanduser(args.adapter)), {}
     if checkpoints.is_checkpoint(checkpoint):
@@ -71,6 +71,9 @@ def main(argv: Sequence[str]) -> int:
     tokenizer.save(folder)
     publish(folder, out)
     print(said)
+    if (base / mtp.FOLDER).is_dir() or checkpoints.predicts_ahead(checkpoint):
+        what = f"{out} is the model alone, as other libraries read it: what predicts further tokens (mtp)"
+        print(f"note: {what}, is left out", file=sys.stderr)
     if kept and not args.quantize:
         remedy = f"--quantize {kept} merges it into that base" if kept in FORMS else "no --quantize gives that base"
         loading.note_other_base(checkpoint, kept, f"; {remedy}")

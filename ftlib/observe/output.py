@@ -44,6 +44,7 @@ class Output:
         self.must_go_back = False  # what `watch` said about the last step
         self._sinks: list[sinks.Sink] = []
         self._last = steps  # step that was done last
+        self._rate: float | None = None  # of the last step of the run that goes on
         self._notes = [*processes.note(cfg.parallel, run.world), *attention_note(getattr(model, "model", None))]
         self._notes += [*quant.note(model), *budget.note(model), *balancing.note(model, cfg), *loss_note(cfg)]
         mixers = [(layer.mixer.heads * layer.mixer.head_dim, layer.mixer.window) for layer in model.arch.layers]
@@ -81,6 +82,8 @@ class Output:
             self._sinks = sinks.open_sinks(self.cfg, self.folder, done, self.counters)
         for file in (self.metrics, self.samples):
             file.truncate_after(done if done else -1)
+        rates = [row["lr"] for row in self.metrics.rows() if "lr" in row] if done else []
+        self._rate = rates[-1] if rates else None
         pulse.at(done + 1)
         self._meter.tokens = self.counters["tokens"]
         for line in (*report, *self._notes, *shares(self.cfg, self.steps)):
@@ -104,6 +107,10 @@ class Output:
     ) -> None:
         """The row of one optimizer step; `tokens` are the step's, over all devices; `more`: what only this recipe has.
         Raises UserError where the config says that numbers like these end a run."""
+        if self._rate is not None and lr > 2 * self._rate:
+            what = f"step {step}: the learning rate rises from {self._rate:.3g} to {lr:.3g} at once"
+            self.say(f"{what}: steps, schedule or optim.lr are not those of the run that goes on")
+        self._rate = None
         row = self._meter.row(step, loss.item(), grad_norm.item(), lr, tokens) | dict(more or {})
         self.counters["tokens"], self._last = row["tokens"], step
         self._write(row)

@@ -68,7 +68,7 @@ def test_mtp_adds_its_loss_and_changes_what_is_learnt(lab):
     assert on[-1]["eval_loss"] < 0.6 * on[0]["eval_loss"]
 
 
-def test_mtp_goes_on_to_the_bit_and_leaves_a_plain_model(lab):
+def test_mtp_goes_on_to_the_bit_and_leaves_a_plain_model(lab, capsys):
     whole, again = stopped_and_resumed(lab, "mtp.depth=2")
     assert losses(again) == losses(whole) and again[-1]["eval_loss"] == whole[-1]["eval_loss"]
     final = lab("mtp.depth=2")[1] / "final"
@@ -78,6 +78,7 @@ def test_mtp_goes_on_to_the_bit_and_leaves_a_plain_model(lab):
     assert not any("mtp" in key for key in json.dumps(json.loads((final / "config.json").read_text())))
     checkpoint = final.parent / "checkpoints" / f"step_{STEPS:06}"
     assert cli.main(["merge", str(final), str(checkpoint), str(final.parent / "merged")]) == 0
+    assert capsys.readouterr().err.count("what predicts further tokens (mtp), is left out") == 1
     assert torch.equal(probe(models.from_pretrained(final.parent / "merged").logits), probe(model.logits))
 
 
