@@ -2,10 +2,12 @@
 
 Settings stand on a ladder from fast to lean. An estimate (ftlib.preflight) says where to begin; a forward and backward
 there is measured, and from what it took the next rung is tried, up or down, until the fastest that fits is known. What
-was found lies in `<output_dir>/memory.json`: a run that goes on takes it from there, and repeats the same bits.
+it leaves unused is given to as many blocks as it lasts for: those keep more than the others. What was found lies in
+`<output_dir>/memory.json`: a run that goes on takes it from there, and repeats the same bits.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +31,10 @@ from ftlib.quant import qat
 from ftlib.sections import Loss, Memory
 
 SHARE = 0.92  # of the memory that is free, for `auto`: the allocator leaves gaps
+COST = {"none": 0.0, "selective": 0.02, "except_attention": 0.25, "full": 0.3}  # of a step's time, about: bench/LOG.md
+WAIT = 0.01  # that of parking what is kept in host memory
+LEAST = 0.01  # of a step's time: what blocks that differ must gain
+TRIES = 3  # at their number
 TILE = 8192  # tokens; for rows of at least twice as many
 FILE = "memory.json"
 
@@ -72,7 +78,7 @@ def settle(model: nn.Module, cfg: Any, run: Run) -> None:
         return None if peak is None else peak + extra
 
     at, peak = choose(rungs, measure, budget)
-    memory = rungs[at].memory
+    memory, peak = mixed(rungs, at, peak, measure, budget, len(model.model.layers))
     put(model, memory, run.device)
     model.memory_note = f"memory: {words(memory)}: measured {size(peak)} of {size(budget)}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +91,10 @@ def settle(model: nn.Module, cfg: Any, run: Run) -> None:
 def words(memory: Memory) -> str:
     """A setting, for people."""
     found = [f"recompute {memory.recompute}", *["offload"] * memory.offload]
+    if memory.recompute_layers:
+        both = "both " if memory.offload else ""
+        found.append(f"{both}in {memory.recompute_layers} blocks")
+        found.append(f"recompute {memory.recompute_rest} in the rest")
     return ", ".join(found + [f"tiled_mlp {memory.tiled_mlp}"] * bool(memory.tiled_mlp))
 
 
@@ -103,8 +113,8 @@ def note(model: nn.Module) -> list[str]:
 
 def ladder(model: nn.Module, cfg: Any, shards: int = 1) -> list[Rung]:
     """From the fastest to the leanest, where `shards` processes share the weights."""
-    changes = [{"recompute": name} for name in ("none", "selective", "except_attention", "full")]
-    changes.append({"recompute": "full", "offload": True})
+    changes = [{"recompute": name} for name in ("none", "selective", "except_attention")]
+    changes += [{"recompute": name, "offload": True} for name in ("except_attention", "full")]
     dense = all(hasattr(getattr(block, "mlp", None), "tile") for block in model.model.layers)
     if dense and cfg.batch.micro_rows * cfg.data.seq_len >= 2 * TILE:
         changes.append({"recompute": "full", "offload": True, "tiled_mlp": TILE})
@@ -139,13 +149,55 @@ def choose(rungs: Sequence[Rung], measure: Callable[[Memory], int | None], budge
             )
 
 
+def mixed(
+    rungs: Sequence[Rung], at: int, peak: int, measure: Callable[[Memory], int | None], budget: int, blocks: int
+) -> tuple[Memory, int]:
+    """(setting, its bytes): the rung `at`, which took `peak`, or a lean one for some blocks and a faster for the rest.
+
+    Of all pairs the one that should be the fastest is tried, if it gains anything to speak of; of how many blocks keep
+    more, estimates say where to begin, and what was measured how to go on.
+    """
+    best, off, found = (rungs[at].memory, peak), peak - rungs[at].estimate, []
+    if rungs[at].memory.tiled_mlp:
+        return best
+    for lean in (rung for rung in rungs[at:] if not rung.memory.tiled_mlp):
+        for fast in (rung for rung in rungs[:at] if rung.memory.recompute in ("none", "selective")):
+            each = (fast.estimate - lean.estimate) / blocks
+            if each > 0:
+                count = min(max(math.ceil((fast.estimate + off - budget) / each), 1), blocks)
+                setting = replace(lean.memory, recompute_layers=count, recompute_rest=fast.memory.recompute)
+                found.append((cost(setting, blocks), each, setting))
+    uniform = cost(best[0], blocks)
+    _, each, setting = min(found, default=(1.0, 1.0, best[0]), key=lambda one: one[0])
+    tried: set[int] = set()
+    while (count := setting.recompute_layers) not in tried and len(tried) < TRIES:
+        if not 0 < count < blocks or cost(setting, blocks) + LEAST > uniform:
+            break
+        tried.add(count)
+        took = measure(setting)
+        if took is not None and took <= budget:
+            best = setting, took
+            count -= int((budget - took) / each)
+        else:
+            count += (blocks - count + 1) // 2 if took is None else math.ceil((took - budget) / each)
+        setting = replace(setting, recompute_layers=max(count, 1))
+    return best
+
+
+def cost(memory: Memory, blocks: int) -> float:
+    """What a setting adds to a step's time, about, as a share of it."""
+    lean = memory.recompute_layers or blocks
+    whole = lean * (COST[memory.recompute] + WAIT * memory.offload) + (blocks - lean) * COST[memory.recompute_rest]
+    return whole / blocks
+
+
 def put(model: nn.Module, memory: Memory, device: torch.device) -> None:
     """Give the model this setting in place of the one it has."""
     torch.compiler.reset()
     recompute.use(model, memory, device)
     offload.detach(model, device)
     if memory.offload:
-        offload.attach(model)
+        offload.attach(model, memory.recompute_layers)
 
 
 def trial(model: nn.Module, cfg: Any, device: torch.device) -> int | None:

@@ -125,16 +125,24 @@ def _activations(model: nn.Module, cfg: Any, mesh: Parallel, parked: bool) -> di
     elements = [block_elements(arch, layer, scored, tile, mesh.tp) for layer in arch.layers]
     blocks = [tokens * width * count for count in elements]
     hidden = tokens * width * arch.dim
-    inputs = (min(len(blocks), PARKED) if parked else len(blocks)) * hidden // mesh.tp
-    attended = tokens * width * sum(layer.mixer.heads * layer.mixer.head_dim for layer in arch.layers) // mesh.tp
-    kept = {
-        "full": inputs,
-        "except_attention": inputs + attended,
-        "selective": int(0.7 * sum(blocks)),
-        "none": sum(blocks),
-    }[cfg.memory.recompute]
+    attended = [tokens * width * layer.mixer.heads * layer.mixer.head_dim // mesh.tp for layer in arch.layers]
+    lean = cfg.memory.recompute_layers or len(blocks)  # the others never wait in host memory
+
+    def keeps(mode: str, part: slice) -> int:
+        inputs = len(blocks[part]) * hidden // mesh.tp
+        return {
+            "full": inputs,
+            "except_attention": inputs + sum(attended[part]),
+            "selective": int(0.7 * sum(blocks[part])),
+            "none": sum(blocks[part]),
+        }[mode]
+
+    most = slice(lean), slice(lean, None)
+    inputs = (min(lean, PARKED) if parked else lean) * hidden // mesh.tp + keeps("full", most[1])
+    kept = keeps(cfg.memory.recompute, most[0])
     if cfg.memory.offload:
-        kept = min(kept, inputs)
+        kept = min(kept, min(lean, PARKED) * hidden // mesh.tp)
+    kept += keeps(cfg.memory.recompute_rest, most[1])
     head = model.lm_head.weight
     return {
         "activations": inputs,

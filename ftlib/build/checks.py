@@ -17,7 +17,7 @@ from ftlib.models import LanguageModel, load
 from ftlib.optim import adamw, in_backward, lisa, schedule_free
 from ftlib.optim.groups import parameter_groups
 from ftlib.parallel import check as mesh
-from ftlib.parallel import graphs, replicas
+from ftlib.parallel import graphs, recompute, replicas
 from ftlib.parallel.run import sizes
 from ftlib.preference import check as preference
 from ftlib.sections import Reward
@@ -50,6 +50,7 @@ def check_model(cfg: Any) -> LanguageModel:
     """The model on meta as a run would train it; UserError where its files or the config do not allow that."""
     folder, built = shapes(cfg)
     backend(cfg, built, default_device())
+    recompute.check(cfg.memory, len(built.model.layers))
     if cfg.dtype == "bf16" and (old := without_bf16(default_device())):
         warnings.warn(f"dtype=bf16: {bf16_note(old)}", stacklevel=2)
     if not from_scratch(cfg):

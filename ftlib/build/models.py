@@ -62,7 +62,7 @@ def model(cfg: Any, run: Run, reference: bool = False) -> LanguageModel:
         if run.device.type == "cuda" and run.dense["fsdp"].size() * run.dense["tp"].size() == 1:
             fuse(built)
     if cfg.memory.offload:
-        offload.attach(built)
+        offload.attach(built, cfg.memory.recompute_layers)
     if run.dense["fsdp"].size() == 1:
         built.replicas = _replicas(built, cfg, run)
     built.source, built.code = folder, own.mark(cfg.model.code)

@@ -77,7 +77,7 @@ SILENT = {
     "rollout": "max_batch vllm_memory vllm_sleep mismatch_warn mismatch_abort show show_every",
     "dialogue": "timeout_s",
     "eval": "every exact_match max_new_tokens samples prompts metric patience",
-    "memory": "recompute offload tiled_mlp budget_gib compile cuda_graph",
+    "memory": "recompute recompute_layers recompute_rest offload tiled_mlp budget_gib compile cuda_graph",
     "parallel": "dp_replicate dp_shard cp cp_style tp timeout_s",
     "checkpoint": "every keep keep_best resume background",
     "log": "every to project name statistics",

@@ -87,7 +87,8 @@ def lines(cfg: Any, gpus: int, gib: int) -> list[str]:
     found += [f"| GiB of each GPU | {' | '.join(parts)} | other | in all | fits | micro_rows up to |", "|---" * 8 + "|"]
     rungs = [rung.memory for rung in budget.ladder(model, cfg, ways)]
     asked = replace(cfg.memory, budget_gib=None)
-    for memory in rungs if asked in rungs else [asked, *rungs]:
+    blocks = len(model.model.layers)
+    for memory in sorted({asked, *rungs}, key=lambda memory: (-need(memory).about, budget.cost(memory, blocks))):
         taken = need(memory)
         at_peak = taken.moments[taken.peak]
         cells = [at_peak.get(part, 0) for part in parts]

@@ -67,7 +67,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(arch, layer, i) for i, layer in enumerate(arch.layers))
         self.norm = RMSNorm(arch.dim, arch.norm_eps, arch.zero_centered_norms)
         self.use_attention("sdpa")
-        self.saving: Callable[[], AbstractContextManager] = nullcontext  # what blocks keep for backward, and where
+        self.saving: Callable[[], AbstractContextManager] = nullcontext  # where blocks keep what backward needs:
+        self.parked = len(self.layers)  # that many of them, the first
         self.routed: list[Tensor] = []  # logits of the last pass, of each block that `routes`
 
     def use_attention(self, backend: str) -> None:
@@ -97,12 +98,12 @@ class Decoder(nn.Module):
     def blocks(self, x: Tensor, tables: dict[Rope, Turns], layout: AttentionLayout) -> Tensor:
         """The same where everything that is the batch's own has been made."""
         self.routed = []
-        with self.saving():
-            for block, layer in zip(self.layers, self.arch.layers, strict=True):
+        for i, (block, layer) in enumerate(zip(self.layers, self.arch.layers, strict=True)):
+            with self.saving() if i < self.parked else nullcontext():
                 x = block(x, tables.get(layer.mixer.rope), layout)
-                if isinstance(x, tuple):
-                    x, logits = x
-                    self.routed.append(logits)
+            if isinstance(x, tuple):
+                x, logits = x
+                self.routed.append(logits)
         return self.norm(x)
 
     def forward(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from ftlib.data.stream_workers import ENDED
 from ftlib.errors import UserError
 from ftlib.parallel import pulse
 from ftlib.sections.optim import HOST
+from ftlib.sections.run import LEANER
 
 TRACEBACK = "traceback.txt"
 MIB = 1 << 20
@@ -75,9 +76,10 @@ def knobs(cfg: Any) -> list[str]:
         smaller = max(n for n in range(1, batch.micro_rows) if batch.micro_rows % n == 0)
         found.append(f"batch.micro_rows: {batch.micro_rows} -> {smaller} (same results, more accumulation)")
     if memory is not None:
-        order = ("none", "selective", "except_attention", "full")
-        if memory.recompute in order[:-1]:
-            then = order[order.index(memory.recompute) + 1]
+        if (some := getattr(memory, "recompute_layers", 0)) != 0:
+            found.append(f"memory.recompute_layers: {some} -> 0 (all blocks, with recompute_rest left out; slower)")
+        elif memory.recompute in LEANER[:-1]:
+            then = LEANER[LEANER.index(memory.recompute) + 1]
             found.append(f"memory.recompute: {memory.recompute} -> {then} (same results, slower)")
         if getattr(memory, "offload", None) is False:
             found.append("memory.offload: false -> true (same results; activations wait in host memory)")

@@ -37,8 +37,9 @@ class _View:
     offset: int
 
 
-def attach(model: nn.Module) -> None:
-    """Park what the blocks of a model (with weights, on a GPU) keep for backward in host memory; weights stay.
+def attach(model: nn.Module, layers: int = 0) -> None:
+    """Park what the first `layers` blocks (0: all) of a model keep for backward in host memory; weights stay. The model
+    has weights, on a GPU.
 
     But for an embedding that is neither trained, nor the head's, nor sharded: its rows are read out of host memory.
     """
@@ -52,6 +53,7 @@ def attach(model: nn.Module) -> None:
     for block in model.model.layers:
         if isinstance(block, FSDPModule):
             block.register_forward_pre_hook(parking.enter)  # behind FSDP2's, which makes its weights whole
+    model.model.parked = layers or len(model.model.layers)
     model.model.saving = lambda: torch.autograd.graph.saved_tensors_hooks(parking.pack, parking.unpack)
 
 

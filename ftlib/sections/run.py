@@ -7,6 +7,7 @@ from ftlib.errors import did_you_mean
 from ftlib.sections.steps import Steps, check_steps
 
 LOGS = ("console", "tensorboard", "wandb", "mlflow")
+LEANER = ("none", "selective", "except_attention", "full")  # what backward computes again, from fast to lean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,8 @@ class Memory:
     """Speed against memory."""
 
     recompute: Literal["none", "selective", "except_attention", "full"] = "full"  # in backward; each leaves less
+    recompute_layers: int = 0  # of that many blocks, the first; 0: of all
+    recompute_rest: Literal["none", "selective", "except_attention"] = "none"  # of the others
     offload: bool = False  # what backward needs, and a frozen untied embedding, wait in pinned host memory
     tiled_mlp: int = 0  # tokens at a time in feed-forward layers, again in backward: for long rows; 0: all at once
     budget_gib: float | Literal["auto"] | None = None  # of the GPU: recompute, offload and tiles are found by trial
@@ -25,8 +28,19 @@ class Memory:
             raise ValueError("tiled_mlp: must not be negative")
         if self.budget_gib not in (None, "auto") and self.budget_gib <= 0:
             raise ValueError("budget_gib: must be above 0")
-        if self.budget_gib is not None and (self.offload or self.tiled_mlp):
-            raise ValueError("budget_gib: finds offload and tiled_mlp itself, leave them out")
+        if self.budget_gib is not None and (self.offload or self.tiled_mlp or self.recompute_layers):
+            raise ValueError("budget_gib: finds offload, tiled_mlp and recompute_layers itself, leave them out")
+        if self.recompute_layers < 0:
+            raise ValueError("recompute_layers: must not be negative")
+        if self.recompute_layers == 0 and self.recompute_rest != "none":
+            raise ValueError("recompute_rest: is for the blocks behind recompute_layers; set that too, or leave it out")
+        if self.recompute_layers and LEANER.index(self.recompute_rest) >= LEANER.index(self.recompute):
+            raise ValueError("recompute_rest: must keep more than recompute does; for all blocks leave both out")
+
+    def of_blocks(self, count: int) -> list[str]:
+        """What is computed again of each of `count` blocks."""
+        lean = min(self.recompute_layers or count, count)
+        return [self.recompute] * lean + [self.recompute_rest] * (count - lean)
 
 
 @dataclass(frozen=True, kw_only=True)
