@@ -169,6 +169,11 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor.expand(len(x), 1), out=torch.empty_like(x, dtype=dtype))
 
 
+def by_row(x: Tensor, factor: Tensor | None) -> Tensor:
+    """x [n, D] times a wide factor [n], or x itself without one."""
+    return x if factor is None else scaled(x, factor[:, None], x.dtype)
+
+
 class TiledSum(torch.autograd.Function):
     """Base of sums over the rows of a head that have a target; their gradients are made in the forward pass.
 
@@ -183,12 +188,14 @@ class TiledSum(torch.autograd.Function):
         labels: Tensor,
         targets: int | None,
         size: int,
-        differentiate: Callable[[Tensor, Tensor | slice], tuple[Tensor, Tensor | None]],
+        differentiate: Callable[[Tensor, Tensor | slice], tuple[Tensor, Tensor | None, Tensor | None]],
     ) -> Tensor:
         """The sum, float32 (float64 for float64 input), over tiles of at most `size` rows.
 
         `differentiate(hidden weight^T of the rows, rows)`: their part of it, and that part's gradient in the logits
-        [n, V], in their dtype; it may overwrite them, and give None where nothing needs a gradient.
+        [n, V], in their dtype; it may overwrite them, and give None where nothing needs a gradient. Then what the
+        gradient of each row is to be multiplied with, wide [n], or None: a factor that is rounded into the logits'
+        gradients, most of them at the label about -1, would be off for all that is below alike.
         """
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -197,12 +204,12 @@ class TiledSum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for rows in tiles(target_rows(labels, targets), labels.numel(), size):
             x = hidden[rows]
-            part, grad = differentiate(x @ weight.T, rows)
+            part, grad, factor = differentiate(x @ weight.T, rows)
             total += part
             if need_hidden:
-                grad_hidden[rows] = grad @ weight
+                grad_hidden[rows] = by_row(grad @ weight, factor)
             if need_weight:
-                _add_product(grad_weight, grad.T, x)
+                _add_product(grad_weight, grad.T, by_row(x, factor))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -232,11 +239,10 @@ class _LinearCrossEntropy(TiledSum):
     ) -> Tensor:
         tile = tile_function(hidden.device, group)
 
-        def differentiate(logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        def differentiate(logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor | None]:
             nll = tile(logits, labels[rows], scale, softcap)  # the logits now hold their gradient
-            if weights is not None:
-                nll *= weights[rows]
-                logits *= weights[rows][:, None]
-            return nll.sum(), logits
+            if weights is None:
+                return nll.sum(), logits, None
+            return (nll * weights[rows]).sum(), logits, weights[rows].to(nll.dtype)
 
         return TiledSum.add_up(ctx, hidden, weight, labels, targets, tile_rows(hidden, weight, group), differentiate)

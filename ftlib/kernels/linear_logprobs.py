@@ -134,8 +134,7 @@ class _LinearLogprobs(torch.autograd.Function):
             x = hidden[at]
             slope = x @ weight.T
             tile(slope, labels[at], scale, softcap)
-            slope *= -grad[at][:, None]
             if grad_hidden is not None:
-                grad_hidden[at] = slope @ weight
-            grad_weight += slope.T @ x
+                grad_hidden[at] = head.by_row(slope @ weight, -grad[at])
+            grad_weight += slope.T @ head.by_row(x, -grad[at])
         return grad_hidden, grad_weight.to(weight.dtype), *(None,) * 5

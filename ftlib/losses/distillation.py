@@ -149,15 +149,15 @@ class _Tiled(TiledSum):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needed = any(ctx.needs_input_grad[:2])
 
-        def differentiate(logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+        def differentiate(logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor | None, None]:
             logits = logits.to(wide)
             if not needed:
-                return compare(logits, rows), None
+                return compare(logits, rows), None, None
             with torch.enable_grad():
                 logits.requires_grad_()
                 part = compare(logits, rows)
                 (grad,) = torch.autograd.grad(part, logits)
-            return part.detach(), grad.to(hidden.dtype)
+            return part.detach(), grad.to(hidden.dtype), None
 
         size = max(1, tile_rows(hidden, weight) // SLOTS)
         return TiledSum.add_up(ctx, hidden, weight, labels, targets, size, differentiate)

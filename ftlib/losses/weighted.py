@@ -83,7 +83,7 @@ class _Weighted(TiledSum):
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
 
-        def differentiate(logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        def differentiate(logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor | None]:
             at = labels[rows][:, None]
             z = logits.to(wide) * scale
             slope = scale
@@ -92,11 +92,10 @@ class _Weighted(TiledSum):
                 z, slope = softcap * bent, scale * (1 - bent * bent)
             lse = z.logsumexp(-1)
             nll = lse - z.gather(1, at)[:, 0]
-            weights, squares, slopes = weigh(z, nll), lse.square(), 2 * z_loss * lse
-            if own is not None:
-                weights, squares, slopes = (own[rows] * each for each in (weights, squares, slopes))
-            part = (weights * nll).sum() + z_loss * squares.sum()
-            grad = (z - lse[:, None]).exp_().mul_((weights + slopes)[:, None])
-            return part, grad.scatter_add_(1, at, -weights[:, None]).mul_(slope).to(hidden.dtype)
+            weights, each = weigh(z, nll), None if own is None else own[rows].to(wide)
+            part = weights * nll + z_loss * lse.square()
+            grad = (z - lse[:, None]).exp_().mul_((weights + 2 * z_loss * lse)[:, None])
+            grad.scatter_add_(1, at, -weights[:, None]).mul_(slope)
+            return (part if each is None else each * part).sum(), grad.to(hidden.dtype), each
 
         return TiledSum.add_up(ctx, hidden, weight, labels, targets, tile_rows(hidden, weight), differentiate)

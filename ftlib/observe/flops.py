@@ -1,11 +1,13 @@
 """Useful floating-point work of one training token, and what devices can do: the two halves of MFU."""
 
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import NamedTuple
 
 from torch import nn
 
 from ftlib.adapters.saved_modules import Copies
+from ftlib.layers.moe import Experts
 from ftlib.optim import lisa
 
 TERA = 1e12
@@ -43,8 +45,8 @@ def count_weights(model: nn.Module) -> tuple[int, int]:
     """(frozen, trainable) weights that a token is multiplied with: matrices, but no embedding that is only looked up.
 
     Sharded, quantized and meta parameters count whole.
-    Where an adapter trains a module whole, its copy counts and the base's weight does not. A mixture of experts counts
-    every expert: scale by the active share.
+    Where an adapter trains a module whole, its copy counts and the base's weight does not. Of a mixture's experts, and
+    of their adapters, the share counts that a token goes through.
     """
     lookups = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     inside = {id(part) for module in lookups for part in module.modules()}
@@ -56,11 +58,19 @@ def count_weights(model: nn.Module) -> tuple[int, int]:
     used = {id(p) for module in others if id(module) not in replaced for p in module.parameters(recurse=False)}
     skipped = {id(p) for module in model.modules() for p in module.parameters(recurse=False)} - used
     asleep = {id(p) for p in lisa.asleep(model, 1)}
-    counts = [sum(module.base.shape.numel() for module in others if hasattr(module, "base")), 0]
+    shares: dict[int, Fraction] = {}
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        inside = (*experts.modules(), *experts.parameters())
+        shares |= dict.fromkeys(map(id, inside), Fraction(experts.spec.top_k, experts.spec.experts))
+    counts = [Fraction(0), Fraction(0)]
+    for module in others:
+        if hasattr(module, "base"):
+            counts[0] += module.base.shape.numel() * shares.get(id(module), 1)
     for parameter in model.parameters():
         if parameter.ndim >= 2 and id(parameter) not in skipped:
-            counts[parameter.requires_grad and id(parameter) not in asleep] += parameter.numel()
-    return counts[0], counts[1]
+            trains = parameter.requires_grad and id(parameter) not in asleep
+            counts[trains] += parameter.numel() * shares.get(id(parameter), 1)
+    return round(counts[0]), round(counts[1])
 
 
 def flops_per_token(frozen: int, trainable: int, attention: Iterable[tuple[int, int | None]], seq_len: int) -> float:

@@ -147,10 +147,12 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int | None)
     distinct = {id(p): p for p in model.parameters()}.values()
     trained = [p for p in distinct if p.requires_grad]
     slots = [v for p, state in optimizer.state.items() for v in state.values() if _beside(v, p)]
+    # As large as what trains, once backward has ended; one at a time where it moves before that.
+    gradients = trained if getattr(optimizer, "in_backward", None) is None else sorted(trained, key=_bytes)[-1:]
     held = {
         "frozen weights": [*(p for p in distinct if not p.requires_grad), *model.buffers()],  # quantized ones
         "trained weights": trained,
-        "gradients": trained,  # as large, once backward has ended
+        "gradients": gradients,
         "optimizer state": slots,
     }
     sizes = {name: sum(_bytes(t) for t in tensors) for name, tensors in held.items()}

@@ -4,6 +4,7 @@ import math
 import warnings
 
 from ftlib.sections import Relora, Schedule
+from ftlib.sections.optim import WARMUP
 from ftlib.sections.steps import in_steps
 
 TIMESCALE = 10_000  # of inverse_sqrt without warm-up, as in transformers
@@ -24,7 +25,7 @@ def learning_rate(cfg: Schedule, peak: float, step: int, steps: int, restarts: R
         since = (step - 1) % restarts.every + 1
         if since <= restarts.warmup_steps:
             return learning_rate(cfg, peak, step, steps) * since / restarts.warmup_steps
-    warmup = warmup_steps(cfg, steps)
+    warmup = cfg.warmup(steps)
     if step <= warmup:
         return peak * step / warmup
     if cfg.name == "constant":
@@ -38,17 +39,10 @@ def learning_rate(cfg: Schedule, peak: float, step: int, steps: int, restarts: R
     return peak * (cfg.min_ratio + (1 - cfg.min_ratio) * shape)
 
 
-def warmup_steps(cfg: Schedule, steps: int) -> int:
-    """Steps of the warm-up of a run of `steps`. A number of them shortens itself to a tenth of the run, so that a run
-    of few steps trains at its peak too; a share means what it says."""
-    warmup = in_steps(cfg.warmup_steps, steps)
-    return warmup if isinstance(cfg.warmup_steps, float) else min(warmup, steps // 10)
-
-
 def check(cfg: Schedule, steps: int) -> None:
     """Warn of what is asked for and does not fit into a run of `steps`."""
-    asked, warmup = cfg.warmup_steps, warmup_steps(cfg, steps)
-    if asked >= steps and asked != Schedule().warmup_steps:  # else nobody asked for it
+    asked, warmup = cfg.warmup_steps, cfg.warmup(steps)
+    if asked >= steps and asked != WARMUP:  # else nobody asked for it
         what = f"schedule.warmup_steps is {asked} and steps {steps}, which leaves none for anything else"
         warnings.warn(f"{what}: the warm-up is shortened to {warmup} steps", stacklevel=3)
     if cfg.name == "wsd" and (decay := in_steps(cfg.decay, steps)) > steps - warmup:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ftlib.sections.steps import Steps, check_steps
+from ftlib.sections.steps import Steps, check_steps, in_steps
 
 HOST = ("adamw", "lion", "ademamix")  # optimizers whose state may wait in host memory
 # Settings of some optimizers only: their values when not set. Setting one for another optimizer is a mistake.
@@ -103,12 +103,15 @@ class Optim:
         return SETTINGS[self.name][name] if value is None else value
 
 
+WARMUP = 20  # steps, if nobody asks for others
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Linear warm-up, then the named decay to `min_ratio` of the peak at the last step."""
 
     name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"  # wsd: constant, at the end linear
-    warmup_steps: Steps = 20  # at most a tenth of the run; a share of it (0.03) is taken as it is
+    warmup_steps: Steps = WARMUP  # or a share of the run (0.03); left at 20, at most a tenth of the run
     decay_steps: Steps | None = None  # wsd: steps of the decay at the end, or a share of the run's, 0.1
     min_ratio: float = 0.0  # learning rate at the last step, as a share of the peak; inverse_sqrt: the lowest
 
@@ -123,6 +126,13 @@ class Schedule:
             raise ValueError("decay_steps: with warmup_steps more than the whole run")
         if not 0 <= self.min_ratio <= 1:
             raise ValueError("min_ratio: must lie between 0 and 1")
+
+    def warmup(self, steps: int) -> int:
+        """Steps of the warm-up of a run of `steps`. What nobody asked for, or what would leave no other step, shortens
+        itself to a tenth of the run, so that a run of few steps trains at its peak too."""
+        asked = in_steps(self.warmup_steps, steps)
+        unasked = self.warmup_steps == WARMUP or asked >= steps
+        return min(asked, steps // 10) if unasked and not isinstance(self.warmup_steps, float) else asked
 
     @property
     def decay(self) -> Steps:

@@ -20,11 +20,13 @@ def in_steps(value: Steps, steps: int) -> int:
 
 
 def shares(cfg: Any, steps: int) -> list[str]:
-    """What the shares in a recipe's config became in a run of `steps`, for the user."""
+    """What the shares in a config, and a warm-up nobody asked for, became in a run of `steps`, for the user."""
     said = []
     for section, names in SHARED.items():
         for name in names:
             value = getattr(getattr(cfg, section, None), name, None)
             if isinstance(value, float) and value:
                 said.append(f"{section}.{name} {value:g} is {in_steps(value, steps):,}")
+            elif name == "warmup_steps" and value and (became := cfg.schedule.warmup(steps)) != value:
+                said.append(f"{section}.{name} {value} is {became:,}")
     return [f"of {steps:,} steps: {', '.join(said)}"] if said else []

@@ -15,7 +15,7 @@ from ftlib.optim.schedule import learning_rate
 from ftlib.sections import Checkpoint, Eval, Optim, Schedule
 from ftlib.sections.optim import Group
 from ftlib.sections.rl import Greedy
-from ftlib.sections.steps import in_steps
+from ftlib.sections.steps import in_steps, shares
 
 
 def rates(steps, **kw):
@@ -73,6 +73,14 @@ def test_a_decay_of_its_own_is_for_wsd_and_has_to_fit():
 def test_short_runs_reach_the_peak_early_and_never_train_at_zero(steps):
     r = rates(steps, name="constant", warmup_steps=1000)
     assert max(r) == 1.0 and min(r) > 0
+
+
+def test_a_warmup_that_somebody_asked_for_is_as_long_as_they_said():
+    assert rates(8, name="constant", warmup_steps=5)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates(45, name="constant")[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0]), "a tenth, as nobody asked"
+    cfg = SimpleNamespace(schedule=Schedule())
+    assert shares(cfg, 45) == ["of 45 steps: schedule.warmup_steps 20 is 4"] and shares(cfg, 200) == []
+    assert shares(SimpleNamespace(schedule=Schedule(warmup_steps=5)), 8) == []
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
