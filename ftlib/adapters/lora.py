@@ -61,7 +61,8 @@ def attach_section(
         if cfg.init == "loftq":
             if not hasattr(linear, "base"):
                 what = f"loftq begins with what quantization loses, and {layer} is not quantized"
-                raise UserError(what, where="lora.init", fix="set model.quantize=nf4, or take another lora.init")
+                fix = "take another lora.init, or set model.quantize=nf4 (which goes with no qat)"
+                raise UserError(what, where="lora.init", fix=fix)
             linear.base.lost = linear.adapters[name].start_from_loss
     saved_modules.attach(model, cfg.modules_to_save, name, dtype)
     if tokens:

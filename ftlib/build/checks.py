@@ -120,7 +120,8 @@ def _check_parallel(cfg: Any, world: int) -> int:
     replicate, shard, cp, tp = shape = sizes(cfg.parallel, world)
     replicas.check(cfg, shape)
     if cfg.memory.offload and default_device().type != "cuda":
-        raise UserError("offload needs a GPU to offload from", where="memory.offload", fix="set memory.offload=false")
+        what = "offload needs a GPU to offload from, and there is none here"
+        raise UserError(what, where="memory.offload", fix="set memory.offload=false")
     budget.check(cfg, world)
     graphs.check(cfg, world)
     check_rows(cfg, replicate * shard)

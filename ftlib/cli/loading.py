@@ -108,9 +108,16 @@ def _round(model: LanguageModel, adapter: Path) -> None:
     form = peft_format.base_form(adapter)
     if form in FORMATS:
         quant.round_through(model, form)
-        print(f"note: below {adapter} the base has what {form} keeps of it, as in training", file=sys.stderr)
+        inputs = "; what model.fp8 rounds besides, the inputs of its products, is as it is here" * (form == "fp8")
+        print(f"note: below {adapter} the base has what {form} keeps of it, as in training{inputs}", file=sys.stderr)
     elif form:
         note_other_base(adapter, form)
+
+
+def _rounds_inputs(form: dict | None) -> bool:
+    """Whether a compressed-tensors config names a format for inputs of layers."""
+    groups = (form or {}).get("config_groups") or {}
+    return any(isinstance(group, dict) and group.get("input_activations") for group in groups.values())
 
 
 def load(
@@ -140,6 +147,9 @@ def load(
         check_predicts(base, adapter)
     model = models.from_pretrained(base, dtype=dtype, device=device, decoder=own.find(code))
     model.code = now or next(filter(None, was.values()), None)
+    if _rounds_inputs(hub.read_config(base).get("quantization_config")):
+        what = f"{base} rounds the inputs of its layers too, where it runs in 8 bits; here only its weights are rounded"
+        print(f"note: {what}", file=sys.stderr)
     if adapter is not None:
         if rounded:
             _round(model, adapter)

@@ -21,6 +21,7 @@ from ftlib.observe.metrics import MetricsFile
 from ftlib.observe.progress import Progress
 from ftlib.observe.said import Said
 from ftlib.observe.watch import Watch
+from ftlib.optim import adamw
 from ftlib.parallel import graphs, pulse
 from ftlib.parallel import run as processes
 from ftlib.quant.frozen import FrozenWeight
@@ -47,6 +48,7 @@ class Output:
         self._rate: float | None = None  # of the last step of the run that goes on
         self._notes = [*processes.note(cfg.parallel, run.world), *attention_note(getattr(model, "model", None))]
         self._notes += [*quant.note(model), *budget.note(model), *balancing.note(model, cfg), *loss_note(cfg)]
+        self._notes += adamw.note(model, cfg.optim)
         mixers = [(layer.mixer.heads * layer.mixer.head_dim, layer.mixer.window) for layer in model.arch.layers]
         peak = None
         if run.device.type == "cuda":

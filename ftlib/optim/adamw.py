@@ -101,9 +101,7 @@ class AdamW(Update):
 
     def _block(self, p: Tensor) -> int:
         """Numbers in a block of this parameter's states; 0 where they are kept wide."""
-        if self.states not in KINDS or p.ndim < 2 or p.numel() < SMALLEST:
-            return 0
-        block = block_size(p.shape[-1], self.states)
+        block = few_bits(p, self.states)
         return 0 if block and local(p).shape[-1] % block else block  # columns may be cut between processes
 
     def _start(self, p: Tensor, block: int) -> dict[str, Any]:
@@ -218,6 +216,21 @@ def _wrapped(n: int) -> int:
     return (n + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
+def few_bits(p: Tensor, states: str | None) -> int:
+    """Numbers in a block of a parameter's states, 0 where they are kept wide."""
+    fits = states in KINDS and p.ndim > 1 and p.numel() >= SMALLEST
+    return block_size(p.shape[-1], states) if fits else 0
+
+
+def note(model: nn.Module, cfg: Optim) -> list[str]:
+    """What a run says of states in few bits: of how many matrices, as small ones are kept wide."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    held = sum(few_bits(p, cfg.states) > 0 for p in trained)
+    if cfg.states not in KINDS or held == len(trained):
+        return []
+    return [f"optimizer: states of {held} of {len(trained)} parameters in {cfg.states}, of small ones in fp32"]
+
+
 def check(model: nn.Module, cfg: Optim) -> None:
     """UserError for what the trained parameters or this machine's GPU have no use for."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -234,6 +247,12 @@ def check(model: nn.Module, cfg: Optim) -> None:
             "stochastic rounding is for bf16 weights, and those that are trained are kept in fp32",
             where="optim.rounding, dtype",
             fix="set optim.rounding=nearest, or train the weights themselves in bf16 (recipes/full_sft.py, dtype=bf16)",
+        )
+    if cfg.states in KINDS and not any(few_bits(p, cfg.states) for p in trained):
+        raise UserError(
+            f"no matrix that trains has {SMALLEST:,} numbers or more, so nothing would be kept in {cfg.states}",
+            where="optim.states",
+            fix="leave it out",
         )
     if cfg.states == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8:
         raise UserError("this GPU has no fp8", where="optim.states", fix="set optim.states=int8, which is as small")

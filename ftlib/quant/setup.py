@@ -83,7 +83,7 @@ def check(cfg: Any, kept: dict) -> None:
         )
     if section.quantize not in (None, "fp8"):
         raise UserError(
-            f"a base kept in {section.quantize} is made whole for its products",
+            f"a base kept in {section.quantize} is made whole for its products, which then are not in fp8",
             where="model.quantize, model.fp8",
             fix="model.quantize=fp8, or leave one of them out",
         )
@@ -106,13 +106,14 @@ def _check_conversion(result: Path, form: dict | None) -> None:
 
 def _check_rounding(cfg: Any, where: str) -> None:
     if cfg.model.quantize or cfg.model.fp8:
+        also = ", ".join(f"model.{key}" for key in ("quantize", "fp8") if getattr(cfg.model, key))
         raise UserError(
-            "layers are rounded as the result will be, not in a second way beside it",
-            where=f"{where}, model.quantize, model.fp8",
-            fix="leave model.quantize and model.fp8 out",
+            f"{where} rounds layers as its result will be, not in a second way beside it",
+            where=f"{where}, {also}",
+            fix=f"leave {also} out",
         )
     if cfg.parallel.tp > 1:
-        what = "matrices are rounded whole"
+        what = f"{where} rounds whole matrices, and tp gives each process a part of them"
         raise UserError(what, where=f"{where}, parallel.tp", fix="set parallel.tp=1; the other axes work")
     steps, lora = getattr(cfg, "steps", None), getattr(cfg, "lora", None)
     if where == "qat" and steps is not None and cfg.qat.after >= steps:

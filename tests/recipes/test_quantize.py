@@ -59,7 +59,7 @@ def test_training_and_converting_agree(recipe, scheme, file, tmp_path):
         ("lora_sft", ["qat.scheme=int4", "model.quantize=nf4"], "not in a second way"),
         ("lora_sft", ["qat.scheme=int4", "lora.dora=true"], "no gradient for a length"),
         ("lora_sft", ["qat.scheme=int4", "lora.modules_to_save=[up_proj]"], "up_proj: a module trained whole"),
-        ("full_sft", ["qat.scheme=int4", "parallel.tp=2"], "rounded whole"),
+        ("full_sft", ["qat.scheme=int4", "parallel.tp=2"], "rounds whole matrices"),
         ("full_sft", ["qat.scheme=int4", "qat.after=45"], "begin after the last of 45"),
         ("full_sft", ["qat.scheme=int4", "qat.group=40"], "no multiple of 40"),
         ("full_sft", ["qat.group=12"], "multiple of 8"),

@@ -6,6 +6,8 @@ from torch import nn
 
 from ftlib import optim
 from ftlib.checkpoint.tensors import optimizer_state
+from ftlib.errors import UserError
+from ftlib.optim import adamw
 from ftlib.sections import Optim
 
 
@@ -57,3 +59,14 @@ def test_a_checkpoint_counts_steps_that_were_taken():
     numbers = optimizer_state(model, [optimizer])[1]
     assert {name: n for name, n in numbers.items() if name.endswith(".step")} == {
         "optim.state.weight.step": 1, "optim.state.bias.step": 1}  # fmt: skip
+
+
+def test_states_that_would_all_be_wide_are_refused_and_some_are_told():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8, bias=False))
+    assert adamw.note(model, Optim(states="int4")) == [
+        "optimizer: states of 1 of 3 parameters in int4, of small ones in fp32"
+    ]
+    adamw.check(model, Optim(states="int4"))
+    assert not adamw.note(model, Optim()) and not adamw.note(model[:1].requires_grad_(False), Optim(states="int8"))
+    with pytest.raises(UserError, match="nothing would be kept in int8"):
+        adamw.check(model[1], Optim(states="int8"))

@@ -92,3 +92,14 @@ def test_sizes_are_those_of_the_run(config, capsys):
 def test_what_just_fits_is_tight(config, capsys):
     took = float(planned(capsys, "lora_sft", "--config", config)[1]["recompute none"][5])
     assert planned(capsys, "lora_sft", "--config", config, "--gib", round(took) + 1)[1]["recompute none"][6] == "tight"
+
+
+def test_a_budget_is_what_there_is(config, capsys):
+    lines, rows = planned(capsys, "lora_sft", "--config", config, "memory.budget_gib=24")
+    assert lines[0].startswith("1 GPU of 24.0 GiB")
+    assert rows["recompute none"][6] == "no" and rows["recompute except_attention, offload"][6] == "yes"
+
+
+def test_what_the_estimate_does_not_know_is_said(config, capsys):
+    said = [planned(capsys, "lora_sft", "--config", config, *more)[0] for more in ((), ("qat.scheme=int4",))]
+    assert ["qat is not in these estimates" in " ".join(lines) for lines in said] == [False, True]
