@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from ftlib.cli.arguments import Parser  # noqa: E402
 from ftlib.errors import UserError  # noqa: E402
 from ftlib.models import hub  # noqa: E402
-from ftlib.models.weights import Weights, open_folder  # noqa: E402
+from ftlib.models.weights import Weights, open_folder, save_tensors  # noqa: E402
 
 SHARD_BYTES = 5 * 1024**3
 NEARLY_PARALLEL = 0.9995  # cosine from which a straight line is as good, and the sine too small to divide by
@@ -122,7 +121,7 @@ def _write(out: Path, opened: Sequence[Weights], args: argparse.Namespace) -> No
         shard[key], size = found.contiguous(), size + found.numel() * found.element_size()
         if size >= SHARD_BYTES or number == len(names) - 1:
             shards.append(list(shard))
-            save_file(shard, out / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+            save_tensors(shard, out / f"part-{len(shards)}.safetensors")
             shard, size = {}, 0
     if len(shards) == 1:
         (out / "part-1.safetensors").rename(out / "model.safetensors")

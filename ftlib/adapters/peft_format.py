@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ftlib.adapters import hf_layers, initial, lora, saved_modules, token_rows
@@ -17,6 +16,7 @@ from ftlib.layers.linear import Linear
 from ftlib.models import hub, own, shards
 from ftlib.models.resize import resize_embeddings
 from ftlib.models.shards import unsharded
+from ftlib.models.weights import save_tensors
 from ftlib.quant import kept_in
 from ftlib.sections import Lora
 
@@ -78,7 +78,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(model, layers, one, modules) | {"base_model_name_or_path": base, "revision": revision}
     config["trainable_token_indices"] = tokens or None
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / TENSORS)
     own.record(folder, {"model.quantize": kept_in(model)}, getattr(model, "code", None))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

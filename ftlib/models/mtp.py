@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ftlib.errors import UserError
@@ -17,7 +16,7 @@ from ftlib.models.decoder import init_parameters, level_experts
 from ftlib.models.initial import STD
 from ftlib.models.language_model import LanguageModel
 from ftlib.models.shards import local_index, whole
-from ftlib.models.weights import open_folder
+from ftlib.models.weights import open_folder, save_tensors
 from ftlib.sections.loss import Mtp
 
 FOLDER = "mtp"  # below a model's, where nothing that loads the model looks
@@ -100,7 +99,7 @@ def save(model: LanguageModel, folder: Path, write: bool = True) -> None:
     tensors = {name: whole(parameter) for name, parameter in model.mtp.named_parameters()}
     if write:
         (folder / FOLDER).mkdir(exist_ok=True)
-        save_file(tensors, folder / FOLDER / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / FOLDER / "model.safetensors")
 
 
 def ahead(tokens: Tensor, layout: Layout, k: int, missing: int) -> Tensor:

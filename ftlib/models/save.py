@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ftlib.models import keys, mtp, own
 from ftlib.models.language_model import LanguageModel
 from ftlib.models.load import Stored, base_state
 from ftlib.models.shards import whole
+from ftlib.models.weights import save_tensors
 
 SHARD_BYTES = 5 * 1024**3
 Tensors = Iterator[tuple[str, Tensor]]
@@ -45,7 +45,7 @@ def save_pretrained(
     for tensors in _shards(every, shard_bytes):
         if write:
             path = folder / f"part-{len(shards)}.safetensors"
-            save_file(tensors, path, metadata={"format": "pt"})
+            save_tensors(tensors, path)
             shards.append((path, list(tensors)))
             total += sum(t.numel() * t.element_size() for t in tensors.values())
     mtp.save(model, folder, write)

@@ -2,18 +2,29 @@
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ftlib.errors import UserError
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 PRECISIONS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by their names in a header
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file, as open to others as this user's files are: safetensors 0.8 keeps its own to the owner, and a
+    shared folder would hold models that nobody else can load."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 @dataclass
