@@ -88,7 +88,7 @@ def lines(cfg: Any, gpus: int, gib: int) -> list[str]:
     found += [f"| GiB of each GPU | {' | '.join(parts)} | other | in all | fits | micro_rows up to |", "|---" * 8 + "|"]
     rungs = [rung.memory for rung in budget.ladder(model, cfg, ways)]
     asked = replace(cfg.memory, budget_gib=None)
-    blocks = len(model.model.layers)
+    blocks, form = len(model.model.layers), ".1f" if need(asked).about >= 1 << 31 else ".3f"
     for memory in sorted({asked, *rungs}, key=lambda memory: (-need(memory).about, budget.cost(memory, blocks))):
         taken = need(memory)
         at_peak = taken.moments[taken.peak]
@@ -96,7 +96,7 @@ def lines(cfg: Any, gpus: int, gib: int) -> list[str]:
         cells += [taken.about - sum(cells), taken.about]
         most = max((rows for rows in _doubling() if rows * replicas * shard <= step and fits(memory, rows)), default=0)
         this = " (this config)" if memory == asked and cfg.memory.budget_gib is None else ""
-        found.append(f"| {budget.words(memory)}{this} | {' | '.join(f'{cell / 2**30:.1f}' for cell in cells)} | "
+        found.append(f"| {budget.words(memory)}{this} | {' | '.join(f'{cell / 2**30:{form}}' for cell in cells)} | "
                      f"{_verdict(taken.about / budget_bytes)} | {most or '-'} |")
     found += ["", *_left_out(cfg)]
     taken = need(asked)

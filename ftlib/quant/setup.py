@@ -61,6 +61,9 @@ def check(cfg: Any, kept: dict) -> None:
             fix = "leave it out: to.scheme says what is rounded here"
         what = "only the frozen matrices below an adapter can be quantized"
         raise UserError(what, where="model.quantize", fix=fix)
+    if section.quantize in ("int8", "fp8") and getattr(cfg.lora, "init", None) == "loftq":
+        what = f"loftq begins with what {section.quantize} loses, which is little: A and B both begin near 0"
+        warnings.warn(f"lora.init: {what} and learn slowly at first; it is for model.quantize=nf4", stacklevel=2)
     packed = hub.packed(kept)
     if section.quantize and packed:
         what = f"model.path is kept in {packed.get('quant_method', 'few bits')} already"

@@ -70,3 +70,10 @@ def test_refused(recipe, more, says, tmp_path, capsys):
     config = f"configs/demo_{recipe.removesuffix('_sft')}.yaml"
     assert tune(["validate", f"recipes/{recipe}.py", "--config", config, *more, f"output_dir={tmp_path}"]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("form", "slow"), [("int8", True), ("nf4", False)])
+def test_a_start_from_little_loss_is_warned_of(form, slow, tmp_path, recwarn):
+    words = ["--config", "configs/demo_lora.yaml", f"model.quantize={form}", "lora.init=loftq"]
+    assert tune(["validate", "recipes/lora_sft.py", *words, f"output_dir={tmp_path}"]) == 0
+    assert any("learn slowly at first" in str(one.message) for one in recwarn) == slow
