@@ -6,8 +6,9 @@ from tiny_model import train, write_config, write_model, write_rows
 def test_a_rate_that_jumps_is_told(tmp_path, capsys):
     made = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 16)
     held_out = write_rows(tmp_path / "held_out.jsonl", 4, seed=1)
+    schedule = {"name": "cosine", "min_ratio": 0.1}
     file = write_config(
-        tmp_path / "config.yaml", *made, held_out, steps=4, checkpoint={"every": 2}, schedule={"name": "cosine"}
+        tmp_path / "config.yaml", *made, held_out, steps=4, checkpoint={"every": 2}, schedule=schedule
     )
 
     def rates(*more):

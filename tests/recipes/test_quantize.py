@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import train, write_config, write_model, write_rows
 
 from ftlib import models
+from ftlib.cli import loading
 from ftlib.cli import main as tune
 from ftlib.models.load import DTYPES
 from ftlib.quant.schemes import SCHEMES
@@ -27,7 +28,7 @@ def file(tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", ["full", "lora"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_training_and_converting_agree(recipe, scheme, file, tmp_path):
+def test_training_and_converting_agree(recipe, scheme, file, tmp_path, capsys):
     dtype = {"full": "fp32", "lora": "bf16"}[recipe]
     rounding = {"scheme": scheme} | ({"group": 16} if SCHEMES[scheme].grouped else {})
     settings = json.loads(file.read_text()) | {"dtype": dtype, "qat": rounding | {"after": 1}}
@@ -43,7 +44,9 @@ def test_training_and_converting_agree(recipe, scheme, file, tmp_path):
     (tmp_path / "quantize.json").write_text(json.dumps(settings))
     before, after = train("quantize", "--config", tmp_path / "quantize.json")
     assert before["eval_loss"] != after["eval_loss"] == trained[-1]["eval_loss"]
-    final = models.from_pretrained(tmp_path / "quantized/final", dtype=torch.float32)
+    capsys.readouterr()
+    final, _ = loading.load(tmp_path / "quantized/final", None, dtype=torch.float32, device="cpu")
+    assert ("only its weights are rounded" in capsys.readouterr().err) == (scheme != "int4"), "inputs are not, here"
     plain = models.from_pretrained(model, dtype=torch.float32)
     name = "model.layers.1.mlp.up_proj"
     written, weight = (each.get_submodule(name).weight.detach() for each in (final, plain))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity.shrink import published
+from parity.shrink import published, shrunk
 
 from ftlib import models
 from ftlib.adapters import lora
@@ -29,6 +29,11 @@ def test_a_number_in_few_bits_is_a_number():
     plain = count_weights(model)
     assert plain[0] > 0 and hold(model, "nf4") == 28
     assert count_weights(model) == plain
+    arch, table = families.read(shrunk("qwen3-30b-a3b"))
+    with torch.device("meta"):
+        model = LanguageModel(arch, table, shrunk("qwen3-30b-a3b")).requires_grad_(False)
+    plain = count_weights(model)
+    assert hold(model, "int8") > 0 and count_weights(model) == plain, "of experts a share"
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["alone", "with adapters"])

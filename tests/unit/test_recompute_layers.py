@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -182,8 +183,22 @@ def test_what_is_left_goes_to_as_many_blocks_as_it_lasts_for(allowed, count, res
 def test_estimates_that_are_off_are_measured_away(scale, allowed):
     setting, seen = settled(allowed, scale=scale, blocks=10)
     exact, _ = settled(allowed)
-    assert budget.cost(setting, 10) <= budget.cost(exact, 10) + 0.06
+    assert budget.cost(setting, 10) <= budget.cost(exact, 10) + 0.035
     assert len(seen) <= len(NAMES) + budget.TRIES
+
+
+def test_a_guess_that_was_too_careful_is_made_again():
+    """Estimates say 8 blocks; each try tells that more is left."""
+    ladder, seen = rungs(), []
+    for at, high in ((0, 300), (1, 260)):
+        ladder[at] = budget.Rung(ladder[at].memory, high)
+
+    def measure(memory):
+        seen.append(memory.recompute_layers)
+        return 100 + memory.recompute_layers + 8 * (10 - memory.recompute_layers)
+
+    setting, took = budget.mixed(ladder, 3, 110, measure, 150, 10)
+    assert seen == [8, 7, 6] and setting.recompute_layers == 6 and took == 138
 
 
 def test_a_mixture_that_runs_out_of_memory_leaves_the_plain_setting():
@@ -203,7 +218,9 @@ def test_estimates_lie_between_those_of_their_parts(folder):
     for lean in ({"recompute": "full"}, {"recompute": "except_attention", "offload": True}):
         sizes = [about(**lean)]
         sizes += [about(**lean, recompute_layers=n, recompute_rest="selective") for n in (3, 2, 1)]
-        assert sizes[0] == sizes[1] and sizes == sorted(sizes) and sizes[3] < about(recompute="selective")
+        assert sizes[0] == sizes[1]
+        each = [more - less for less, more in pairwise([*sizes[1:], about(recompute="selective")])]
+        assert each == pytest.approx([sum(each) / BLOCKS] * BLOCKS, rel=0.02)
 
 
 def test_what_makes_no_sense_is_told():
