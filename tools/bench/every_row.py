@@ -106,7 +106,7 @@ ROWS = (
     Row("grpo_qwen06b_8x8_{gpu}", 300, "grpo.py --shape qwen3-0.6b --vs trl --limit 180"),
     Row("grpo_llama8b_8x8_{gpu}", 200, "grpo.py --shape llama-3.1-8b --vs '' --quantize none,nf4 --limit 95"),
     Row("kernels_{gpu}", 110, "kernels.py --limit 90"),
-    Row("context_llama8b_lora_{gpu}", 200, "context.py --tiled-mlp 8192 --from 65536 --limit 190"),
+    Row("context_llama8b_lora_{gpu}", 200, "context.py --tiled-mlp 8192 --from 8192 --limit 190"),
     Row("context_llama8b_qlora_{gpu}", 240, "context.py --quantize nf4 --tiled-mlp 8192 --from 131072 --limit 230"),
     Row("startup_qwen06b_{gpu}", 150, "startup.py --shape qwen3-0.6b --limit 60"),
     Row("startup_llama8b_{gpu}", 260, "startup.py --shape llama-3.1-8b --limit 120"),
