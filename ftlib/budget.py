@@ -118,7 +118,8 @@ def ladder(model: nn.Module, cfg: Any, shards: int = 1) -> list[Rung]:
     dense = all(hasattr(getattr(block, "mlp", None), "tile") for block in model.model.layers)
     if dense and cfg.batch.micro_rows * cfg.data.seq_len >= 2 * TILE:
         changes.append({"recompute": "full", "offload": True, "tiled_mlp": TILE})
-    settings = [replace(cfg.memory, budget_gib=None, **change) for change in changes]
+    plain = Memory(compile=cfg.memory.compile, cuda_graph=cfg.memory.cuda_graph)
+    settings = [replace(plain, **change) for change in changes]
     return [Rung(memory, preflight.need(model, _with(cfg, memory), shards).about) for memory in settings]
 
 

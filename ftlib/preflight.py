@@ -137,12 +137,12 @@ def _activations(model: nn.Module, cfg: Any, mesh: Parallel, parked: bool) -> di
             "none": sum(blocks[part]),
         }[mode]
 
-    most = slice(lean), slice(lean, None)
-    inputs = (min(lean, PARKED) if parked else lean) * hidden // mesh.tp + keeps("full", most[1])
-    kept = keeps(cfg.memory.recompute, most[0])
+    first, rest = slice(lean), slice(lean, None)
+    inputs = (min(lean, PARKED) if parked else lean) * hidden // mesh.tp + keeps("full", rest)
+    kept = keeps(cfg.memory.recompute, first)
     if cfg.memory.offload:
         kept = min(kept, min(lean, PARKED) * hidden // mesh.tp)
-    kept += keeps(cfg.memory.recompute_rest, most[1])
+    kept += keeps(cfg.memory.recompute_rest, rest)
     head = model.lm_head.weight
     return {
         "activations": inputs,

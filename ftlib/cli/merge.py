@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     print(said)
     if (base / mtp.FOLDER).is_dir() or checkpoints.predicts_ahead(checkpoint):
         what = f"{out} is the model alone, as other libraries read it: what predicts further tokens (mtp)"
-        print(f"note: {what}, is left out", file=sys.stderr)
+        print(f"note: {what} is left out", file=sys.stderr)
     if kept and not args.quantize:
         remedy = f"--quantize {kept} merges it into that base" if kept in FORMS else "no --quantize gives that base"
         loading.note_other_base(checkpoint, kept, f"; {remedy}")

@@ -67,8 +67,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(arch, layer, i) for i, layer in enumerate(arch.layers))
         self.norm = RMSNorm(arch.dim, arch.norm_eps, arch.zero_centered_norms)
         self.use_attention("sdpa")
-        self.saving: Callable[[], AbstractContextManager] = nullcontext  # where blocks keep what backward needs:
-        self.parked = len(self.layers)  # that many of them, the first
+        self.saving: Callable[[], AbstractContextManager] = nullcontext  # where blocks keep what backward needs
+        self.parked = len(self.layers)  # blocks that do so, from the first
         self.routed: list[Tensor] = []  # logits of the last pass, of each block that `routes`
 
     def use_attention(self, backend: str) -> None:

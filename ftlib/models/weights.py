@@ -22,9 +22,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file, as open to others as this user's files are: safetensors 0.8 keeps its own to the owner, and a
     shared folder would hold models that nobody else can load."""
     save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    usual = path.with_name(f".{path.name}.mode")
+    with open(usual, "wb") as file:
+        path.chmod(os.fstat(file.fileno()).st_mode & 0o777)
+    usual.unlink()
 
 
 @dataclass

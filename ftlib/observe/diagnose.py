@@ -77,7 +77,7 @@ def knobs(cfg: Any) -> list[str]:
         found.append(f"batch.micro_rows: {batch.micro_rows} -> {smaller} (same results, more accumulation)")
     if memory is not None:
         if (some := getattr(memory, "recompute_layers", 0)) != 0:
-            found.append(f"memory.recompute_layers: {some} -> 0 (all blocks, with recompute_rest left out; slower)")
+            found.append(f"memory.recompute_layers: {some} -> {2 * some} (same results, slower; if fewer, all blocks)")
         elif memory.recompute in LEANER[:-1]:
             then = LEANER[LEANER.index(memory.recompute) + 1]
             found.append(f"memory.recompute: {memory.recompute} -> {then} (same results, slower)")

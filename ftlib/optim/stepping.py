@@ -11,7 +11,13 @@ from ftlib.optim.pieces import local
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Give every group `lr` times its `lr_scale`, before backward, which may already move parameters; returns `lr`."""
+    """Give every group `lr` times its `lr_scale`, before backward, which may already move parameters; returns `lr`.
+
+    An optimizer that judged its last step on the device is asked now what came of it, as the device has nothing to do:
+    behind backward the host would wait for that.
+    """
+    if (settle := getattr(optimizer, "settle", None)) is not None:
+        settle()
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr

@@ -62,7 +62,7 @@ def detach(model: nn.Module, device: torch.device) -> None:
     embedding = model.model.embed_tokens
     if embedding.__dict__.pop("forward", None) is not None:
         embedding.weight = nn.Parameter(embedding.weight.detach().to(device), requires_grad=False)
-    model.model.saving = nullcontext
+    model.model.saving, model.model.parked = nullcontext, len(model.model.layers)
 
 
 def _addresses(module: nn.Module) -> frozenset[int]:

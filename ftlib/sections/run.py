@@ -28,10 +28,14 @@ class Memory:
             raise ValueError("tiled_mlp: must not be negative")
         if self.budget_gib not in (None, "auto") and self.budget_gib <= 0:
             raise ValueError("budget_gib: must be above 0")
-        if self.budget_gib is not None and (self.offload or self.tiled_mlp or self.recompute_layers):
-            raise ValueError("budget_gib: finds offload, tiled_mlp and recompute_layers itself, leave them out")
+        if self.budget_gib is not None and (
+            self.offload or self.tiled_mlp or self.recompute_layers or self.recompute_rest != "none"
+        ):
+            raise ValueError("budget_gib: finds offload, tiled_mlp, recompute_layers and _rest itself, leave them out")
         if self.recompute_layers < 0:
             raise ValueError("recompute_layers: must not be negative")
+        if self.recompute_layers and self.recompute == "none":
+            raise ValueError("recompute_layers: with recompute=none there is nothing to compute again; set full")
         if self.recompute_layers == 0 and self.recompute_rest != "none":
             raise ValueError("recompute_rest: is for the blocks behind recompute_layers; set that too, or leave it out")
         if self.recompute_layers and LEANER.index(self.recompute_rest) >= LEANER.index(self.recompute):

@@ -78,7 +78,7 @@ def test_mtp_goes_on_to_the_bit_and_leaves_a_plain_model(lab, capsys):
     assert not any("mtp" in key for key in json.dumps(json.loads((final / "config.json").read_text())))
     checkpoint = final.parent / "checkpoints" / f"step_{STEPS:06}"
     assert cli.main(["merge", str(final), str(checkpoint), str(final.parent / "merged")]) == 0
-    assert capsys.readouterr().err.count("what predicts further tokens (mtp), is left out") == 1
+    assert capsys.readouterr().err.count("what predicts further tokens (mtp) is left out") == 1
     assert torch.equal(probe(models.from_pretrained(final.parent / "merged").logits), probe(model.logits))
 
 

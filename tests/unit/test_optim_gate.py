@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftlib import optim
 from ftlib.checkpoint.tensors import optimizer_state
@@ -70,3 +71,25 @@ def test_states_that_would_all_be_wide_are_refused_and_some_are_told():
     assert not adamw.note(model, Optim()) and not adamw.note(model[:1].requires_grad_(False), Optim(states="int8"))
     with pytest.raises(UserError, match="nothing would be kept in int8"):
         adamw.check(model[1], Optim(states="int8"))
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host asks the device for a number."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_for_nothing_behind_backward():
+    """Before the next step's forward it may, as a run has read the loss by then."""
+    model = nn.Linear(64, 64)
+    optimizer = optim.build(model, Optim(lr=0.1, states="int8"))
+    for _ in range(3):
+        optim.set_rate(optimizer, 0.1)
+        model(torch.ones(2, 64)).square().sum().backward()
+        with Reads() as reads:
+            optim.step(optimizer, 1.0)
+        assert reads.count == 0

@@ -103,3 +103,11 @@ def test_a_budget_is_what_there_is(config, capsys):
 def test_what_the_estimate_does_not_know_is_said(config, capsys):
     said = [planned(capsys, "lora_sft", "--config", config, *more)[0] for more in ((), ("qat.scheme=int4",))]
     assert ["qat is not in these estimates" in " ".join(lines) for lines in said] == [False, True]
+
+
+def test_a_config_whose_blocks_differ_is_planned(config, capsys):
+    words = "memory.recompute_layers=16", "memory.recompute_rest=selective", "memory.offload=true"
+    _, rows = planned(capsys, "lora_sft", "--config", config, *words)
+    between = [float(rows[name][5]) for name in rows if "in 16 blocks" in name]
+    most, least = (float(rows[name][5]) for name in ("recompute selective", "recompute full, offload"))
+    assert len(between) == 1 and least < between[0] < most and "recompute none" in rows

@@ -228,8 +228,9 @@ def test_what_makes_no_sense_is_told():
         ({"recompute_layers": -1}, "must not be negative"),
         ({"recompute_rest": "selective"}, "set that too"),
         ({"recompute": "selective", "recompute_layers": 2, "recompute_rest": "selective"}, "must keep more"),
-        ({"recompute": "none", "recompute_layers": 2}, "must keep more"),
+        ({"recompute": "none", "recompute_layers": 2}, "nothing to compute again"),
         ({"budget_gib": 8.0, "recompute_layers": 2}, "finds"),
+        ({"budget_gib": 8.0, "recompute_rest": "selective"}, "finds"),
     ):
         with pytest.raises(ValueError, match=what):
             Memory(**wrong)

@@ -117,7 +117,8 @@ def figures(call: Function, case: Case, device: torch.device, exact: tuple[list[
         gradients(listed(call(*operands)), leaves, weights)
 
     row["forward_ms"], row["recorded"] = milliseconds(lambda: call(*operands), device)
-    row["both_ms"] = milliseconds(both, device)[0] if leaves else None
+    row["both_ms"], both_recorded = milliseconds(both, device) if leaves else (None, True)
+    row["recorded"] = row["recorded"] and both_recorded
     row["peak_mib"] = peak(both if leaves else lambda: call(*operands), device)
     return row
 
@@ -202,7 +203,7 @@ def line(row: dict) -> str:
     def cell(key: str, form: str) -> str:
         return "       -" if row[key] is None else format(row[key], form)
 
-    star = " " if row["recorded"] else "*"
+    star = "*" if torch.cuda.is_available() and not row["recorded"] else " "
     times = f"forward {cell('forward_ms', '8.3f')} ms  both {cell('both_ms', '8.3f')} ms{star}"
     errors = f"error {cell('error', '.1e')} gradients {cell('gradient_error', '.1e')}"
     return f"{name} {times}  peak {cell('peak_mib', '8.0f')} MiB  {errors}  {row['sizes']}"

@@ -35,6 +35,7 @@ def main() -> None:
     positions = torch.arange(length, device=common.DEVICE).expand(rows, length)
 
     def step(ids: torch.Tensor) -> tuple[float, float]:
+        optim.set_rate(optimizer, cfg.optim.lr)
         layout = Layout.packed(cu_seqlens, length, (rows, length))
         batch = Batch(ids, common.shifted(ids), positions, layout, target_tokens=rows * (length - 1))
         loss = next_token_loss(
