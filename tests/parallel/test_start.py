@@ -213,4 +213,5 @@ def test_a_process_needs_memory_for_its_part_only(quantize, tmp_path):
         assert rank.returncode == 0, errors.decode()[-3000:]
         used, held, whole = map(float, said.split())
         assert whole == 320 and abs(held - (64 + 256 * (4.127 / 32 if quantize else 1)) / 2) < 2
-        assert used < held + (120 if quantize else 50), (used, held, whole)  # one matrix of 16 and what rounds it
+        # One matrix of 16 and what rounds it: 80 to 100, 124 once beside other work; its plain half would be 128 more.
+        assert used < held + (140 if quantize else 50), (used, held, whole)
