@@ -187,7 +187,7 @@ def mixed(
 
 def cost(memory: Memory, blocks: int) -> float:
     """What a setting adds to a step's time, about, as a share of it."""
-    lean = memory.recompute_layers or blocks
+    lean = memory.lean(blocks)
     whole = lean * (COST[memory.recompute] + WAIT * memory.offload) + (blocks - lean) * COST[memory.recompute_rest]
     return whole / blocks
 

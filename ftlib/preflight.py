@@ -126,7 +126,7 @@ def _activations(model: nn.Module, cfg: Any, mesh: Parallel, parked: bool) -> di
     blocks = [tokens * width * count for count in elements]
     hidden = tokens * width * arch.dim
     attended = [tokens * width * layer.mixer.heads * layer.mixer.head_dim // mesh.tp for layer in arch.layers]
-    lean = cfg.memory.recompute_layers or len(blocks)  # the others never wait in host memory
+    lean = cfg.memory.lean(len(blocks))  # the others never wait in host memory
 
     def keeps(mode: str, part: slice) -> int:
         inputs = len(blocks[part]) * hidden // mesh.tp

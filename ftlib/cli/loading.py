@@ -147,7 +147,7 @@ def load(
         check_predicts(base, adapter)
     model = models.from_pretrained(base, dtype=dtype, device=device, decoder=own.find(code))
     model.code = now or next(filter(None, was.values()), None)
-    if _rounds_inputs(hub.read_config(base).get("quantization_config")):
+    if _rounds_inputs(hub.packed(model.config)):
         what = f"{base} rounds the inputs of its layers too, where it runs in 8 bits; here only its weights are rounded"
         print(f"note: {what}", file=sys.stderr)
     if adapter is not None:

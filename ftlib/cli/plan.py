@@ -89,10 +89,11 @@ def lines(cfg: Any, gpus: int, gib: int) -> list[str]:
     found += [f"| GiB of each GPU | {' | '.join(parts)} | other | in all | fits | micro_rows up to |", "|---" * 8 + "|"]
     rungs = [rung.memory for rung in budget.ladder(model, cfg, ways)]
     asked = replace(cfg.memory, budget_gib=None)
-    settings = {*rungs} if cfg.memory.budget_gib is not None else {asked, *rungs}
-    blocks, form = len(model.model.layers), ".1f" if need(asked).about >= 1 << 31 else ".3f"
-    for memory in sorted(settings, key=lambda memory: (-need(memory).about, budget.cost(memory, blocks))):
-        taken = need(memory)
+    needs = {memory: need(memory) for memory in (asked, *rungs)}
+    blocks, form = len(model.model.layers), ".1f" if needs[asked].about >= 1 << 31 else ".3f"
+    shown = rungs if cfg.memory.budget_gib is not None else needs
+    for memory in sorted(shown, key=lambda memory: (-needs[memory].about, budget.cost(memory, blocks))):
+        taken = needs[memory]
         at_peak = taken.moments[taken.peak]
         cells = [at_peak.get(part, 0) for part in parts]
         cells += [taken.about - sum(cells), taken.about]
@@ -101,7 +102,7 @@ def lines(cfg: Any, gpus: int, gib: int) -> list[str]:
         found.append(f"| {budget.words(memory)}{this} | {' | '.join(f'{cell / 2**30:{form}}' for cell in cells)} | "
                      f"{_verdict(taken.about / budget_bytes)} | {most or '-'} |")
     found += ["", *_left_out(cfg)]
-    taken = need(asked)
+    taken = needs[asked]
     found += [f"on disk: a checkpoint {size(taken.checkpoint)}, the result {size(taken.final)}"
               + f"; in host memory of each process: {size(taken.host)}" * bool(taken.host)]
     if not any(map(fits, rungs)):

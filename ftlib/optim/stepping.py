@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ftlib.optim.base import Update
 from ftlib.optim.pieces import local
 
 
@@ -16,8 +17,8 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
     An optimizer that judged its last step on the device is asked now what came of it, as the device has nothing to do:
     behind backward the host would wait for that.
     """
-    if (settle := getattr(optimizer, "settle", None)) is not None:
-        settle()
+    if isinstance(optimizer, Update):
+        optimizer.settle()
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr

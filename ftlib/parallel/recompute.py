@@ -20,6 +20,7 @@ ATTENTION = re.compile("attention|attn")  # in the names of operations
 PRODUCTS = re.compile(r"attention|attn|mm|linear|lora_project|fp8_product|conv")
 WHOLE = ("full", "except_attention")  # every product of a block is computed again in backward
 BACKEND = "inductor"
+EXACT = {"eager_numerics.division_rounding": True}  # where matrices are rounded: codes as files have them
 
 
 def check(memory: Memory, count: int) -> None:
@@ -73,15 +74,14 @@ def _compile(layers: Sequence[nn.Module], modes: Sequence[str]) -> None:
     torch._dynamo.config.recompile_limit = 64
     trains = any(_trains(block) for block in layers)
     rounds = any(isinstance(module, RoundedLinear) for block in layers for module in block.modules())
-    exact = {"eager_numerics.division_rounding": True} if rounds else {}  # codes as files have them
-    options: dict[str, Any] = {"options": exact} if exact else {}
+    options: dict[str, Any] = {"options": EXACT} if rounds else {}
     if len(set(modes)) == 1:
         partitioner = torch._functorch.config  # read when a block is compiled; no public switch exists
         _, partitioner.activation_memory_budget, partitioner.aggressive_recomputation = _cut(modes[0], trains)
     for block, mode in zip(layers, modes, strict=True):
         cut = _cut(mode, trains)
         if len(set(modes)) > 1:
-            options = {"backend": _partitioned(cut.budget, cut.aggressive, bool(exact))}
+            options = {"backend": _partitioned(cut.budget, cut.aggressive, rounds)}
         keep = partial(checkpoint, use_reentrant=False, context_fn=partial(_contexts, cut.kept))
         block.__dict__.pop("compute", None)  # what an earlier setting compiled
         compute = block.compute if cut.kept is None else partial(keep, block.compute)
@@ -89,10 +89,10 @@ def _compile(layers: Sequence[nn.Module], modes: Sequence[str]) -> None:
 
 
 @cache  # compiled code belongs to its backend: blocks that are cut alike share it
-def _partitioned(budget: float, aggressive: bool, exact: bool) -> Callable:
+def _partitioned(budget: float, aggressive: bool, rounds: bool) -> Callable:
     """A backend that compiles with settings of its own, where blocks differ in them."""
     inner = torch._dynamo.lookup_backend(BACKEND)
-    options = {"config_patches": {"eager_numerics.division_rounding": True}} if exact else {}
+    options = {"config_patches": EXACT} if rounds else {}
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         cut = {"activation_memory_budget": budget, "aggressive_recomputation": aggressive}

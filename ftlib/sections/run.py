@@ -41,9 +41,13 @@ class Memory:
         if self.recompute_layers and LEANER.index(self.recompute_rest) >= LEANER.index(self.recompute):
             raise ValueError("recompute_rest: must keep more than recompute does; for all blocks leave both out")
 
+    def lean(self, count: int) -> int:
+        """How many of `count` blocks `recompute` is about, the first."""
+        return min(self.recompute_layers or count, count)
+
     def of_blocks(self, count: int) -> list[str]:
         """What is computed again of each of `count` blocks."""
-        lean = min(self.recompute_layers or count, count)
+        lean = self.lean(count)
         return [self.recompute] * lean + [self.recompute_rest] * (count - lean)
 
 

@@ -34,6 +34,19 @@ def config(tmp_path, monkeypatch):
     return tmp_path
 
 
+def built(folder, adapters):
+    """A model with weights of its own, all of them trained, or fused adapters on it alone."""
+    model = load.build(folder, torch.float32).to_empty(device="cpu")
+    model.tie()
+    initial.init_weights(model, 0, None, True)
+    if adapters:
+        model.requires_grad_(False)
+        lora.attach(model, "all-linear", rank=4)
+        lora.reset(model, 0)
+        assert fuse(model) == 4 * len(model.model.layers)
+    return model
+
+
 def hidden_states(model, mode):
     """Of a batch, with blocks compiled under `mode`."""
     ends = torch.arange(0, (ROWS + 1) * LENGTH, LENGTH, dtype=torch.int32)
@@ -49,9 +62,7 @@ def test_except_attention_keeps_one_output_more_than_full(config):
     kept, gradients = {}, {}
     for mode in ("full", "except_attention"):
         torch._dynamo.reset()
-        model = load.build(config, torch.float32).to_empty(device="cpu")
-        model.tie()
-        initial.init_weights(model, 0, None, True)
+        model = built(config, False)
         numbers = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (numbers.append(x.numel()), x)[1], lambda x: x):  # noqa: B023
             hidden = hidden_states(model, mode)
@@ -70,14 +81,7 @@ def test_selective_repeats_no_product_and_keeps_little_else(adapters, config):
     kept, gradients = {}, {}
     for mode in ("none", "selective"):
         torch._dynamo.reset()
-        model = load.build(config, torch.float32).to_empty(device="cpu")
-        model.tie()
-        initial.init_weights(model, 0, None, True)
-        if adapters:
-            model.requires_grad_(False)
-            lora.attach(model, "all-linear", rank=4)
-            lora.reset(model, 0)
-            assert fuse(model) == 4
+        model = built(config, adapters)
         numbers = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (numbers.append(x.numel()), x)[1], lambda x: x):  # noqa: B023
             hidden = hidden_states(model, mode)

@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_budget import NAMES, name
+from test_recompute_kept import built
 from tiny_model import ROOT
 
 from ftlib import budget, preflight
-from ftlib.adapters import lora
-from ftlib.adapters.fuse import fuse
 from ftlib.errors import UserError
 from ftlib.layers.batch import Batch, Layout
-from ftlib.models import initial, load
+from ftlib.models import load
 from ftlib.parallel import offload, recompute
 from ftlib.sections import Memory
 
@@ -32,21 +31,9 @@ def folder(tmp_path_factory):
     return made
 
 
-def built(folder, adapters):
-    model = load.build(folder, torch.float32).to_empty(device="cpu")
-    model.tie()
-    initial.init_weights(model, 0, None, True)
-    if adapters:
-        model.requires_grad_(False)
-        lora.attach(model, "all-linear", rank=4)
-        lora.reset(model, 0)
-        fuse(model)
-    model.model.use_attention("sdpa")
-    return model
-
-
 def stepped(model, memory):
     """(numbers that each block keeps for backward, gradients) under a setting."""
+    model.model.use_attention("sdpa")
     recompute.use(model, memory, CPU)
     ends = torch.arange(0, (ROWS + 1) * LENGTH, LENGTH, dtype=torch.int32)
     ids = torch.randint(0, 64, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
