@@ -2,8 +2,7 @@
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,12 @@ from torch.distributed.tensor import DTensor
 from ftlib.errors import UserError
 from ftlib.kernels.capability import FP8
 from ftlib.optim.base import Group, Update
-from ftlib.optim.lowbit import KINDS, SMALLEST, block_size, book, decode, encode
+from ftlib.optim.lowbit import KINDS, SMALLEST, block_size, book, decode, encode, tables
 from ftlib.optim.pieces import local, local_gradient, piece
 from ftlib.optim.rounding import noise, to_bfloat16
 from ftlib.sections import Optim
 
 WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WIDTH = 256  # columns that numbers without blocks are given: a compiler reads several at once where it knows of many
 FORGETS = ("adamw", "muon", "dion", "ademamix")  # whose second moments decay by optim.betas in the weights' dtype
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name -> whether it has a sign
 
@@ -30,7 +28,7 @@ class AdamW(Update):
     `states`: fp32, bf16, or one of `lowbit.KINDS` for matrices of `lowbit.SMALLEST` numbers or more whose rows can be
     cut into blocks, and float32 for the rest; None: torch's own AdamW with states in the parameter's dtype. With
     `stochastic`, bfloat16 parameters are rounded stochastically. Each process has the states of its part of a
-    parameter, in blocks that are the same on every mesh. On a GPU each parameter's step is compiled, and nobody waits
+    parameter, in blocks that are the same on every mesh. On a GPU each parameter's step is one kernel, and nobody waits
     for the norm of the gradients: `gate`, set before `step`, is what they are multiplied by, and 1, or 0 where the step
     must change nothing; float [2] on their device.
     """
@@ -45,7 +43,6 @@ class AdamW(Update):
         parameters = (p for group in self.param_groups for p in group["params"])
         self._number = {p: i for i, p in enumerate(parameters)}
         self._packed = 2 if states == "int4" else 1  # codes in a byte
-        self._known: dict[tuple, Tensor] = {}  # scalars of this step, on their device
         self._judged: Tensor | None = None  # the gate of the last step, until somebody has looked at it
         self._counted: list[Tensor] = []  # parameters whose steps went up with it
 
@@ -87,17 +84,11 @@ class AdamW(Update):
         kind = self.states if block else ""
         slots = [local(state[name]) for name in state if name != "step"]
         slots = [(s.view(torch.float8_e4m3fn) if kind == "fp8" and s.dtype == torch.uint8 else s) for s in slots]
-        rounds = self.stochastic and p.dtype == torch.bfloat16
-        move = mover(kind, block, rounds, p.is_cuda)
-        books = [book(kind, signed, part.device) for signed in MOMENTS.values()] if kind else []
-        where = self._where(p, state["step"]) if rounds else []
-        plain = (-1, 1 if part.numel() % WIDTH else WIDTH)
-        shapes = [(-1, block), (-1, block // self._packed), (-1,)] if kind else [plain] * 3
-        slots = [x.view(shapes[1 + i % 2]) for i, x in enumerate(slots)]
-        grad = local_gradient(p).reshape(shapes[0])
-        terms = self._terms(group, state["step"], p)
-        gate = self._open(terms) if self.gate is None else self.gate.to(terms)
-        move(part.view(shapes[0]), grad, slots, books, terms, gate, where)
+        place = self._place(p, state["step"]) if self.stochastic and p.dtype == torch.bfloat16 else None
+        part = part.view(-1, block or part.shape[-1]) if part.ndim else part.view(1, 1)
+        slots = [x.view(-1) if kind and i % 2 else x.view(len(part), -1) for i, x in enumerate(slots)]
+        grad = local_gradient(p).reshape(part.shape)
+        move(part, grad, slots, kind, _terms(group, state["step"]), self.gate, place)
 
     def _block(self, p: Tensor) -> int:
         """Numbers in a block of this parameter's states; 0 where they are kept wide."""
@@ -120,86 +111,68 @@ class AdamW(Update):
             state[f"{name}_{self.states}_scale"] = _placed(scales, p)
         return state
 
-    def _terms(self, group: Group, step: int, p: Tensor) -> Tensor:
-        """What a step multiplies by, one tensor on the device: as numbers they would be compiled in.
-
-        1 - beta1, beta2, 1 - beta2, eps, the decay's factor, the step's length, the root of the second's bias.
-        """
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        length, bias = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-        terms = (1 - beta1, beta2, 1 - beta2, group["eps"], 1 - lr * group["weight_decay"], length, bias)
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        key = (terms, p.device, dtype)
-        if key not in self._known:
-            if len(self._known) > 64:
-                self._known.clear()
-            self._known[key] = torch.tensor(terms, dtype=dtype).to(p.device, non_blocking=True)
-        return self._known[key]
-
-    def _open(self, terms: Tensor) -> Tensor:
-        """A gate that lets everything through, as it is."""
-        key = (terms.device, terms.dtype)
-        if key not in self._known:
-            self._known[key] = terms.new_ones(2)
-        return self._known[key]
-
-    def _where(self, p: Tensor, step: int) -> list[Tensor]:
-        """What rounding depends on, int32 scalars: the place of the local part in the whole, and parameter and step."""
+    def _place(self, p: Tensor, step: int) -> tuple[int, int]:
+        """What rounding depends on, int32: the place of the local part in the whole, and parameter and step."""
         first, stride = 0, 1
         for cut, size in zip(reversed(piece(p).index), reversed(p.shape), strict=True):
             first, stride = first + cut.start * stride, stride * size
-        key = zlib.crc32(f"{self._number[p]} {step}".encode())
-        return [torch.full((), _wrapped(n), dtype=torch.int32, device=p.device) for n in (first, key)]
+        return _wrapped(first), _wrapped(zlib.crc32(f"{self._number[p]} {step}".encode()))
 
 
-@cache
-def mover(kind: str, block: int, stochastic: bool, compiled: bool) -> Callable[..., None]:
-    """One step of AdamW, in place: `move(p, gradient, slots, books, terms, gate, where)`.
+def _terms(group: Group, step: int) -> tuple[float, ...]:
+    """What a step multiplies by: 1 - beta1, beta2, 1 - beta2, eps, the decay's factor, the step's length, the root of
+    the second moment's bias."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    length, bias = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    return 1 - beta1, beta2, 1 - beta2, group["eps"], 1 - lr * group["weight_decay"], length, bias
 
-    p and gradient [blocks, block]. `slots` are codes and scales of each moment, for `kind` "" the moments themselves,
-    in the shape of p; `AdamW` makes the other arguments.
+
+def move(p: Tensor, grad: Tensor, slots: Sequence[Tensor], kind: str, *how: Any) -> None:
+    """`move_reference`, on a GPU by a kernel; it finds the tables."""
+    given = p, grad, slots, kind, tables(kind, p.device), *how
+    if p.is_cuda and p.dtype != torch.float64:
+        from ftlib.kernels.adamw_triton import adamw_triton  # Triton is there where there is a GPU
+
+        adamw_triton(*given)
+    else:
+        move_reference(*given)
+
+
+def move_reference(
+    p: Tensor, grad: Tensor, slots: Sequence[Tensor], kind: str, tables: Sequence[Tensor | None],
+    terms: Sequence[float], gate: Tensor | None, place: tuple[int, int] | None,
+) -> None:  # fmt: skip
+    """One step of AdamW, in place.
+
+    p, grad [blocks, block], any rows where moments are kept wide. `slots`: codes [blocks, ...] and scales [blocks] of
+    each moment in few bits (`kind`, with `lowbit.tables`), or (`kind` "") the moments themselves. `terms`: `_terms`;
+    `gate` as `AdamW` has it, None: open; `place`: what stochastic rounding depends on, None without.
     """
-
-    def move(
-        p: Tensor, grad: Tensor, slots: list[Tensor], books: list[Tensor], terms: Tensor, gate: Tensor,
-        where: list[Tensor],
-    ) -> None:  # fmt: skip
-        fresh, keep, fresh_sq, eps, shrink, length, bias = terms.unbind()
-        wide = torch.promote_types(p.dtype, torch.float32)
-        scale, goes = gate[0], gate[1] > 0
-        g = grad.to(wide) * scale
-        if kind:
-            m, v = decode(*slots[:2], kind, books[0]), decode(*slots[2:], kind, books[1])
-        else:
-            m, v = slots[0].to(wide), slots[1].to(wide)
-        m = m + (g - m) * fresh
-        v = v * keep + g * g * fresh_sq
-        moved = p.to(wide) * shrink - length * m / (v.sqrt() / bias + eps)
-        kept = (*encode(m, kind, True, books[0]), *encode(v, kind, False, books[1])) if kind else (m, v)
-        for slot, value in zip(slots, kept, strict=True):
-            _replace(slot, value, goes)
-        _replace(p, to_bfloat16(moved, noise(where[0], p.shape, where[1])) if stochastic else moved, goes)
-
-    if not compiled:
-        return move
-    # Each length of blocks, kind of states and of rounding: versions of one function, and past its limit this fails.
-    torch._dynamo.config.recompile_limit = 64
-    fused = torch.compile(move, fullgraph=True, dynamic=False)
-
-    def run(p: Tensor, grad: Tensor, slots: list[Tensor], *rest: Any) -> None:
-        for x in (p, grad, *slots):
-            torch._dynamo.maybe_mark_dynamic(x, 0)  # compiled once for matrices of any size, with blocks of this one
-        fused(p, grad, slots, *rest)
-
-    return run
+    books = tables[:2]
+    fresh, keep, fresh_sq, eps, shrink, length, bias = terms
+    wide = torch.promote_types(p.dtype, torch.float32)
+    goes = None if gate is None else gate[1] > 0
+    g = grad.to(wide) if gate is None else grad.to(wide) * gate[0].to(wide)
+    if kind:
+        m, v = decode(*slots[:2], kind, books[0]), decode(*slots[2:], kind, books[1])
+    else:
+        m, v = (slot.to(wide) for slot in slots)
+    m = m + (g - m) * fresh
+    v = v * keep + g * g * fresh_sq
+    moved = p.to(wide) * shrink - length * m / (v.sqrt() / bias + eps)
+    if place is not None:
+        first, key = (torch.tensor(n, dtype=torch.int32, device=p.device) for n in place)
+        moved = to_bfloat16(moved, noise(first, p.shape, key))
+    kept = (*encode(m, kind, True, books[0]), *encode(v, kind, False, books[1])) if kind else (m, v)
+    for x, value in zip((*slots, p), (*kept, moved), strict=True):
+        _replace(x, value.to(x.dtype), goes)
 
 
-def _replace(x: Tensor, value: Tensor, goes: Tensor) -> None:
+def _replace(x: Tensor, value: Tensor, goes: Tensor | None) -> None:
     """`value` into `x` where `goes`, else nothing."""
-    value = value.to(x.dtype)
     if x.dtype == torch.float8_e4m3fn:  # as bytes: there is no choice between such numbers
         x, value = x.view(torch.uint8), value.view(torch.uint8)
-    x.copy_(torch.where(goes, value, x))
+    x.copy_(value if goes is None else torch.where(goes, value, x))
 
 
 def _placed(part: Tensor, p: Tensor) -> Tensor:

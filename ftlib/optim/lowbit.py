@@ -1,7 +1,7 @@
 """Optimizer states in 8 and 4 bits: codes and one scale a block, plain tensors in and out.
 
 A block is a stretch of one row of a matrix, so that shards of rows hold whole blocks and codes and scales are sharded
-as the matrix is. Formulas are elementwise but for one maximum a block: a compiler makes one pass of them.
+as the matrix is. On a GPU `ftlib.kernels.adamw_triton` does the same within a step.
 """
 
 from functools import cache
@@ -42,7 +42,7 @@ def book(kind: str, signed: bool, device: torch.device) -> Tensor:
     return torch.cat((rest, values)).sort()[0].to(device, torch.float32)
 
 
-def encode(x: Tensor, kind: str, signed: bool, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, kind: str, signed: bool, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
     """float32 [blocks, n] -> codes [blocks, n] (uint8; int4: [blocks, n / 2]; fp8: float8) and float32 scales [blocks].
 
     `numbers` is the `book`; each x becomes the nearest of them, times its block's largest magnitude."""
@@ -51,14 +51,14 @@ def encode(x: Tensor, kind: str, signed: bool, numbers: Tensor) -> tuple[Tensor,
     if kind == "fp8":
         x = (x * TOP).clamp(-TOP if signed else LEAST, TOP)
         return x.to(torch.float8_e4m3fn), scale
-    codes = _nearest(x, kind, signed, numbers)
+    codes = torch.bucketize(x, (numbers[1:] + numbers[:-1]) / 2, out_int32=True)
     if kind == "int4":
         low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
         codes = low | (high << 4)
     return codes.to(torch.uint8), scale
 
 
-def decode(codes: Tensor, scale: Tensor, kind: str, numbers: Tensor) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, kind: str, numbers: Tensor | None) -> Tensor:
     """float32 [blocks, n], the numbers that were nearest."""
     if kind == "fp8":
         return codes.float() * (scale / TOP)[:, None]
@@ -68,33 +68,36 @@ def decode(codes: Tensor, scale: Tensor, kind: str, numbers: Tensor) -> Tensor:
     return numbers[codes] * scale[:, None]
 
 
+@cache
+def tables(kind: str, device: torch.device) -> tuple[Tensor | None, ...]:
+    """What a kernel looks up, for both moments: their books, and what finds a number in one (`_cells`)."""
+    if kind not in ("int8", "int4"):
+        return (None,) * 4
+    cells = (_cells(kind, signed).to(device) if kind == "int8" or signed else None for signed in (True, False))
+    return book(kind, True, device), book(kind, False, device), *cells
+
+
+def _cells(kind: str, signed: bool) -> Tensor:
+    """What finds the positive number of a book of decades that is nearest to x by arithmetic, float32 [3, 16].
+
+    The decade of x, counted from 1, is how many entries of row 0 are below x: middles between the last number of a
+    decade and the first of the next. Among the positive numbers but the least, x is number x times row 1 plus row 2,
+    rounded down, if that is one of its decade.
+    """
+    decades, first = _tree(kind, signed)
+    values = book(kind, signed, torch.device("cpu")).double()
+    values = values[values >= 0]  # the least, those of each decade, 1
+    edges, factors, offsets = [], [0.0], [-1.0]
+    for i in range(decades):
+        count, top, before = 2 ** (i + first), 10.0 ** (i + 1 - decades), 2 ** (i + first) - 2**first
+        edges.append((values[before] + values[before + 1]).item() / 2)
+        factors.append(count / (0.9 * top))
+        offsets.append(before - count / 9)
+    edges.append((values[-2] + values[-1]).item() / 2)
+    rows = (edges, [*factors, 0.0], [*offsets, 2 ** (decades + first) - 2**first])
+    return torch.tensor([row + [0.0] * (16 - len(row)) for row in rows], dtype=torch.float32)
+
+
 def _tree(kind: str, signed: bool) -> tuple[int, int]:
     """Decades of a book, and the power of two that the lowest one's count of numbers is."""
     return (7, 0 if signed else 1) if kind == "int8" else (3, 0)
-
-
-def _nearest(x: Tensor, kind: str, signed: bool, numbers: Tensor) -> Tensor:
-    """Index int32 of the number nearest to each x: how many middles of two neighbours lie below it."""
-    if not torch.compiler.is_compiling():
-        return torch.bucketize(x, (numbers[1:] + numbers[:-1]) / 2, out_int32=True)
-    # A guess by arithmetic is at most one off, and the middles around it say which way. Halving, which a compiler could
-    # fuse too, reads the table 16 times for that.
-    last = len(numbers) - 1
-    guess = (x * 16).int() - 1 if kind == "int4" and not signed else _guess(x, *_tree(kind, signed), signed)
-    guess = guess.clamp(0, last)
-    below, here, above = numbers[(guess - 1).clamp(0)], numbers[guess], numbers[(guess + 1).clamp(max=last)]
-    up, down = (guess < last) & (x > (here + above) / 2), (guess > 0) & (x <= (below + here) / 2)
-    return guess + up.int() - down.int()
-
-
-def _guess(x: Tensor, decades: int, first: int, signed: bool) -> Tensor:
-    """Index int32 of the number whose part of its decade x lies in, or of that one's neighbour."""
-    size, at = x.abs(), torch.full_like(x, -1, dtype=torch.int32)
-    for i in range(decades):
-        count, top = 2 ** (i + first), 10.0 ** (i + 1 - decades)
-        place = ((size - 0.1 * top) * (count / (0.9 * top))).int().clamp(max=count - 1)
-        at = torch.where(size >= 0.1 * top, place + (count - 2**first), at)
-    if not signed:
-        return at + 1
-    zero = 2 ** (decades + first) - 2**first
-    return torch.where(x < 0, zero - 1 - at, zero + 1 + at)

@@ -143,3 +143,41 @@ def test_codes_with_a_scale_a_row():
                     assert torch.equal(dequantize_rows(codes[:, half], scales, dtype), exact[:, half]), shape
         """
     )
+
+
+def test_adamw():
+    """Moments in all kinds of states, codes and bf16 bit for bit; fp8 where the interpreter's casts lose no carry."""
+    interpreted(
+        """
+        import torch
+        from ftlib.kernels.adamw_triton import adamw_triton
+        from ftlib.optim.adamw import MOMENTS, move_reference
+        from ftlib.optim.lowbit import book, encode, tables
+
+        cpu, terms = torch.device("cpu"), (0.1, 0.95, 0.05, 1e-8, 0.999, 1e-2, 0.3)
+        for case, kind in enumerate(("int8", "fp8", "int4", "", "int8", "int4", "")):
+            block, dtype = (128, 112, 16, 333, 250, 64, 8)[case], (torch.float32, torch.bfloat16)[case // 4]
+            place = (12345 - 2**31, -77) if dtype == torch.bfloat16 else None
+            torch.manual_seed(case)
+            p, grad, m = (torch.randn(37, block) for _ in range(3))
+            m, grad = m * torch.logspace(-9, 0, block), grad * torch.logspace(-6, 0, block)
+            m[3] = grad[3] = 0
+            slots = [m, m.square()]
+            if kind:
+                parts = zip(slots, MOMENTS.values(), strict=True)
+                slots = [x for value, signed in parts for x in encode(value, kind, signed, book(kind, signed, cpu))]
+            for gate in (None, torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.0])):
+                mine, theirs = ([p.to(dtype, copy=True), *(x.clone() for x in slots)] for _ in range(2))
+                for step, (at, *slots_) in ((adamw_triton, mine), (move_reference, theirs)):
+                    step(at, grad.to(dtype), slots_, kind, tables(kind, cpu), terms, gate, place)
+                for a, b in zip(mine, theirs, strict=True):
+                    if a.dtype == torch.float8_e4m3fn:
+                        a, b = a.float(), b.float()
+                        assert ((a - b).abs() <= b.abs() / 2 + 2**-9).all() and (a == b).float().mean() > 0.85
+                    elif a.dtype == torch.float32:
+                        assert ((a - b).abs() <= 2e-7 * b.abs() + 1e-9).all(), (kind, block, dtype, gate)
+                    else:
+                        assert torch.equal(a, b), (kind, block, dtype, gate)
+                assert torch.equal(mine[0], p.to(dtype)) == (gate is not None and gate[1] == 0)
+        """
+    )

@@ -1,7 +1,5 @@
 """AdamW with moments in few bits, stochastic rounding, and parameters that move in backward."""
 
-from functools import partial
-
 import pytest
 import torch
 from faults.tiny_training import Loader, one_process
@@ -13,7 +11,6 @@ from ftlib.checkpoint import Saver, State
 from ftlib.errors import UserError
 from ftlib.models import hub
 from ftlib.optim import lowbit
-from ftlib.optim.adamw import mover
 from ftlib.optim.in_backward import ALONE
 from ftlib.optim.rounding import noise, to_bfloat16
 from ftlib.sections import Checkpoint, Optim
@@ -92,22 +89,6 @@ def test_codes_are_the_nearest_numbers(kind):
         if kind != "fp8":
             wanted = ((x[:3] / scale[:3, None])[..., None] - numbers).abs().amin(-1)
             torch.testing.assert_close((found - x)[:3].abs() / scale[:3, None], wanted, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("signed", [True, False])
-def test_what_a_compiler_makes_of_it_finds_the_same_codes(kind, signed, monkeypatch):
-    """At the middles of two neighbours too, on either side of them, and in every decade."""
-    numbers = lowbit.book(kind, signed, CPU)
-    middles = (numbers[1:] + numbers[:-1]) / 2
-    beside = [torch.nextafter(middles, torch.full_like(middles, towards)) for towards in (-2, 2)]
-    drawn = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    decades = torch.logspace(-9, 0, 10)
-    x = torch.cat((numbers, middles, *beside, drawn, drawn**9, decades, -decades))
-    x = (x if signed else x.abs())[: len(x) // 2 * 2][None]
-    eager = lowbit.encode(x, kind, signed, numbers)[0]
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert torch.equal(lowbit.encode(x, kind, signed, numbers)[0], eager)
 
 
 @pytest.mark.parametrize("kind", lowbit.KINDS)
@@ -360,41 +341,3 @@ def test_what_is_left_is_planned():
         check("full_sft", 1, "optim.max_grad_norm=null", "optim.rounding=stochastic")
     with pytest.raises(ValueError, match="are for adamw"):
         Optim(name="lion", states="int8")
-
-
-@pytest.mark.parametrize(
-    "kind", ["fp8", pytest.param("int8", marks=pytest.mark.slow), pytest.param("int4", marks=pytest.mark.slow)]
-)
-def test_compiled_for_a_gpu_it_is_the_same(kind):
-    """The function that a GPU runs, here through the compiler's C++, for matrices of several sizes."""
-    block = lowbit.block_size(512, kind)
-    books = [lowbit.book(kind, signed, CPU) for signed in (True, False)]
-    terms = torch.tensor((0.1, 0.95, 0.05, 1e-8, 0.999, 1e-2, 0.3))
-    where = [torch.tensor(n, dtype=torch.int32) for n in (0, 7)]
-    for rows, goes in ((8, 1.0), (20, 1.0), (12, 0.0)):
-        torch.manual_seed(rows)
-        p, g, m = (torch.randn(rows * 512 // block, block) for _ in range(3))
-        slots = [*lowbit.encode(m, kind, True, books[0]), *lowbit.encode(m.square(), kind, False, books[1])]
-        found = []
-        for compiled in (False, True):
-            mine = [p.bfloat16(), g.bfloat16(), [x.clone() for x in slots]]
-            mover(kind, block, True, compiled)(*mine, books, terms, torch.tensor((0.5, goes)), where)
-            found.append([mine[0], *mine[2]])
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-        assert goes or all(torch.equal(a, b) for a, b in zip((p.bfloat16(), *slots), found[0], strict=True))
-
-
-def test_blocks_of_many_lengths_are_compiled(monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch.compiler.reset(), mover.cache_clear()
-    try:
-        with torch._dynamo.config.patch(recompile_limit=8):  # torch's own
-            books = {signed: lowbit.book("int8", signed, CPU) for signed in (True, False)}
-            for block in range(16, 34, 2):
-                p, m = torch.ones(5, block), torch.zeros(5, block)
-                slots = [x for signed in books for x in lowbit.encode(m, "int8", signed, books[signed])]
-                given = [*books.values()], torch.full((7,), 0.5), torch.ones(2), []
-                mover("int8", block, False, True)(p, p.clone(), slots, *given)
-                assert (p < 1).all()
-    finally:
-        mover.cache_clear()

@@ -22,6 +22,8 @@ from ftlib.kernels.paged_attention import paged_attention, paged_attention_refer
 from ftlib.kernels.varlen_attention import varlen_attention
 from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import rotate
+from ftlib.optim.adamw import move_reference
+from ftlib.optim.lowbit import block_size, encode, tables
 from ftlib.quant import rowwise  # and torch.ops.ftlib.frozen_linear with it
 
 RANK, PAGE, EPS = 16, 16, 1e-6
@@ -77,6 +79,7 @@ def cases(shape: dict, tokens: int) -> Iterator[Case]:
     ):
         yield lora(name, inputs, outs, tokens)
     yield from quantized(dim, inner, tokens)
+    yield optimizer(dim, inner)
     yield packed_attention(heads, kv, width, tokens)
     yield pages(heads, kv, width, sequences=max(2, tokens // 128), context=max(32, tokens // 4))
 
@@ -221,6 +224,31 @@ def quantized(dim: int, inner: int, tokens: int) -> Iterator[Case]:
     yield Case("NF4 linear", f"{tokens} x {dim} x {inner}", operands,
                lambda x, *parts: F.linear(x, whole(*parts)),
                lambda x, *parts: torch.ops.ftlib.frozen_linear(x, list(parts), "nf4"))  # fmt: skip
+
+
+def optimizer(dim: int, inner: int) -> Case:
+    """A step of AdamW for one matrix whose moments are kept in 8 bits."""
+    block, terms = block_size(dim, "int8"), (0.1, 0.95, 0.05, 1e-8, 0.999, 1e-2, 0.3)
+
+    def operands(make: Maker) -> list[Tensor]:
+        weight, grad, m = (make.normal(inner * dim // block, block) for _ in range(3))
+        found = tables("int8", make.device)
+        first, second = (encode(x.float(), "int8", *of) for x, of in ((m, (True, found[0])), (m**2, (False, found[1]))))
+        return [weight, grad, *first, *second, *found]
+
+    def by(step: Callable[..., None]) -> Function:
+        def moved(weight: Tensor, grad: Tensor, *rest: Tensor) -> Tensor:
+            step(weight, grad, rest[:4], "int8", rest[4:], terms, None, None)
+            return weight
+
+        return moved
+
+    def ours(*given: Tensor) -> Tensor:
+        from ftlib.kernels.adamw_triton import adamw_triton  # Triton is there where there is a GPU
+
+        return by(adamw_triton)(*given)
+
+    return Case("AdamW, states in int8", f"{inner} x {dim}", operands, by(move_reference), ours, only_gpu=True)
 
 
 def packed_attention(heads: int, kv: int, width: int, tokens: int) -> Case:
