@@ -118,7 +118,8 @@ def gpu(recipe: str, overrides: list[str]) -> str:
         if rows:
             slower = min(rows, key=lambda r: r["tokens_per_s"])
             work = slower["work"]
-            what = f"{work['shape']} {work['rows']} x {work['seq_len']}, recompute {work['recompute']}"
+            kept = f"within {budget:g} GiB" if (budget := work.get("budget_gib")) else f"recompute {work['recompute']}"
+            what = f"{work['shape']} {work['rows']} x {work['seq_len']}, {kept}"
             if work.get("states") and "states" not in asked:
                 what += f", states {work['states']}"
             what += f", {slower['device'].split()[1]}"
