@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from ftlib import optim
 from ftlib.checkpoint import Saver, State
+from ftlib.launch import LET_GO_S
 from ftlib.sections import Checkpoint, Optim
 
 torch.set_num_threads(1)
@@ -145,6 +147,7 @@ def main(rank, world, folder, meshes):
         report["from host memory"] = max(float((away[key] - spread[key]).abs().max()) for key in alone)
     (folder / f"report_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
+    time.sleep(LET_GO_S)  # as `launch` does
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from datetime import timedelta
@@ -21,6 +22,8 @@ torch.set_num_threads(1)
 def main(rank, world, store, models, out, cases):
     from parallel import training
     from parallel.grid import Case
+
+    from ftlib.launch import LET_GO_S
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     gpus = torch.cuda.is_available()
@@ -48,6 +51,7 @@ def main(rank, world, store, models, out, cases):
             break  # the others may be waiting in a collective
     (out / f"report_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
+    time.sleep(LET_GO_S)  # as `launch` does
 
 
 def reference(case, leg):

@@ -5,6 +5,7 @@ Completions of a prompt are the same whoever draws them, so that runs of any num
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ftlib import config, plugins
+from ftlib.launch import LET_GO_S
 from ftlib.rl import scoring
 from ftlib.rl.rollouts import Rollouts
 
@@ -48,6 +50,7 @@ def main(rank, world, report, configs):
         found += [[row[key] for key in FIGURES] for row in rows if "loss" in row]
     Path(f"{report}_{rank}").write_text(json.dumps({"rows": found, "learners": learners}))
     dist.destroy_process_group()
+    time.sleep(LET_GO_S)  # as `launch` does
 
 
 if __name__ == "__main__":
