@@ -3,8 +3,8 @@ the start, of what is kept, and of the model whole and plain."""
 
 import os
 import sys
-import time
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
