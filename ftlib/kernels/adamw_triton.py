@@ -19,8 +19,8 @@ def adamw_triton(
     p: Tensor, grad: Tensor, slots: Sequence[Tensor], kind: str, tables: Sequence[Tensor | None],
     terms: Sequence[float], gate: Tensor | None, place: tuple[int, int] | None,
 ) -> None:  # fmt: skip
-    """In place. p, grad [blocks, block] float32, bfloat16 or float16; `tables` are `ftlib.optim.lowbit.tables`, and the
-    rest is as `ftlib.optim.adamw.move` has it."""
+    """In place. p, grad [blocks, block], contiguous, float32, bfloat16 or float16; the rest is as
+    `ftlib.optim.adamw.move_reference` has it."""
     block = p.shape[1] if kind else WIDTH
     columns = triton.next_power_of_2(block)
     rows = max(1, TILE // columns)
@@ -97,7 +97,7 @@ def _store(  # noqa: ANN202
             x = tl.where(inside, x, 0.0)
         scale = tl.max(tl.abs(x), axis=1)
         tl.store(scales + row, scale, mask=there)
-        x *= (1.0 / tl.where(scale > 0, scale, 1.0))[:, None]
+        x *= (1.0 / tl.maximum(scale, 1.1754944e-38))[:, None]  # the smallest whose inverse is a number
         if KIND == "fp8":
             x = tl.minimum(x * 448.0, 448.0)
             x = tl.maximum(x, -448.0) if SIGNED else tl.maximum(x, 0.001953125)

@@ -42,7 +42,6 @@ class AdamW(Update):
         self.states, self.stochastic = states, stochastic
         parameters = (p for group in self.param_groups for p in group["params"])
         self._number = {p: i for i, p in enumerate(parameters)}
-        self._packed = 2 if states == "int4" else 1  # codes in a byte
         self._judged: Tensor | None = None  # the gate of the last step, until somebody has looked at it
         self._counted: list[Tensor] = []  # parameters whose steps went up with it
 
@@ -87,7 +86,7 @@ class AdamW(Update):
         place = self._place(p, state["step"]) if self.stochastic and p.dtype == torch.bfloat16 else None
         part = part.view(-1, block or part.shape[-1]) if part.ndim else part.view(1, 1)
         slots = [x.view(-1) if kind and i % 2 else x.view(len(part), -1) for i, x in enumerate(slots)]
-        grad = local_gradient(p).reshape(part.shape)
+        grad = local_gradient(p).reshape(part.shape).contiguous()  # as the kernel reads it
         move(part, grad, slots, kind, _terms(group, state["step"]), self.gate, place)
 
     def _block(self, p: Tensor) -> int:
@@ -105,10 +104,10 @@ class AdamW(Update):
             part = local(p.detach())
             zeros = torch.zeros(1, block, device=p.device)
             codes, scale = encode(zeros, self.states, signed, book(self.states, signed, p.device))
-            codes = codes.view(torch.uint8).repeat(part.numel() // block, 1)
-            state[f"{name}_{self.states}"] = _placed(codes.view(*part.shape[:-1], part.shape[-1] // self._packed), p)
-            scales = scale.repeat(part.numel() // block).view(*part.shape[:-1], part.shape[-1] // block)
-            state[f"{name}_{self.states}_scale"] = _placed(scales, p)
+            blocks = *part.shape[:-1], part.shape[-1] // block
+            codes = codes.view(torch.uint8).expand(*blocks, -1).flatten(-2).contiguous()
+            state[f"{name}_{self.states}"] = _placed(codes, p)
+            state[f"{name}_{self.states}_scale"] = _placed(scale.repeat(blocks), p)
         return state
 
     def _place(self, p: Tensor, step: int) -> tuple[int, int]:
@@ -127,15 +126,16 @@ def _terms(group: Group, step: int) -> tuple[float, ...]:
     return 1 - beta1, beta2, 1 - beta2, group["eps"], 1 - lr * group["weight_decay"], length, bias
 
 
-def move(p: Tensor, grad: Tensor, slots: Sequence[Tensor], kind: str, *how: Any) -> None:
+def move(
+    p: Tensor, grad: Tensor, slots: Sequence[Tensor], kind: str, terms: Sequence[float], gate: Tensor | None,
+    place: tuple[int, int] | None,
+) -> None:  # fmt: skip
     """`move_reference`, on a GPU by a kernel; it finds the tables."""
-    given = p, grad, slots, kind, tables(kind, p.device), *how
     if p.is_cuda and p.dtype != torch.float64:
-        from ftlib.kernels.adamw_triton import adamw_triton  # Triton is there where there is a GPU
-
-        adamw_triton(*given)
+        from ftlib.kernels.adamw_triton import adamw_triton as by  # Triton is there where there is a GPU
     else:
-        move_reference(*given)
+        by = move_reference
+    by(p, grad, slots, kind, tables(kind, p.device), terms, gate, place)
 
 
 def move_reference(

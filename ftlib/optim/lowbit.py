@@ -87,15 +87,14 @@ def _cells(kind: str, signed: bool) -> Tensor:
     decades, first = _tree(kind, signed)
     values = book(kind, signed, torch.device("cpu")).double()
     values = values[values >= 0]  # the least, those of each decade, 1
-    edges, factors, offsets = [], [0.0], [-1.0]
+    edges, factors, offsets = [], [0.0], [0.0]
     for i in range(decades):
         count, top, before = 2 ** (i + first), 10.0 ** (i + 1 - decades), 2 ** (i + first) - 2**first
         edges.append((values[before] + values[before + 1]).item() / 2)
         factors.append(count / (0.9 * top))
         offsets.append(before - count / 9)
     edges.append((values[-2] + values[-1]).item() / 2)
-    rows = (edges, [*factors, 0.0], [*offsets, 2 ** (decades + first) - 2**first])
-    return torch.tensor([row + [0.0] * (16 - len(row)) for row in rows], dtype=torch.float32)
+    return torch.tensor([row + [0.0] * (16 - len(row)) for row in (edges, factors, offsets)], dtype=torch.float32)
 
 
 def _tree(kind: str, signed: bool) -> tuple[int, int]:

@@ -146,7 +146,7 @@ def test_codes_with_a_scale_a_row():
 
 
 def test_adamw():
-    """Moments in all kinds of states, codes and bf16 bit for bit; fp8 where the interpreter's casts lose no carry."""
+    """All kinds of states, codes and bf16 with noise bit for bit (its casts cut bf16 off, and fp8's lose carries)."""
     interpreted(
         """
         import torch
@@ -156,7 +156,7 @@ def test_adamw():
 
         cpu, terms = torch.device("cpu"), (0.1, 0.95, 0.05, 1e-8, 0.999, 1e-2, 0.3)
         for case, kind in enumerate(("int8", "fp8", "int4", "", "int8", "int4", "")):
-            block, dtype = (128, 112, 16, 333, 250, 64, 8)[case], (torch.float32, torch.bfloat16)[case // 4]
+            block, dtype = (128, 112, 16, 333, 250, 98, 8)[case], (torch.float32, torch.bfloat16)[case // 4]
             place = (12345 - 2**31, -77) if dtype == torch.bfloat16 else None
             torch.manual_seed(case)
             p, grad, m = (torch.randn(37, block) for _ in range(3))

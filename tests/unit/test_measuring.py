@@ -84,6 +84,24 @@ def test_pretraining_has_the_peers_asked_for_between_two_of_ours(bench, monkeypa
     assert all((BENCH / f"{script}.py").is_file() for script, _ in scripts)
 
 
+def test_starts_may_write_bytecode(bench, tmp_path, monkeypatch):
+    """Where they may not, each would compile every package's source."""
+    import startup  # beside the scripts, where `bench` looks
+
+    class Seen(Exception):
+        pass
+
+    def popen(command, env, **more):
+        raise Seen(env)
+
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(startup.subprocess, "Popen", popen)
+    with pytest.raises(Seen) as seen:
+        startup.started("cold", tmp_path / "config.yaml", 1)
+    env = seen.value.args[0]
+    assert env["PYTHONDONTWRITEBYTECODE"] == "" and env["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache")
+
+
 @pytest.mark.slow
 def test_startup(bench, tmp_path):
     """Last result (2026-11-22): passed."""

@@ -10,7 +10,7 @@ from ftlib import build, config, models, optim, plugins, tokenizers
 from ftlib.checkpoint import Saver, State
 from ftlib.errors import UserError
 from ftlib.models import hub
-from ftlib.optim import lowbit
+from ftlib.optim import adamw, lowbit
 from ftlib.optim.in_backward import ALONE
 from ftlib.optim.rounding import noise, to_bfloat16
 from ftlib.sections import Checkpoint, Optim
@@ -341,3 +341,48 @@ def test_what_is_left_is_planned():
         check("full_sft", 1, "optim.max_grad_norm=null", "optim.rounding=stochastic")
     with pytest.raises(ValueError, match="are for adamw"):
         Optim(name="lion", states="int8")
+
+
+def test_wide_parameters_round_to_the_nearest_beside_narrow_ones():
+    """Stochastic rounding is for bf16: an fp32 norm in the same optimizer moves as without."""
+
+    def trained(rounding):
+        model = nn.Sequential(nn.Linear(16, 16).bfloat16(), nn.LayerNorm(16))
+        optimizer = optim.build(model, Optim(lr=1e-2, states="fp32", rounding=rounding))
+        for step in range(3):
+            fill(model, step)
+            optim.step(optimizer, None)
+        return list(model[1].parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(trained("stochastic"), trained("nearest"), strict=True))
+
+
+def test_parameters_of_odd_shapes():
+    """A scalar, nothing, three dimensions; float64 computed as such; a gradient with its memory in another order."""
+    torch.manual_seed(0)
+    shapes = ((), (0, 8), (3, 4, 8), (8, 8))
+    ours = nn.ParameterList(nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes)
+    theirs = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in ours)
+    mine = optim.build(ours, Optim(lr=1e-2, weight_decay=0, states="fp32"))
+    torchs = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a).T if a.ndim == 2 and a.numel() else torch.randn_like(a)
+            b.grad = a.grad.clone()
+        optim.step(mine, None), torchs.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-8)  # moments are stored in float32
+
+
+def test_a_kernel_reads_a_gradient_in_the_order_of_its_memory(monkeypatch):
+    seen, move = [], adamw.move
+    monkeypatch.setattr(adamw, "move", lambda p, grad, *rest: (seen.append(grad.is_contiguous()), move(p, grad, *rest)))
+    model = nn.Linear(16, 16, bias=False)
+    model.weight.grad = torch.randn(16, 16).T
+    optim.step(optim.build(model, Optim(lr=1e-2, states="fp32")), None)
+    assert seen == [True]
+
+
+def test_places_are_the_low_32_bits():
+    wanted = {0: 0, 2**31 - 1: 2**31 - 1, 2**31: -(2**31), 2**32 - 1: -1, 2**32 + 5: 5}
+    assert {n: adamw._wrapped(n) for n in wanted} == wanted

@@ -237,13 +237,13 @@ def optimizer(dim: int, inner: int) -> Case:
         return [weight, grad, *first, *second, *found]
 
     def by(step: Callable[..., None]) -> Function:
-        def moved(weight: Tensor, grad: Tensor, *rest: Tensor) -> Tensor:
+        def moved(weight: Tensor, grad: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             step(weight, grad, rest[:4], "int8", rest[4:], terms, None, None)
-            return weight
+            return weight, rest[1], rest[3]
 
         return moved
 
-    def ours(*given: Tensor) -> Tensor:
+    def ours(*given: Tensor) -> Tensor | tuple[Tensor, ...]:
         from ftlib.kernels.adamw_triton import adamw_triton  # Triton is there where there is a GPU
 
         return by(adamw_triton)(*given)

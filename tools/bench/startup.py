@@ -7,12 +7,11 @@
 `cold`: nothing is compiled yet. `warm`: another run of the same config. `resumed`: that run goes on, to its second
 step. Each is a process of its own. The clock starts before Python does and stops when the step's row is in
 metrics.jsonl; the weights lie in the file cache, as they have just been written. `new_graphs` counts compiled graphs
-that were not in the cache of compiled code: 0 says that it was used. Python's own bytecode of all packages, which an
-installer makes, is kept between the runs as well: an image without it (`bytecode`) would show how fast Python compiles.
+that were not in the cache of compiled code: 0 says that it was used. Python may write bytecode, which an
+installer does: where it may not, each start compiles every package's source.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -32,7 +31,6 @@ from ftlib.models.language_model import LanguageModel
 
 DEMO = common.ROOT / "ftlib" / "assets" / "demo"
 RUNS = ("cold", "warm", "resumed")
-INSTALLED = Path(importlib.util.cache_from_source(torch.__file__)).is_file()  # with its bytecode
 
 
 def main() -> None:
@@ -46,7 +44,7 @@ def main() -> None:
         rows = []
         for kind in args.runs.split(","):
             name = "tiny" if args.tiny else args.shape
-            rows.append({"shape": name, "run": kind, "bytecode": INSTALLED, **started(kind, config, args.limit)})
+            rows.append({"shape": name, "run": kind, **started(kind, config, args.limit)})
             print(json.dumps(rows[-1]), flush=True)
     if args.out:
         out = Path(args.out)
@@ -107,8 +105,7 @@ def started(kind: str, config: Path, limit: float) -> dict:
     command += [f"output_dir={out}", *(["steps=2"] if kind == "resumed" else [])]
     path = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
-    if not INSTALLED:
-        caches |= {"PYTHONPYCACHEPREFIX": str(config.parent / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
+    caches["PYTHONDONTWRITEBYTECODE"] = ""
     before, wanted = graphs(cache), 2 if kind == "resumed" else 1
     with (config.parent / f"{kind}.log").open("w+") as log:
         began = time.perf_counter()
