@@ -71,6 +71,7 @@ ROWS = (
         "sft.py --shape qwen3-0.6b --rows 4 --recompute selective --vs unsloth,trl",
     ),
     Row("{gpu}_qwen17b_full_4x4096_recompute", 180, f"sft.py {FULL} {LEAN} --in-backward --vs trl"),
+    Row("{gpu}_qwen17b_full_int4_4x4096_recompute", 180, f"sft.py {FULL} {LEAN} --in-backward --states int4 --vs trl"),
     *(Row(f"{{gpu}}_llama8b_lora_within_{gib}", 300, f"sft.py {WITHIN} {gib} --vs unsloth,torchtune")
       for gib in (24, 48)),
     Row("{gpu}_qwen17b_full_within_24", 240, f"sft.py {FULL} {WITHIN} 24 --in-backward --vs trl"),
