@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ftlib.layers.linear import Linear
+from ftlib.sections import Lora
 
 FROM_WEIGHT = ("pissa", "olora")  # their B A is a part of W, which the layer has to subtract
 
@@ -27,6 +28,14 @@ def draw(
     else:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
     return a, torch.zeros(linear.out_features, rank)
+
+
+def note(cfg: Lora | None) -> list[str]:
+    """What a run says of a start inside W: how its adapter is written."""
+    if cfg is None or cfg.init not in FROM_WEIGHT:
+        return []
+    what = f"adapter: lora.init={cfg.init} starts inside the weights, so final/ has twice the rank"
+    return [f"{what} (lora.rank={cfg.rank}: {2 * cfg.rank}): the plain adapter that it equals on this base"]
 
 
 def main_part(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

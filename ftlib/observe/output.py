@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ftlib import budget, config, quant
+from ftlib.adapters import initial
 from ftlib.errors import UserError
 from ftlib.losses import balancing
 from ftlib.observe import diagnose, report, sinks
@@ -48,7 +49,7 @@ class Output:
         self._rate: float | None = None  # of the last step of the run that goes on
         self._notes = [*processes.note(cfg.parallel, run.world), *attention_note(getattr(model, "model", None))]
         self._notes += [*quant.note(model), *budget.note(model), *balancing.note(model, cfg), *loss_note(cfg)]
-        self._notes += adamw.note(model, cfg.optim)
+        self._notes += [*adamw.note(model, cfg.optim), *initial.note(getattr(cfg, "lora", None))]
         mixers = [(layer.mixer.heads * layer.mixer.head_dim, layer.mixer.window) for layer in model.arch.layers]
         peak = None
         if run.device.type == "cuda":

@@ -1,5 +1,7 @@
 """Switches of fine-tuning, on and off: off is what it was to the bit, on changes what the formula says it changes."""
 
+import json
+
 import pytest
 import yaml
 from tiny_model import ROOT, losses, steps, train, tune
@@ -85,3 +87,12 @@ def test_shares_are_of_the_steps_that_epochs_make(recipe, tiny, tmp_path, capsys
     longer = train(recipe, *words, "steps=15")
     assert losses(longer)[:10] == losses(rows) and len(steps(longer)) == 15 and saved() == [4, 8, 10, 12, 15]
     assert [row["step"] for row in longer if "eval_loss" in row] == [0, 3, 6, 9, 10, 12, 15]
+
+
+@pytest.mark.parametrize("init", ["pissa", "kaiming"])
+def test_a_start_inside_the_weights_tells_the_rank_that_is_written(init, tiny, tmp_path, capsys):
+    file = tiny.config(tmp_path, steps=1, lora={"rank": 2, "init": init})
+    train("lora_sft", "--config", file, f"output_dir={tmp_path}/out")
+    rank = json.loads((tmp_path / "out" / "final" / "adapter_config.json").read_text())["r"]
+    assert rank == (4 if init == "pissa" else 2)
+    assert ("has twice the rank (lora.rank=2: 4)" in capsys.readouterr().out) == (init == "pissa")
