@@ -23,7 +23,7 @@ def adamw_triton(
     `ftlib.optim.adamw.move_reference` has it."""
     block = p.shape[1] if kind else WIDTH
     columns = triton.next_power_of_2(block)
-    rows = max(1, TILE // columns)
+    rows = TILE // columns
     m, m_scale, v, v_scale = slots if kind else (slots[0], None, slots[1], None)
     first, key = place or (0, 0)
     _step[(triton.cdiv(triton.cdiv(p.numel(), block), rows),)](
