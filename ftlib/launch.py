@@ -139,6 +139,16 @@ def _leave_note(name: str, text: str = "") -> None:
         Path(folder, name).write_text(text)
 
 
+def leave_group() -> None:
+    """Leave the process group, as a process that ends does."""
+    from torch import distributed
+
+    several = distributed.get_world_size() > 1
+    distributed.destroy_process_group()
+    if several:  # a thread of gloo's that lets go of tensors while the interpreter ends aborts the process
+        time.sleep(LET_GO_S)
+
+
 def _close() -> None:
     """Leave the process group, if the recipe has entered one (torch is not imported only to find that it has not).
 
@@ -155,8 +165,6 @@ def _close() -> None:
     from ftlib.parallel import pulse
 
     pulse.stop()
-    distributed.destroy_process_group()
-    if world_size() > 1:  # a thread of gloo's that does so while the interpreter ends aborts the process
-        time.sleep(LET_GO_S)
+    leave_group()
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ftlib.kernels.mix_triton import mix
+
 TILE = 1024  # numbers of one program: 8 of a thread, so that all operands lie in threads alike
 WIDTH = 256  # columns that numbers without blocks are given
 CELLS = tl.constexpr(16)  # in a row of `cells`
@@ -137,11 +139,4 @@ def _code(x, cells, DECADES: tl.constexpr, FIRST: tl.constexpr):  # noqa: ANN001
 @triton.jit
 def _noise(at, first, key):  # noqa: ANN001, ANN202
     x = at.to(tl.uint32) + first.to(tl.uint32)
-    return (_mixed(_mixed(x) ^ key.to(tl.uint32)) & 0xFFFF).to(tl.int32)
-
-
-@triton.jit
-def _mixed(x):  # noqa: ANN001, ANN202
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
+    return (mix(mix(x) ^ key.to(tl.uint32)) & 0xFFFF).to(tl.int32)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ftlib.kernels.mix_triton import mix
+
 PARTS, BLOCK = 8, 2048
 
 
@@ -23,13 +25,6 @@ def draw_triton(logits: Tensor, keys: Tensor, positions: Tensor, temperature: Te
 
 
 @triton.jit
-def _mix(x):  # noqa: ANN001, ANN202
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def _part(  # noqa: ANN202
     logits, keys, positions, temperature, scores, places, rows, vocab, share,  # noqa: ANN001
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -37,7 +32,7 @@ def _part(  # noqa: ANN202
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(temperature + row)
     low, high = tl.load(keys + 2 * row).to(tl.uint32), tl.load(keys + 2 * row + 1).to(tl.uint32)
-    word = _mix(low + tl.load(positions + row).to(tl.uint32) * 0x9E3779B1)
+    word = mix(low + tl.load(positions + row).to(tl.uint32) * 0x9E3779B1)
     most, best_z, best_at = -float("inf"), -float("inf"), 0  # of what is drawn: score with noise, score, token
     top, total = -float("inf"), 0.0  # of the sum of exponentials
     for start in range(part * share, tl.minimum((part + 1) * share, vocab), BLOCK):
@@ -45,7 +40,7 @@ def _part(  # noqa: ANN202
         z = tl.load(logits + row * vocab + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
         if heat > 0:
             z = z / heat
-        bits = _mix(_mix((at.to(tl.uint32) * 0x85EBCA6B) ^ word) ^ high)
+        bits = mix(mix((at.to(tl.uint32) * 0x85EBCA6B) ^ word) ^ high)
         u = (bits.to(tl.float32) + 0.5) * 2.0**-32
         # -log(1 - u), by its series where 1 - u would lose the digits of u
         waiting = tl.where(u < 1e-3, u * (1 + u * (0.5 + u * 0.33333334)), -tl.log(tl.maximum(1 - u, 1e-30)))

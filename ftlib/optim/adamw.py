@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from ftlib.errors import UserError
 from ftlib.kernels.capability import FP8
 from ftlib.optim.base import Group, Update
-from ftlib.optim.lowbit import KINDS, SMALLEST, block_size, book, decode, encode, tables
+from ftlib.optim.lowbit import KINDS, SMALLEST, block_size, book, decode, encode, encode_moments, tables
 from ftlib.optim.pieces import local, local_gradient, piece
 from ftlib.optim.rounding import noise, to_bfloat16
 from ftlib.sections import Optim
@@ -148,13 +148,12 @@ def move_reference(
     each moment in few bits (`kind`, with `lowbit.tables`), or (`kind` "") the moments themselves. `terms`: `_terms`;
     `gate` as `AdamW` has it, None: open; `place`: what stochastic rounding depends on, None without.
     """
-    books = tables[:2]
     fresh, keep, fresh_sq, eps, shrink, length, bias = terms
     wide = torch.promote_types(p.dtype, torch.float32)
     goes = None if gate is None else gate[1] > 0
     g = grad.to(wide) if gate is None else grad.to(wide) * gate[0].to(wide)
     if kind:
-        m, v = decode(*slots[:2], kind, books[0]), decode(*slots[2:], kind, books[1])
+        m, v = decode(*slots[:2], kind, tables[0]), decode(*slots[2:], kind, tables[1])
     else:
         m, v = (slot.to(wide) for slot in slots)
     m = m + (g - m) * fresh
@@ -163,7 +162,7 @@ def move_reference(
     if place is not None:
         first, key = (torch.tensor(n, dtype=torch.int32, device=p.device) for n in place)
         moved = to_bfloat16(moved, noise(first, p.shape, key))
-    kept = (*encode(m, kind, True, books[0]), *encode(v, kind, False, books[1])) if kind else (m, v)
+    kept = encode_moments(m, v, kind, tables) if kind else (m, v)
     for x, value in zip((*slots, p), (*kept, moved), strict=True):
         _replace(x, value.to(x.dtype), goes)
 

@@ -4,6 +4,7 @@ A block is a stretch of one row of a matrix, so that shards of rows hold whole b
 as the matrix is. On a GPU `ftlib.kernels.adamw_triton` does the same within a step.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -56,6 +57,11 @@ def encode(x: Tensor, kind: str, signed: bool, numbers: Tensor | None) -> tuple[
         low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
         codes = low | (high << 4)
     return codes.to(torch.uint8), scale
+
+
+def encode_moments(m: Tensor, v: Tensor, kind: str, tables: Sequence[Tensor | None]) -> list[Tensor]:
+    """Codes and scales of the first and the second moment; `tables` of `kind`."""
+    return [*encode(m, kind, True, tables[0]), *encode(v, kind, False, tables[1])]
 
 
 def decode(codes: Tensor, scale: Tensor, kind: str, numbers: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ftlib.checkpoint import Saver, State, StopFlag, exchange, stop_agreed
-from ftlib.launch import LET_GO_S
+from ftlib.launch import leave_group
 from ftlib.sections import Checkpoint
 
 
@@ -142,8 +142,7 @@ def main(rank, store, out):
     flag.requested = rank == 1
     report["stop"].append(stop_agreed(run, flag))
     (out / f"report_{rank}.json").write_text(json.dumps(report))
-    time.sleep(LET_GO_S)  # as `launch` does: a thread of gloo's still lets go of tensors
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

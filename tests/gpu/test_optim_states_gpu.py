@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ftlib.optim.adamw import MOMENTS, move
-from ftlib.optim.lowbit import book, decode, encode
+from ftlib.optim.adamw import move
+from ftlib.optim.lowbit import decode, encode_moments, tables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CPU, TERMS = torch.device("cpu"), (0.1, 0.95, 0.05, 1e-8, 0.999, 1e-2, 0.3)
@@ -26,11 +26,8 @@ def test_the_kernel_is_the_formula(kind, block, dtype, stochastic, monkeypatch):
     p, grad, m = (torch.randn(301, block) for _ in range(3))
     m, grad = m * torch.logspace(-9, 0, block), (grad * torch.logspace(-6, 0, block)).to(dtype)
     m[3] = grad[3] = 0
-    slots, books = [m, m.square()], []
-    if kind:
-        books = [book(kind, signed, CPU) for signed in MOMENTS.values()]
-        parts = zip(slots, MOMENTS.values(), books, strict=True)
-        slots = [x for value, signed, numbers in parts for x in encode(value, kind, signed, numbers)]
+    books = tables(kind, CPU)[:2]
+    slots = encode_moments(m, m.square(), kind, books) if kind else [m, m.square()]
     for gate in (None, torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.0])):
         slow = [p.to(dtype, copy=True), *(x.clone() for x in slots)]
         fast = [x.cuda() for x in slow]

@@ -4,7 +4,6 @@ the start, of what is kept, and of the model whole and plain."""
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import torch._dynamo  # the compiler's own memory, before anything is counted
 import torch.distributed as dist
 
 from ftlib import build
-from ftlib.launch import LET_GO_S
+from ftlib.launch import leave_group
 from ftlib.models import load, shards
 from ftlib.parallel import run as processes
 from ftlib.sections import Lora, Memory, Model, Parallel
@@ -50,8 +49,7 @@ def main(rank, store, model, quantize=None):
     held = sum(tensor.numel() * tensor.element_size() for tensor in kept) / 2**20
     whole = sum(4 * weight.shape.numel() for weight in load.base_state(built).values()) / 2**20
     print(f"{most[0] - start:.1f} {held:.1f} {whole:.1f}")
-    dist.destroy_process_group()
-    time.sleep(LET_GO_S)  # as `launch` does
+    leave_group()
 
 
 if __name__ == "__main__":

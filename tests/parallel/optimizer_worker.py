@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from ftlib import optim
 from ftlib.checkpoint import Saver, State
-from ftlib.launch import LET_GO_S
+from ftlib.launch import leave_group
 from ftlib.sections import Checkpoint, Optim
 
 torch.set_num_threads(1)
@@ -146,8 +145,7 @@ def main(rank, world, folder, meshes):
         away = train_in_backward(mesh, rank, offload=True)
         report["from host memory"] = max(float((away[key] - spread[key]).abs().max()) for key in alone)
     (folder / f"report_{rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
-    time.sleep(LET_GO_S)  # as `launch` does
+    leave_group()
 
 
 if __name__ == "__main__":

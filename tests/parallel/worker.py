@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 import traceback
 import warnings
 from datetime import timedelta
@@ -23,7 +22,7 @@ def main(rank, world, store, models, out, cases):
     from parallel import training
     from parallel.grid import Case
 
-    from ftlib.launch import LET_GO_S
+    from ftlib.launch import leave_group
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     gpus = torch.cuda.is_available()
@@ -50,8 +49,7 @@ def main(rank, world, store, models, out, cases):
         if "error" in result:
             break  # the others may be waiting in a collective
     (out / f"report_{rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
-    time.sleep(LET_GO_S)  # as `launch` does
+    leave_group()
 
 
 def reference(case, leg):

@@ -5,7 +5,6 @@ Completions of a prompt are the same whoever draws them, so that runs of any num
 import json
 import os
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ftlib import config, plugins
-from ftlib.launch import LET_GO_S
+from ftlib.launch import leave_group
 from ftlib.rl import scoring
 from ftlib.rl.rollouts import Rollouts
 
@@ -49,8 +48,7 @@ def main(rank, world, report, configs):
         rows = recipe.main(config.load(recipe.Config, ["--config", file]))
         found += [[row[key] for key in FIGURES] for row in rows if "loss" in row]
     Path(f"{report}_{rank}").write_text(json.dumps({"rows": found, "learners": learners}))
-    dist.destroy_process_group()
-    time.sleep(LET_GO_S)  # as `launch` does
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ftlib.optim.adamw import MOMENTS
-from ftlib.optim.lowbit import book, encode, tables
+from ftlib.optim.lowbit import encode_moments, tables
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 CPU, TERMS = torch.device("cpu"), (0.1, 0.95, 0.05, 1e-8, 0.999, 1e-2, 0.3)
@@ -54,11 +53,9 @@ def test_adamw(compiled):
         if kind == "fp8" and not fp8:
             continue
         p = torch.ones(5, block, dtype=torch.bfloat16)
-        slots = [p.float()] * 2
-        if kind:
-            pairs = zip(slots, MOMENTS.values(), strict=True)
-            slots = [part for x, signed in pairs for part in encode(x, kind, signed, book(kind, signed, CPU))]
-        adamw_triton(p, p, slots, kind, tables(kind, CPU), TERMS, torch.ones(2), (3, -7) if block != 250 else None)
+        found = tables(kind, CPU)
+        slots = encode_moments(p.float(), p.float(), kind, found) if kind else [p.float()] * 2
+        adamw_triton(p, p, slots, kind, found, TERMS, torch.ones(2), (3, -7) if block != 250 else None)
     assert len(names) == 3 + fp8
 
 

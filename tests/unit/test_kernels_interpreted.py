@@ -151,8 +151,8 @@ def test_adamw():
         """
         import torch
         from ftlib.kernels.adamw_triton import adamw_triton
-        from ftlib.optim.adamw import MOMENTS, move_reference
-        from ftlib.optim.lowbit import book, encode, tables
+        from ftlib.optim.adamw import move_reference
+        from ftlib.optim.lowbit import encode_moments, tables
 
         cpu, terms = torch.device("cpu"), (0.1, 0.95, 0.05, 1e-8, 0.999, 1e-2, 0.3)
         for case, kind in enumerate(("int8", "fp8", "int4", "", "int8", "int4", "")):
@@ -162,14 +162,12 @@ def test_adamw():
             p, grad, m = (torch.randn(37, block) for _ in range(3))
             m, grad = m * torch.logspace(-9, 0, block), grad * torch.logspace(-6, 0, block)
             m[3] = grad[3] = 0
-            slots = [m, m.square()]
-            if kind:
-                parts = zip(slots, MOMENTS.values(), strict=True)
-                slots = [x for value, signed in parts for x in encode(value, kind, signed, book(kind, signed, cpu))]
+            found = tables(kind, cpu)
+            slots = encode_moments(m, m.square(), kind, found) if kind else [m, m.square()]
             for gate in (None, torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.0])):
                 mine, theirs = ([p.to(dtype, copy=True), *(x.clone() for x in slots)] for _ in range(2))
                 for step, (at, *slots_) in ((adamw_triton, mine), (move_reference, theirs)):
-                    step(at, grad.to(dtype), slots_, kind, tables(kind, cpu), terms, gate, place)
+                    step(at, grad.to(dtype), slots_, kind, found, terms, gate, place)
                 for a, b in zip(mine, theirs, strict=True):
                     if a.dtype == torch.float8_e4m3fn:
                         a, b = a.float(), b.float()

@@ -23,7 +23,7 @@ from ftlib.kernels.varlen_attention import varlen_attention
 from ftlib.layers.norms import RMSNorm
 from ftlib.layers.rope import rotate
 from ftlib.optim.adamw import move_reference
-from ftlib.optim.lowbit import block_size, encode, tables
+from ftlib.optim.lowbit import block_size, encode_moments, tables
 from ftlib.quant import rowwise  # and torch.ops.ftlib.frozen_linear with it
 
 RANK, PAGE, EPS = 16, 16, 1e-6
@@ -233,8 +233,7 @@ def optimizer(dim: int, inner: int) -> Case:
     def operands(make: Maker) -> list[Tensor]:
         weight, grad, m = (make.normal(inner * dim // block, block) for _ in range(3))
         found = tables("int8", make.device)
-        first, second = (encode(x.float(), "int8", *of) for x, of in ((m, (True, found[0])), (m**2, (False, found[1]))))
-        return [weight, grad, *first, *second, *found]
+        return [weight, grad, *encode_moments(m.float(), m.float() ** 2, "int8", found), *found]
 
     def by(step: Callable[..., None]) -> Function:
         def moved(weight: Tensor, grad: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:

@@ -7,8 +7,8 @@
 `cold`: nothing is compiled yet. `warm`: another run of the same config. `resumed`: that run goes on, to its second
 step. Each is a process of its own. The clock starts before Python does and stops when the step's row is in
 metrics.jsonl; the weights lie in the file cache, as they have just been written. `new_graphs` counts compiled graphs
-that were not in the cache of compiled code: 0 says that it was used. Python may write bytecode, which an
-installer does: where it may not, each start compiles every package's source.
+that were not in the cache of compiled code: 0 says that it was used. Python may write bytecode, as an installer does:
+where it may not, each start compiles every package's source.
 """
 
 import argparse
