@@ -56,7 +56,7 @@ def check(cfg: Any, world: int) -> None:
         (world > 1, "a budget is measured by one process, and this run has several"),
         (not hasattr(cfg, "loss"), "the trial is a step of next-token training, and this recipe takes others"),
     )
-    fix = "leave it out and set memory.recompute, memory.offload or memory.tiled_mlp"
+    fix = "leave it out and set memory.recompute, memory.offload or memory.tiled_mlp; tune plan estimates them"
     found = [str(UserError(what, where="memory.budget_gib", fix=fix)) for wrong, what in problems if wrong]
     if found:
         raise Problems(found)

@@ -106,6 +106,8 @@ def lines(cfg: Any, gpus: int, gib: int) -> list[str]:
     found += [f"on disk: a checkpoint {size(taken.checkpoint)}, the result {size(taken.final)}"
               + f"; in host memory of each process: {size(taken.host)}" * bool(taken.host)]
     if not any(map(fits, rungs)):
+        if getattr(cfg, "lora", None) is None and not (cfg.optim.in_backward or cfg.optim.offload):
+            found.append("optim.in_backward and optim.offload take less (ftlib/optim/README.md)")
         found.append(_enough(lambda ways: fits(rungs[-1], 1, ways), replicas, cp * tp))
     return found
 
@@ -113,6 +115,9 @@ def lines(cfg: Any, gpus: int, gib: int) -> list[str]:
 def _left_out(cfg: Any) -> list[str]:
     """What the estimates do not know of, and what it came to where it was measured (ftlib/quant/README.md)."""
     found = []
+    if cfg.memory.budget_gib is not None:
+        what = "memory.budget_gib: a run tries them on its GPU, takes the fastest that fits"
+        found.append(f"{what}, and lets some blocks keep more with what that leaves")
     if getattr(cfg, "qat", None) is not None:
         found.append("qat is not in these estimates: 1.7B runs took 9 to 17 % more")
     if cfg.model.fp8 is not None and getattr(cfg, "lora", None) is None:

@@ -47,6 +47,7 @@ def test_what_does_not_fit_is_told_how_many_gpus_it_takes(config, capsys):
     lines, rows = planned(capsys, "full_sft", "--config", config, "--gib=24")
     assert {row[6] for row in rows.values()} == {"no"} and {row[7] for row in rows.values()} == {"-"}
     gpus = int(re.search(r"fits on (\d+) GPUs", lines[-1])[1])
+    assert "optim.in_backward and optim.offload take less" in lines[-2]
     _, rows = planned(capsys, "full_sft", "--config", config, "--gib", 24, "--gpus", gpus, "batch.micro_rows=1")
     assert rows["recompute full, offload"][6] == "yes"
     _, rows = planned(capsys, "full_sft", "--config", config, "--gib", 24, "--gpus", gpus // 2, "batch.micro_rows=1")
@@ -103,6 +104,8 @@ def test_a_budget_is_what_there_is(config, capsys):
 def test_what_the_estimate_does_not_know_is_said(config, capsys):
     said = [planned(capsys, "lora_sft", "--config", config, *more)[0] for more in ((), ("qat.scheme=int4",))]
     assert ["qat is not in these estimates" in " ".join(lines) for lines in said] == [False, True]
+    said = [planned(capsys, "lora_sft", "--config", config, *more)[0] for more in ((), ("memory.budget_gib=24",))]
+    assert ["a run tries them on its GPU" in " ".join(lines) for lines in said] == [False, True]
 
 
 def test_a_config_whose_blocks_differ_is_planned(config, capsys):
